@@ -1,0 +1,43 @@
+# `make demo` runs the main job, `make test` the tests, `make check` the linters. Each does its own set-up.
+#
+# The virtual environment reuses a torch that python3 already has (as on a Jetson) and never replaces it; without one it
+# installs $(TORCH).
+
+PYTHON ?= python3
+VENV ?= .venv
+TORCH ?= torch==2.13.0
+PERSON ?= 1
+
+BIN := $(VENV)/bin
+PIP := $(BIN)/python -m pip --disable-pip-version-check -q
+
+.PHONY: demo test check clean
+.DELETE_ON_ERROR:
+
+demo: $(VENV)/har
+	$(BIN)/lora-edge adapt --data watch --target-subject $(PERSON) --protocol B --rank 2 --out demo
+
+test: $(VENV)/test
+	$(BIN)/python -m pytest
+
+check: $(VENV)/check
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+	$(BIN)/mypy
+
+# The torch that is there is written down as a constraint, so that no other package can replace it.
+$(VENV)/torch.txt:
+	@if $(PYTHON) -c "import torch" 2>/dev/null; then \
+	  echo "using the torch that $(PYTHON) has"; $(PYTHON) -m venv --system-site-packages $(VENV); \
+	else \
+	  echo "installing $(TORCH)"; $(PYTHON) -m venv $(VENV) && $(PIP) install "$(TORCH)"; \
+	fi
+	$(BIN)/python -c "import torch; print('torch==' + torch.__version__)" > $@
+
+$(VENV)/har $(VENV)/test $(VENV)/check: $(VENV)/%: $(VENV)/torch.txt pyproject.toml
+	@echo "installing lora_edge[$*]"
+	$(PIP) install -c $(VENV)/torch.txt -e ".[$*]"
+	@touch $@
+
+clean:
+	rm -rf $(VENV) demo build *.egg-info

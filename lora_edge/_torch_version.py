@@ -1,0 +1,24 @@
+"""The torch that is installed must be new enough; nothing in the package's metadata bounds it.
+
+Jetson's builds carry versions such as ``2.5.0a0+872d972e41.nv24.08``, which a bound like ``torch>=2.5`` rejects, and a bound
+that is not met makes pip replace the vendor's wheel by a CPU build.
+"""
+
+from __future__ import annotations
+
+import re
+
+OLDEST = (2, 4)
+
+
+def check_torch_version(version: str | None = None) -> None:
+    """Raise ImportError unless torch (or the ``version`` given) is at least 2.4."""
+    if version is None:
+        try:
+            import torch
+        except ModuleNotFoundError:
+            raise ImportError("lora_edge needs torch 2.4 or newer, and none is installed; install torch first") from None
+        version = torch.__version__
+    parts = re.match(r"(\d+)\.(\d+)", version)
+    if parts is None or (int(parts[1]), int(parts[2])) < OLDEST:
+        raise ImportError(f"lora_edge needs torch 2.4 or newer, found {version}; install a newer torch")
