@@ -1,0 +1,82 @@
+"""Argument checks of the ops, written once and shared by every backend.
+
+Each error names the argument, what it got and what it wanted.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor
+
+from lora_edge.tt import contract_suffix
+
+DTYPES = (torch.float32, torch.float16, torch.bfloat16, torch.float64)
+
+
+def check_factors(weight: Tensor, core: Tensor, suffix: Tensor | Sequence[Tensor], op: str) -> Tensor:
+    """Check weight ``(O, I/g, *K)``, core ``(O, r1)`` and suffix against each other; return the contracted suffix.
+
+    Raises:
+        TypeError: something is not a tensor of a supported floating dtype.
+        ValueError: shapes or devices do not fit together.
+    """
+    if not isinstance(suffix, Tensor):
+        suffix = contract_suffix(list(suffix))
+    for name, tensor in (("weight", weight), ("core", core), ("suffix", suffix)):
+        _check_tensor(tensor, name, op)
+    if not 3 <= weight.dim() <= 5:
+        raise ValueError(f"{op}: weight has shape {tuple(weight.shape)}; give (O, I/groups, *K) with 1 to 3 kernel sizes")
+    if core.dim() != 2 or core.shape[0] != weight.shape[0]:
+        raise ValueError(f"{op}: core has shape {tuple(core.shape)}; for this weight give ({weight.shape[0]}, r1)")
+    if suffix.shape != (core.shape[1], *weight.shape[1:]):
+        want = (core.shape[1], *weight.shape[1:])
+        raise ValueError(f"{op}: suffix has shape {tuple(suffix.shape)}; for this weight and core give {want}")
+    if not weight.device == core.device == suffix.device:
+        raise ValueError(
+            f"{op}: weight is on {weight.device}, core on {core.device}, suffix on {suffix.device}; put all on one device"
+        )
+    return suffix
+
+
+def check_conv(x: Tensor, weight: Tensor, bias: Tensor | None, groups: int, op: str) -> None:
+    """Check the input ``(N, I, *L)`` (or one unbatched sample ``(I, *L)``) and bias ``(O,)`` against the weight.
+
+    Under autocast the dtypes may differ, because the op casts.
+
+    Raises:
+        TypeError: a dtype is not supported or differs from the weight's.
+        ValueError: shapes or devices do not fit together.
+    """
+    _check_tensor(x, "x", op)
+    if x.device != weight.device:
+        raise ValueError(f"{op}: x is on {x.device}, weight on {weight.device}; put both on one device")
+    autocast = torch.is_autocast_enabled(x.device.type)
+    channels = weight.shape[1] * groups
+    dims = weight.dim() - 2
+    if x.dim() not in (dims + 1, dims + 2):
+        raise ValueError(f"{op}: x has shape {tuple(x.shape)}; for this weight give (N, {channels}, {'*' * dims})")
+    if x.shape[-dims - 1] != channels:
+        raise ValueError(
+            f"{op}: x has {x.shape[-dims - 1]} channels; weight {tuple(weight.shape)} with groups={groups} takes {channels}"
+        )
+    if weight.shape[0] % groups:
+        raise ValueError(f"{op}: weight has {weight.shape[0]} output channels; groups={groups} must divide them")
+    if x.dtype != weight.dtype and not autocast:
+        raise TypeError(f"{op}: x is {x.dtype}, weight is {weight.dtype}; give both in one dtype")
+    if bias is not None:
+        _check_tensor(bias, "bias", op)
+        if bias.shape != (weight.shape[0],):
+            raise ValueError(f"{op}: bias has shape {tuple(bias.shape)}; for this weight give ({weight.shape[0]},)")
+        if bias.device != weight.device:
+            raise ValueError(f"{op}: bias is on {bias.device}, weight on {weight.device}; put both on one device")
+        if bias.dtype != weight.dtype and not autocast:
+            raise TypeError(f"{op}: bias is {bias.dtype}, weight is {weight.dtype}; give both in one dtype")
+
+
+def _check_tensor(tensor: object, name: str, op: str) -> None:
+    if not isinstance(tensor, Tensor):
+        raise TypeError(f"{op}: {name} is a {type(tensor).__name__}; give a tensor")
+    if tensor.dtype not in DTYPES:
+        raise TypeError(f"{op}: {name} is {tensor.dtype}; give float32, float16, bfloat16 or float64")

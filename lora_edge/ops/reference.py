@@ -1,0 +1,42 @@
+"""The ops in plain, differentiable torch: the oracle that every fast path is compared with.
+
+Same names and signatures as the public ops. Nothing here is tuned; reading it is the fastest way to learn what an op is.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor
+
+from lora_edge.ops.conv_args import conv, conv_args
+from lora_edge.tt import contract_suffix
+
+
+def tt_fuse(weight: Tensor, core: Tensor, suffix: Tensor | Sequence[Tensor], scale: float = 1.0) -> Tensor:
+    """``W' = W + scale * core @ S``, computed in float32 (float64 if an operand is), cast once to the weight's dtype."""
+    if not isinstance(suffix, Tensor):
+        suffix = contract_suffix(suffix)
+    exact = torch.float32
+    for operand in (weight, core, suffix):
+        exact = torch.promote_types(exact, operand.dtype)
+    update = core.to(exact) @ suffix.to(exact).flatten(1)
+    return (weight.to(exact) + scale * update.reshape(weight.shape)).to(weight.dtype)
+
+
+def tt_conv(
+    x: Tensor,
+    weight: Tensor,
+    core: Tensor,
+    suffix: Tensor | Sequence[Tensor],
+    bias: Tensor | None = None,
+    stride: int | Sequence[int] = 1,
+    padding: int | str | Sequence[int] = 0,
+    dilation: int | Sequence[int] = 1,
+    groups: int = 1,
+    scale: float = 1.0,
+) -> Tensor:
+    """``conv(x, W + scale * core @ S)``: the convolution over the fused kernel, gradients by torch's own autograd."""
+    args = conv_args(stride, padding, dilation, groups, weight.dim() - 2, "tt_conv")
+    return conv(x, tt_fuse(weight, core, suffix, scale), bias, args)

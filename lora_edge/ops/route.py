@@ -1,0 +1,55 @@
+"""The cost model: does a layer's backward take the factor route or the dense route?
+
+factor  saves ``h`` (``g * r1`` channels at the output positions), sums ``dB = s * dy h^T``
+dense   saves ``x`` (``I`` channels at the input positions), computes ``dW`` once, then ``dB = s * dW S^T``
+
+The fewer saved bytes win, unless they cost more than twice the multiply-adds (DESIGN, section 2). Both counts exclude the
+forward convolution and the input gradient, which both routes share, so "twice" is judged on what differs.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+
+from lora_edge.ops.conv_args import ConvArgs
+
+ROUTES = ("factor", "dense")
+MOST_EXTRA_WORK = 2.0
+
+
+def choose_route(
+    weight_shape: Sequence[int], r1: int, args: ConvArgs, size: Sequence[int], saved_itemsize_ratio: float = 1.0
+) -> str:
+    """Return "factor" or "dense" for a layer on input positions ``size``.
+
+    Args:
+        weight_shape: ``(O, I/g, *K)``.
+        r1: rows of the suffix.
+        args: the convolution's arguments.
+        size: spatial input size.
+        saved_itemsize_ratio: bytes of an element of ``h`` over bytes of an element of ``x``.
+    """
+    factor_bytes = saved_channels_positions(weight_shape, r1, args, size, "factor") * saved_itemsize_ratio
+    dense_bytes = saved_channels_positions(weight_shape, r1, args, size, "dense")
+    factor_work = _multiply_adds(weight_shape, r1, args, size, "factor")
+    dense_work = _multiply_adds(weight_shape, r1, args, size, "dense")
+    if factor_bytes <= dense_bytes:
+        return "dense" if factor_work > MOST_EXTRA_WORK * dense_work else "factor"
+    return "factor" if dense_work > MOST_EXTRA_WORK * factor_work else "dense"
+
+
+def saved_channels_positions(weight_shape: Sequence[int], r1: int, args: ConvArgs, size: Sequence[int], route: str) -> int:
+    """Elements a sample that ``route`` saves for backward."""
+    if route == "factor":
+        return args.groups * r1 * math.prod(args.output_size(size, weight_shape[2:]))
+    return weight_shape[1] * args.groups * math.prod(size)
+
+
+def _multiply_adds(weight_shape: Sequence[int], r1: int, args: ConvArgs, size: Sequence[int], route: str) -> int:
+    """Multiply-adds a sample of what only ``route`` computes (the product with ``S`` is once a batch, so left out)."""
+    positions = math.prod(args.output_size(size, weight_shape[2:]))
+    taps = math.prod(weight_shape[1:])
+    if route == "factor":
+        return positions * r1 * (args.groups * taps + weight_shape[0])
+    return positions * weight_shape[0] * taps
