@@ -1,0 +1,318 @@
+"""Model surgery: adapt, merge, disabled, trainable_parameters. In place; module identity, names and hooks survive."""
+
+from __future__ import annotations
+
+import difflib
+import fnmatch
+import hashlib
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+
+import torch
+from torch import Tensor, nn
+from torch.nn.modules.batchnorm import _BatchNorm
+from torch.nn.modules.conv import _ConvNd
+
+from lora_edge import lean
+from lora_edge.layers import ADAPTED_CLASS, LoRAEdgeConv, attach, check_adaptable, check_suffix, detach
+from lora_edge.ops import tt_fuse
+from lora_edge.subspace import SCALINGS, weight_suffix
+from lora_edge.tt import check_rank
+
+BN_MODES = ("frozen", "batch")
+
+
+@dataclass
+class AdaptState:
+    """What ``adapt`` remembers on the model: plain data, so that it survives deepcopy and pickle."""
+
+    bn: str
+    scaling: str
+    fingerprint: str
+    requires_grad: dict[str, bool]
+    left_alone: dict[str, str] = field(default_factory=dict)
+    head: str | None = None
+    base_head: dict[str, Tensor] = field(default_factory=dict)
+
+
+@dataclass
+class LayerPlan:
+    """How one convolution is adapted: its frozen cores or contracted suffix, and the core (None: zero)."""
+
+    frozen: Tensor | Sequence[Tensor]
+    core: Tensor | None = None
+    scale: float = 1.0
+    bond_cap: int | None = None
+
+
+def adapt(
+    model: nn.Module,
+    rank: int = 4,
+    *,
+    targets: Sequence[str] | str | None = None,
+    exclude: Sequence[str] | str | None = None,
+    scaling: str = "balanced",
+    bn: str = "frozen",
+    train_head: bool = False,
+) -> nn.Module:
+    """Adapt a model's convolutions in place: freeze everything, give each convolution a trained core.
+
+    Right afterwards the output is bit-identical to the base model's. Train what :func:`trainable_parameters` yields, then
+    call :func:`merge`.
+
+    Args:
+        model: any module; its ``nn.Conv1d/2d/3d`` are adapted, subclasses of them are left alone.
+        rank: cap of every TT bond, at least 1.
+        targets: dotted names or globs of the convolutions to adapt; None takes all.
+        exclude: dotted names or globs to leave out.
+        scaling: "balanced" gives the suffix rows one common norm a layer, "paper" leaves the singular values in them.
+        bn: "frozen" keeps BatchNorm on its running statistics through ``model.train()`` until ``merge``; "batch" leaves it
+            to ``train()`` and ``eval()`` as it was. Its affine parameters are frozen either way.
+        train_head: also train the last ``nn.Linear``.
+
+    Returns:
+        The model.
+
+    Raises:
+        TypeError: ``rank`` is no integer, or ``model`` no module.
+        ValueError: ``rank`` is below 1, an option is unknown, a name matches nothing, or a layer is not supported.
+        RuntimeError: the model is adapted already.
+        All of them before anything is changed.
+    """
+    rank = check_rank(rank)
+    _check_choice("scaling", scaling, SCALINGS)
+    _check_choice("bn", bn, BN_MODES)
+    names = select(model, targets, exclude)
+    plans: dict[str, LayerPlan] = {}
+    for name in names:
+        conv = model.get_submodule(name)
+        try:
+            check_adaptable(conv)  # type: ignore[arg-type]
+        except ValueError as error:
+            raise ValueError(f"{name or 'model'}: {error}") from None
+        plans[name] = LayerPlan(weight_suffix(conv.weight, rank, scaling), bond_cap=rank)  # type: ignore[arg-type]
+    return install(model, plans, scaling=scaling, bn=bn, head=find_head(model) if train_head else None)
+
+
+def install(
+    model: nn.Module, plans: dict[str, LayerPlan], *, scaling: str = "balanced", bn: str = "frozen", head: str | None = None
+) -> nn.Module:
+    """Carry out :func:`adapt` for layers whose suffixes are known; ``load_adapter`` uses it as well."""
+    if adapt_state(model) is not None or any(isinstance(m, LoRAEdgeConv) for m in model.modules()):
+        raise RuntimeError("the model is adapted already; merge it first, or adapt a fresh copy of the base model")
+    for name, plan in plans.items():
+        check_suffix(model.get_submodule(name).weight, plan.frozen)  # type: ignore[arg-type]
+    state = AdaptState(
+        bn=bn,
+        scaling=scaling,
+        fingerprint=fingerprint(model),
+        requires_grad={name: p.requires_grad for name, p in model.named_parameters()},
+        left_alone=_left_alone(model, bn),
+        head=head,
+    )
+    model.requires_grad_(False)
+    for name, plan in plans.items():
+        conv = model.get_submodule(name)
+        conv.__class__ = ADAPTED_CLASS[type(conv)]
+        attach(conv, plan.frozen, plan.core, plan.scale, plan.bond_cap, scaling)  # type: ignore[arg-type]
+    for _, norm in lean.batch_norms(model):
+        if bn == "frozen" and lean.why_not_frozen(norm) is None:
+            lean.freeze_bn(norm)
+        else:
+            lean.remember_statistics(norm)
+    if head is not None:
+        linear = model.get_submodule(head)
+        state.base_head = {n: p.detach().cpu().clone() for n, p in linear.named_parameters()}
+        linear.requires_grad_(True)
+    model._lora_edge = state  # type: ignore[assignment]
+    return model
+
+
+def merge(model: nn.Module) -> nn.Module:
+    """Fuse every update into its dense kernel, in place; plain ``nn.Conv*`` again, at the base model's cost.
+
+    The update is fused in float32 with one final cast. Module types, names, order of keys, training flags and
+    ``requires_grad`` are those of the original model; a trained head and calibrated statistics stay.
+
+    Returns:
+        The model.
+
+    Raises:
+        RuntimeError: the model is not adapted.
+    """
+    model = unwrap(model)
+    state = adapt_state(model)
+    layers = adapted_layers(model)
+    if state is None and not layers:
+        raise RuntimeError("the model is not adapted, so there is nothing to merge; call lora_edge.adapt(model) first")
+    with torch.no_grad():
+        fused = [tt_fuse(layer.weight, layer.core, layer.suffix, layer.scale) for layer in layers.values()]
+        for layer, weight in zip(layers.values(), fused, strict=True):
+            layer.weight.copy_(weight)
+            detach(layer)
+            if state is None:  # built as a LoRAEdge layer, not adapted: a stock layer's parameters are trainable
+                layer.requires_grad_(True)
+    for _, norm in lean.batch_norms(model):
+        lean.forget_statistics(norm)
+        if isinstance(norm, lean.FrozenBatchNorm):
+            lean.unfreeze_bn(norm)
+    if state is not None:
+        for name, parameter in model.named_parameters():
+            parameter.requires_grad_(state.requires_grad.get(name, parameter.requires_grad))
+        del model._lora_edge
+    return model
+
+
+@contextmanager
+def disabled(model: nn.Module) -> Iterator[nn.Module]:
+    """Inside, the model computes the base model's own output: no update, base head, base BatchNorm statistics.
+
+    Raises:
+        RuntimeError: the model is not adapted.
+    """
+    model = unwrap(model)
+    state = adapt_state(model)
+    layers = adapted_layers(model)
+    if state is None and not layers:
+        raise RuntimeError("the model is not adapted; call lora_edge.adapt(model) first")
+    enabled = {name: layer.enabled for name, layer in layers.items()}
+    trained: dict[str, Tensor] = {}
+    head = model.get_submodule(state.head) if state is not None and state.head is not None else None
+    try:
+        for layer in layers.values():
+            layer.enabled = False
+        if head is not None and state is not None:
+            for name, parameter in head.named_parameters():
+                trained[name] = parameter.data
+                parameter.data = state.base_head[name].to(parameter.device, parameter.dtype)
+        with lean.on_base_statistics(model):
+            yield model
+    finally:
+        for name, layer in layers.items():
+            layer.enabled = enabled[name]
+        for name, data in trained.items():
+            head.get_parameter(name).data = data  # type: ignore[union-attr]
+
+
+def trainable_parameters(model: nn.Module) -> Iterator[nn.Parameter]:
+    """The parameters an optimizer needs: the cores ``(O, r1)``, and the head's with ``train_head=True``.
+
+    Raises:
+        RuntimeError: the model is not adapted.
+    """
+    if adapt_state(unwrap(model)) is None and not adapted_layers(model):
+        raise RuntimeError("the model is not adapted; call lora_edge.adapt(model) first")
+    return (parameter for parameter in model.parameters() if parameter.requires_grad)
+
+
+def adapt_state(model: nn.Module) -> AdaptState | None:
+    """The state that ``adapt`` left on the model, None where it is not adapted."""
+    return model.__dict__.get("_lora_edge")
+
+
+def adapted_layers(model: nn.Module) -> dict[str, LoRAEdgeConv]:
+    """Dotted name and layer of every adapted convolution, each once, in registration order."""
+    return {name: m for name, m in model.named_modules() if isinstance(m, LoRAEdgeConv)}
+
+
+def unwrap(model: nn.Module) -> nn.Module:
+    """The module inside DistributedDataParallel, DataParallel and torch.compile wrappers."""
+    while adapt_state(model) is None:
+        inner = model._modules.get("_orig_mod")
+        if inner is None and isinstance(model, (nn.DataParallel, nn.parallel.DistributedDataParallel)):
+            inner = model.module
+        if inner is None:
+            break
+        model = inner
+    return model
+
+
+def fingerprint(model: nn.Module) -> str:
+    """SHA-256 over names, dtypes, shapes and values of the base model's state, adapted or not.
+
+    The update, a trained head and moved BatchNorm statistics do not count: the base's own values stand in for them.
+    """
+    state = adapt_state(model)
+    base: dict[str, Tensor] = {}
+    modules = dict(model.named_modules(remove_duplicate=False))
+    for name, norm in modules.items():
+        for key, value in lean.base_statistics(norm).items():
+            base[_join(name, key)] = value
+    if state is not None and state.head is not None:
+        base.update({_join(state.head, key): value for key, value in state.base_head.items()})
+    added = {_join(n, key) for n, m in modules.items() if isinstance(m, LoRAEdgeConv) for key in ("core", "suffix")}
+    own = {name: value for name, value in model.state_dict().items() if name not in added}
+    return fingerprint_state({**own, **base})
+
+
+def fingerprint_state(state: dict[str, Tensor]) -> str:
+    """SHA-256 over names, dtypes, shapes and values of a plain state dict, in the order of the names."""
+    digest = hashlib.sha256()
+    for name in sorted(state):
+        value = state[name]
+        if isinstance(value, Tensor):
+            value = value.detach().cpu().contiguous()
+            digest.update(f"{name} {value.dtype} {tuple(value.shape)}\n".encode())
+            digest.update(value.flatten().view(torch.uint8).numpy().tobytes())
+    return digest.hexdigest()
+
+
+def select(model: nn.Module, targets: Sequence[str] | str | None, exclude: Sequence[str] | str | None) -> list[str]:
+    """Names of the convolutions that ``targets`` and ``exclude`` choose, in registration order."""
+    if not isinstance(model, nn.Module):
+        raise TypeError(f"adapt: model is a {type(model).__name__}; give a torch.nn.Module")
+    if adapt_state(model) is not None or adapted_layers(model):
+        raise RuntimeError("the model is adapted already; merge it first, or adapt a fresh copy of the base model")
+    names = [name for name, module in model.named_modules() if type(module) in ADAPTED_CLASS and "weight" in module._parameters]
+    if not names:
+        raise ValueError("the model has no nn.Conv1d, nn.Conv2d or nn.Conv3d; there is nothing to adapt")
+    chosen = names if targets is None else _match("targets", targets, names)
+    left_out = [] if exclude is None else _match("exclude", exclude, names)
+    chosen = [name for name in chosen if name not in left_out]
+    if not chosen:
+        raise ValueError(f"exclude={exclude!r} leaves no convolution to adapt; exclude fewer")
+    return chosen
+
+
+def find_head(model: nn.Module) -> str:
+    """Name of the classifier: the last ``nn.Linear``."""
+    linears = [name for name, module in model.named_modules() if isinstance(module, nn.Linear)]
+    if not linears:
+        raise ValueError("train_head=True, but the model has no nn.Linear; use train_head=False")
+    return linears[-1]
+
+
+def _match(option: str, patterns: Sequence[str] | str, names: list[str]) -> list[str]:
+    wanted = [patterns] if isinstance(patterns, str) else list(patterns)
+    hits: set[str] = set()
+    for pattern in wanted:
+        found = [pattern] if pattern in names else fnmatch.filter(names, pattern)
+        if not found:
+            close = difflib.get_close_matches(pattern, names, n=3, cutoff=0.0)
+            raise ValueError(f"{option}: {pattern!r} matches no convolution; the closest are {', '.join(map(repr, close))}")
+        hits.update(found)
+    if not wanted:
+        raise ValueError(f"{option} is empty; name at least one convolution, or leave it out")
+    return [name for name in names if name in hits]
+
+
+def _left_alone(model: nn.Module, bn: str) -> dict[str, str]:
+    reasons: dict[str, str] = {}
+    for name, module in model.named_modules():
+        if isinstance(module, _ConvNd) and type(module) not in ADAPTED_CLASS:
+            reasons[name] = f"{type(module).__name__} is not exactly nn.Conv1d, nn.Conv2d or nn.Conv3d, left alone"
+        elif type(module) in ADAPTED_CLASS and "weight" not in module._parameters:
+            reasons[name] = "its weight is computed (weight_norm, spectral_norm), left alone"
+        elif isinstance(module, _BatchNorm) and bn == "frozen" and (why := lean.why_not_frozen(module)):
+            reasons[name] = why
+    return reasons
+
+
+def _check_choice(name: str, value: object, choices: Sequence[str]) -> None:
+    if value not in choices:
+        raise ValueError(f"{name} is {value!r}; give one of {', '.join(map(repr, choices))}")
+
+
+def _join(prefix: str, name: str) -> str:
+    return f"{prefix}.{name}" if prefix else name

@@ -1,0 +1,226 @@
+"""``LoRAEdgeConv1d/2d/3d``: ``nn.Conv*`` with a trained output-side TT core beside its frozen weight.
+
+The state of a layer is the stock convolution's plus two parameters: ``core (O, r1)``, trained, zero at the start, and
+``suffix (r1, I/g, *K)``, frozen. Its update is ``layer.scale * layer.core @ layer.suffix``. :func:`lora_edge.adapt`
+re-classes existing convolutions to these classes in place and :func:`lora_edge.merge` re-classes them back.
+"""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Sequence
+from typing import Any, ClassVar, TypeVar
+
+import torch
+from torch import Tensor, nn
+
+from lora_edge.ops import tt_conv, tt_fuse
+from lora_edge.ops.checks import DTYPES
+from lora_edge.ops.padding import pad
+from lora_edge.subspace import weight_suffix
+from lora_edge.tt import attainable_ranks, check_rank, contract_suffix
+
+_Layer = TypeVar("_Layer", bound="LoRAEdgeConv")
+
+
+class LoRAEdgeConv(nn.modules.conv._ConvNd):
+    """What the three layers share; not used on its own."""
+
+    stock: ClassVar[type[nn.modules.conv._ConvNd]]
+    core: nn.Parameter
+    suffix: nn.Parameter
+    scale: float
+    bond_cap: int  # the rank asked for, and with ``scaling`` what a renewed suffix is made with
+    scaling: str
+    enabled: bool  # False inside lora_edge.disabled: the base convolution
+    frozen_cores: list[Tensor] | None  # [G2, ..., Gd] on the CPU, None where the suffix did not come as cores
+    base_replaced: bool  # load_state_dict brought another base weight since adapt
+
+    def __init__(self, *args: Any, rank: int = 4, **kwargs: Any) -> None:
+        check_rank(rank)
+        super().__init__(*args, **kwargs)
+        check_adaptable(self)
+        self.requires_grad_(False)
+        attach(self, weight_suffix(self.weight, rank), bond_cap=rank)
+
+    @classmethod
+    def from_conv(
+        cls: type[_Layer], conv: nn.modules.conv._ConvNd, rank: int = 4, suffix: Tensor | Sequence[Tensor] | None = None
+    ) -> _Layer:
+        """An adapted copy of a stock convolution; ``conv`` itself is left as it is.
+
+        Args:
+            conv: ``nn.Conv1d/2d/3d`` of the same dimension; weight ``(O, I/g, *K)``.
+            rank: cap of every TT bond; without meaning where ``suffix`` is given.
+            suffix: ``(r1, I/g, *K)`` or the frozen cores ``[G2, ..., Gd]``; None takes the balanced TT-SVD of the weight.
+
+        Raises:
+            TypeError: ``conv`` is not exactly the stock class, or ``rank`` no integer.
+            ValueError: ``rank`` is below 1, the suffix does not fit, or the convolution is not supported; says which.
+        """
+        if type(conv) is not cls.stock:
+            raise TypeError(f"{cls.__name__}.from_conv: got a {type(conv).__name__}; give an nn.{cls.stock.__name__}")
+        check_rank(rank)
+        check_adaptable(conv)
+        layer = copy.deepcopy(conv)
+        layer.requires_grad_(False)
+        frozen = weight_suffix(layer.weight, rank) if suffix is None else suffix
+        check_suffix(layer.weight, frozen)
+        layer.__class__ = cls
+        attach(layer, frozen)  # type: ignore[arg-type]
+        return layer  # type: ignore[return-value]
+
+    @property
+    def rank(self) -> int:
+        """``r1``, the attained rank of the bond between core and suffix."""
+        return self.core.shape[1]
+
+    def fused_weight(self) -> Tensor:
+        """``W' = W + scale * core @ suffix``, shape and dtype of the weight."""
+        return tt_fuse(self.weight, self.core, self.suffix, self.scale)
+
+    def forward(self, x: Tensor) -> Tensor:
+        if not self.enabled:
+            return self.stock.forward(self, x)  # type: ignore[misc, arg-type]
+        padding = self.padding
+        if self.padding_mode != "zeros":
+            x, padding = pad(x, self._reversed_padding_repeated_twice, self.padding_mode), 0  # type: ignore[assignment]
+        return tt_conv(
+            x, self.weight, self.core, self.suffix, self.bias, self.stride, padding, self.dilation, self.groups, self.scale
+        )  # fmt: skip
+
+    def extra_repr(self) -> str:
+        return f"{super().extra_repr()}, rank={self.rank}"
+
+    def _load_from_state_dict(
+        self,
+        state_dict: dict[str, Any],
+        prefix: str,
+        local_metadata: dict[str, Any],
+        strict: bool,
+        missing_keys: list[str],
+        unexpected_keys: list[str],
+        error_msgs: list[str],
+    ) -> None:
+        """Load as usual; a base checkpoint (no ``core``, no ``suffix``) keeps or renews the suffix, see DESIGN section 4."""
+        own = {name: prefix + name for name in ("weight", "core", "suffix")}
+        weight = state_dict.get(own["weight"])
+        is_new = weight is not None and weight.shape == self.weight.shape and not _equal(weight, self.weight)
+        renew = is_new and own["suffix"] not in state_dict
+        if renew and (own["core"] in state_dict or bool(self.core.detach().count_nonzero())):
+            error_msgs.append(
+                f"{prefix}weight is another base weight, but {prefix}core is already trained for the old one and "
+                f"{prefix}suffix is not in the state dict; load it before training, or load a matching suffix too"
+            )
+            return
+        super()._load_from_state_dict(state_dict, prefix, local_metadata, strict, missing_keys, unexpected_keys, error_msgs)  # type: ignore[no-untyped-call]
+        if own["core"] not in state_dict and own["suffix"] not in state_dict:
+            for name in ("core", "suffix"):
+                if own[name] in missing_keys:
+                    missing_keys.remove(own[name])
+        if is_new:
+            self.base_replaced = True
+        if renew:
+            cores = weight_suffix(self.weight, self.bond_cap, self.scaling)
+            with torch.no_grad():
+                self.suffix.copy_(contract_suffix(cores))
+            self.frozen_cores = cores
+        elif own["suffix"] in state_dict:
+            self._drop_stale_cores()
+
+    def _drop_stale_cores(self) -> None:
+        """Forget the frozen cores if they no longer contract to the suffix."""
+        if self.frozen_cores is not None and not _equal(contract_suffix(self.frozen_cores), self.suffix):
+            self.frozen_cores = None
+
+
+class LoRAEdgeConv1d(LoRAEdgeConv, nn.Conv1d):
+    """``nn.Conv1d`` with a trained output-side core; same arguments, plus ``rank``. Input ``(N, I, L)`` or ``(I, L)``."""
+
+    stock = nn.Conv1d
+
+
+class LoRAEdgeConv2d(LoRAEdgeConv, nn.Conv2d):
+    """``nn.Conv2d`` with a trained output-side core; same arguments, plus ``rank``. Input ``(N, I, H, W)`` or without N."""
+
+    stock = nn.Conv2d
+
+
+class LoRAEdgeConv3d(LoRAEdgeConv, nn.Conv3d):
+    """``nn.Conv3d`` with a trained output-side core; same arguments, plus ``rank``. Input ``(N, I, D, H, W)``."""
+
+    stock = nn.Conv3d
+
+
+ADAPTED_CLASS: dict[type[nn.Module], type[LoRAEdgeConv]] = {
+    nn.Conv1d: LoRAEdgeConv1d,
+    nn.Conv2d: LoRAEdgeConv2d,
+    nn.Conv3d: LoRAEdgeConv3d,
+}
+
+
+def check_adaptable(conv: nn.modules.conv._ConvNd) -> None:
+    """Refuse by name what an adapted layer does not support.
+
+    Raises:
+        ValueError: a complex or integer weight, a weight on the meta device, or NaN or Inf in it.
+    """
+    if conv.weight.is_meta:
+        raise ValueError("the weight is on the meta device; the TT-SVD needs its values, so build or load the model first")
+    if conv.weight.dtype not in DTYPES:
+        raise ValueError(f"dtype {conv.weight.dtype} is not supported; use float32, float16, bfloat16 or float64")
+    if not bool(torch.isfinite(conv.weight).all()):
+        raise ValueError("the weight holds NaN or Inf; load finite weights before adapting")
+
+
+def check_suffix(weight: Tensor, suffix: Tensor | Sequence[Tensor]) -> None:
+    """Raise ValueError unless the suffix, contracted or as frozen cores, fits ``weight (O, I/g, *K)``."""
+    shape = tuple((suffix if isinstance(suffix, Tensor) else contract_suffix(suffix)).shape)
+    if len(shape) != weight.dim() or shape[1:] != tuple(weight.shape[1:]):
+        raise ValueError(f"suffix has shape {shape}; for a weight {tuple(weight.shape)} give (r1, {_join(weight.shape[1:])})")
+    most = attainable_ranks(weight.shape, max(shape[0], 1))[0]
+    if not 1 <= shape[0] <= most:
+        raise ValueError(f"suffix has {shape[0]} rows; for a weight {tuple(weight.shape)} give 1 to {most}")
+
+
+def attach(
+    layer: LoRAEdgeConv,
+    frozen: Tensor | Sequence[Tensor],
+    core: Tensor | None = None,
+    scale: float = 1.0,
+    bond_cap: int | None = None,
+    scaling: str = "balanced",
+) -> None:
+    """Give a re-classed convolution its core (zero unless given) and suffix, in float32 for a half-precision weight."""
+    weight = layer.weight
+    dtype = torch.float64 if weight.dtype == torch.float64 else torch.float32
+    contracted = frozen if isinstance(frozen, Tensor) else contract_suffix(frozen)
+    suffix = contracted.detach().to(weight.device, dtype, copy=True).contiguous()
+    if core is None:
+        core = torch.zeros(weight.shape[0], suffix.shape[0])
+    layer.core = nn.Parameter(core.detach().to(weight.device, dtype, copy=True))
+    layer.suffix = nn.Parameter(suffix, requires_grad=False)
+    layer.frozen_cores = None if isinstance(frozen, Tensor) else [c.detach().cpu() for c in frozen]
+    layer.scale = float(scale)
+    layer.bond_cap = suffix.shape[0] if bond_cap is None else bond_cap
+    layer.scaling = scaling
+    layer.enabled = True
+    layer.base_replaced = False
+
+
+def detach(layer: LoRAEdgeConv) -> None:
+    """Undo :func:`attach` and re-class to the stock convolution; the weight stays as it is."""
+    for name in ("core", "suffix"):
+        delattr(layer, name)
+    for name in ("frozen_cores", "scale", "bond_cap", "scaling", "enabled", "base_replaced"):
+        delattr(layer, name)
+    layer.__class__ = layer.stock  # type: ignore[assignment]
+
+
+def _equal(a: Tensor, b: Tensor) -> bool:
+    a = a.detach().to(b.device, b.dtype)
+    return a.shape == b.shape and torch.equal(a, b.detach())
+
+
+def _join(sizes: Sequence[int]) -> str:
+    return ", ".join(map(str, sizes))
