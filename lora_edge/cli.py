@@ -1,0 +1,124 @@
+"""The ``lora-edge`` command: adapt, merge, info. Also ``python -m lora_edge``."""
+
+from __future__ import annotations
+
+import argparse
+import sys
+import warnings
+from pathlib import Path
+from typing import Any, NoReturn
+
+import lora_edge
+
+
+class _OneLineParser(argparse.ArgumentParser):
+    """argparse, but an error is one line on standard error; the exit code stays 2."""
+
+    def error(self, message: str) -> NoReturn:
+        self.exit(2, f"{self.prog}: error: {message} (see {self.prog} --help)\n")
+
+
+def main(arguments: list[str] | None = None) -> int:
+    """Run the command line; returns the exit code, 2 for bad input with one line on standard error."""
+    options = _parser().parse_args(arguments)
+    warnings.filterwarnings("ignore", message="Using padding='same' with even kernel")
+    try:
+        options.run(options)
+    except (ValueError, TypeError, RuntimeError, KeyError, OSError) as error:
+        text = str(error.args[0]) if isinstance(error, KeyError) and error.args else str(error)
+        print(f"lora-edge: error: {text.splitlines()[0] if text else type(error).__name__}", file=sys.stderr)
+        return 2
+    except KeyboardInterrupt:
+        print("lora-edge: interrupted; files written so far are whole", file=sys.stderr)
+        return 130
+    return 0
+
+
+def _parser() -> argparse.ArgumentParser:
+    parser = _OneLineParser(prog="lora-edge", description="LoRA-Edge: adapt a pre-trained CNN by its TT cores.")
+    parser.add_argument("--version", action="version", version=f"lora_edge {lora_edge.__version__}")
+    commands = parser.add_subparsers(required=True, metavar="COMMAND", parser_class=_OneLineParser)
+
+    adapt = commands.add_parser("adapt", help="adapt a source model to one person and compare with the other methods")
+    adapt.add_argument("--data", required=True, help='an .npz (see lora_edge/har/data.py), or "watch"')
+    adapt.add_argument("--target-subject", required=True, type=int, help="the person to adapt to")
+    adapt.add_argument("--protocol", choices=["A", "B"], default="A", help="A: a new user. B: a new user in another domain")
+    adapt.add_argument("--target-domain", help='protocol B: the target\'s domain, name or number (watch: "left")')
+    adapt.add_argument("--model", metavar="package.module:factory", help="your model; default T-ResNet")
+    adapt.add_argument("--weights", type=Path, help="its source weights; default: pre-train on the other people")
+    adapt.add_argument("--rank", type=int, default=2, help="cap of the TT bonds (default 2)")
+    adapt.add_argument("--steps", type=int, default=50, help="Adam steps of the adaptation (default 50)")
+    adapt.add_argument("--epochs", type=int, default=10, help="epochs of the pre-training (default 10)")
+    adapt.add_argument("--lr", type=float, help="LoRA-Edge's learning rate (default 1e-2)")
+    adapt.add_argument("--seed", type=int, default=0)
+    adapt.add_argument("--out", required=True, type=Path, help="folder for the adapter, the merged model, results and picture")
+    adapt.set_defaults(run=_adapt)
+
+    merge = commands.add_parser("merge", help="fuse an adapter into the base model's weights")
+    merge.add_argument("base", type=Path, help="the base model's state dict, safetensors or torch.save")
+    merge.add_argument("adapter", type=Path, help="the adapter file")
+    merge.add_argument("--out", required=True, type=Path, help="the merged state dict, safetensors")
+    merge.set_defaults(run=_merge)
+
+    info = commands.add_parser("info", help="show what an adapter file holds")
+    info.add_argument("file", type=Path)
+    info.set_defaults(run=_info)
+    return parser
+
+
+def _adapt(options: argparse.Namespace) -> None:
+    _positive(options, "steps", "epochs")
+    if options.lr is not None and not options.lr > 0:
+        raise ValueError(f"--lr is {options.lr}; give a number above 0")
+    from rich.progress import BarColumn, MofNCompleteColumn, Progress, TaskID, TextColumn, TimeRemainingColumn
+
+    from lora_edge.har.adaptation import Settings, run
+    from lora_edge.har.report import draw, print_table
+
+    fields = {name: value for name, value in vars(options).items() if name != "run"}
+    columns: list[Any] = [TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn()]
+    with Progress(*columns) as bar:
+        tasks: dict[str, TaskID] = {}
+
+        def progress(title: str, done: int, total: int) -> None:
+            if title not in tasks:
+                tasks[title] = bar.add_task(title, total=total)
+            bar.update(tasks[title], completed=done)
+
+        report = run(Settings(**fields), progress)
+    print_table(report)
+    draw(report, options.out / "f1_over_time.png")
+    for name in ("adapter.safetensors", "merged.safetensors", "results.json", "f1_over_time.png"):
+        print(f"{options.out / name}  {(options.out / name).stat().st_size / 1e3:,.1f} kB")
+
+
+def _merge(options: argparse.Namespace) -> None:
+    from lora_edge.adapter_file import merge_state, read_adapter, write_safetensors
+    from lora_edge.state_file import load_state
+
+    state = load_state(options.base)
+    merged = merge_state(state, read_adapter(options.adapter), str(options.adapter))
+    write_safetensors(merged, options.out)
+    print(f"{options.out}  {options.out.stat().st_size / 1e3:,.1f} kB")
+
+
+def _info(options: argparse.Namespace) -> None:
+    from lora_edge.adapter_file import read_adapter
+
+    adapter = read_adapter(options.file)
+    total = 0
+    print(f"{options.file}: {options.file.stat().st_size:,} bytes, base {adapter.base[:12]}")
+    print(", ".join(f"{name} {value}" for name, value in adapter.options.items()))
+    for name, about in adapter.layers.items():
+        core = adapter.tensors[f"{name}.core"]
+        total += core.numel()
+        print(f"  {name}: core {core.shape[0]}x{core.shape[1]}, rank {about['rank']}, scale {about['scale']:g}")
+    for name, value in adapter.changed().items():
+        print(f"  {name}: changed, {'x'.join(map(str, value.shape)) or 'one number'}")
+    print(f"{len(adapter.layers)} layers, {total:,} trained parameters in the cores")
+
+
+def _positive(options: argparse.Namespace, *names: str) -> None:
+    for name in names:
+        if getattr(options, name) < 1:
+            raise ValueError(f"--{name} is {getattr(options, name)}; give an integer of at least 1")

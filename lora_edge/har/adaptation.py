@@ -1,0 +1,272 @@
+"""The main job: adapt a source model to one person, compare methods, write the adapter, the merged model and the picture.
+
+``make demo`` and ``lora-edge adapt`` both run :func:`run`.
+"""
+
+from __future__ import annotations
+
+import copy
+import hashlib
+import importlib
+import inspect
+import json
+import os
+import platform
+import sys
+import time
+from collections.abc import Callable
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+import lora_edge
+from lora_edge.adapter_file import save_adapter, write_safetensors
+from lora_edge.har.data import MIRRORED_CHANNELS, Split, Windows, load_npz, load_watch, mirrored, split
+from lora_edge.har.models import TResNet
+from lora_edge.har.train import BATCH, Curve, macro_f1, tensors, train_source, train_target
+from lora_edge.memory import saved_bytes
+from lora_edge.methods import Method, methods
+from lora_edge.state_file import load_state
+
+TARGET_SHARE = 0.95  # "seconds to the target F1": of what full fine-tuning reaches
+
+
+@dataclass(frozen=True)
+class Settings:
+    """What one run does; the command line's options."""
+
+    data: str
+    target_subject: int
+    out: Path
+    protocol: str = "A"
+    target_domain: str | None = None
+    model: str | None = None
+    weights: Path | None = None
+    rank: int = 2
+    steps: int = 50
+    epochs: int = 10
+    lr: float | None = None
+    seed: int = 0
+
+
+@dataclass
+class Row:
+    """One row of the table; None where a column has no meaning."""
+
+    name: str
+    title: str
+    f1: float
+    trainable: int = 0
+    share_percent: float = 0.0
+    saved_bytes: int | None = None
+    lr: float | None = None
+    seconds: float | None = None
+    seconds_to_target: float | None = None
+    curve: Curve | None = None
+
+
+@dataclass
+class Report:
+    """The outcome of a run, as ``results.json`` holds it."""
+
+    settings: dict[str, Any]
+    machine: dict[str, Any]
+    windows: dict[str, int]
+    target_f1: float | None
+    rows: list[Row] = field(default_factory=list)
+
+    def row(self, name: str) -> Row:
+        return next(row for row in self.rows if row.name == name)
+
+
+Progress = Callable[[str, int, int], None]
+
+
+def run(settings: Settings, progress: Progress | None = None) -> Report:
+    """Pre-train (or load) the source model, adapt it by every method, write the files of the LoRA-Edge row to ``settings.out``.
+
+    Files: ``adapter.safetensors``, ``merged.safetensors`` (a plain state dict), ``results.json``, ``f1_over_time.png`` and
+    ``source-*.safetensors``, which a second run reuses.
+
+    Args:
+        settings: what to do.
+        progress: called as ``progress(title, done, total)``.
+
+    Raises:
+        ValueError, TypeError, OSError: bad data, an absent subject, a model that does not fit, an unwritable folder.
+    """
+    tell = progress or (lambda title, done, total: None)
+    torch.manual_seed(settings.seed)
+    windows = load_watch() if settings.data == "watch" else load_npz(settings.data)
+    domain = settings.target_domain
+    if settings.protocol == "B" and domain is None and settings.data == "watch":
+        domain = "left"
+    task = split(windows, settings.target_subject, settings.protocol, domain)
+    model = build_model(settings.model, task)
+    lora_edge.adapt(copy.deepcopy(model), settings.rank)  # a wrong rank or model shows before anything is trained or written
+    make_folder(settings.out)
+    get_source_model(model, settings, task, tell)
+
+    report = Report(
+        settings={**asdict(settings), "out": str(settings.out), "weights": settings.weights and str(settings.weights)},
+        machine=machine(),
+        windows={"source": len(task.source), "adapt": len(task.adapt), "test": len(task.test)},
+        target_f1=None,
+    )
+    report.rows.append(Row("zero_shot", "zero-shot", macro_f1(model, task.test)))
+    if set(MIRRORED_CHANNELS) <= set(windows.channels) and settings.protocol == "B":
+        report.rows.append(Row("mirrored", "mirrored input", macro_f1(model, mirrored(task).test)))
+    available = methods()
+    for name in ("head_only", "bn_only", "full", "lora_edge"):
+        report.rows.append(adapt_by(available[name], model, task, settings, tell))
+    report.target_f1 = TARGET_SHARE * report.row("full").f1
+    for row in report.rows:
+        if row.curve is not None:
+            row.seconds_to_target = row.curve.seconds_to(report.target_f1)
+    write_text(settings.out / "results.json", json.dumps(asdict(report), indent=1) + "\n")
+    return report
+
+
+def adapt_by(method: Method, base: nn.Module, task: Split, settings: Settings, tell: Progress) -> Row:
+    """Adapt a copy of ``base`` by one method; LoRA-Edge's adapter and merged model are written to ``settings.out``."""
+    torch.manual_seed(settings.seed)
+    model = copy.deepcopy(base)
+    x, _ = tensors(task.adapt)
+    parameters = method.prepare(model, settings.rank, x)
+    lr = settings.lr if settings.lr is not None and method.name == "lora_edge" else method.lr
+    model.train()
+    trainable = sum(p.numel() for p in parameters)
+    row = Row(method.name, method.title, 0.0, trainable, 100 * trainable / sum(p.numel() for p in base.parameters()), lr=lr)
+    probe = copy.deepcopy(model)  # measuring runs a forward, which moves BatchNorm statistics in batch mode
+    row.saved_bytes = saved_bytes(probe, x.repeat(-(-BATCH // len(x)), 1, 1)[:BATCH])
+    row.curve = train_target(
+        model, parameters, task.adapt, task.test, steps=settings.steps, lr=lr, seed=settings.seed,
+        progress=lambda done, total: tell(method.title, done, total),
+    )  # fmt: skip
+    row.seconds = row.curve.seconds[-1]
+    if method.name == "lora_edge":
+        save_adapter(model, settings.out / "adapter.safetensors")
+    method.finish(model)
+    row.f1 = macro_f1(model, task.test)
+    if method.name == "lora_edge":
+        write_safetensors(dict(model.state_dict()), settings.out / "merged.safetensors")
+    return row
+
+
+def build_model(factory: str | None, task: Split) -> nn.Module:
+    """The T-ResNet for the data, or what ``package.module:factory`` returns; checked on two windows.
+
+    The factory is called with ``in_channels`` and ``num_classes`` if it takes arguments of these names.
+
+    Raises:
+        ValueError: the factory cannot be imported, or its model does not take the windows or give a logit a class.
+        TypeError: it returns no module.
+    """
+    shape = {"in_channels": task.test.x.shape[1], "num_classes": len(task.test.classes)}
+    model: Any = TResNet(**shape) if factory is None else _call_factory(factory, shape)
+    if not isinstance(model, nn.Module):
+        raise TypeError(f"--model {factory} returned a {type(model).__name__}; it must return a torch.nn.Module")
+    x, _ = tensors(task.test)
+    try:
+        with torch.no_grad():
+            logits = copy.deepcopy(model).eval()(x[:2])
+    except Exception as error:
+        reason = str(error).splitlines()[0] if str(error) else type(error).__name__
+        raise ValueError(f"the model does not take windows of {tuple(x.shape[1:])} (channels, time): {reason}") from None
+    if not isinstance(logits, Tensor) or logits.shape != (len(x[:2]), shape["num_classes"]):
+        got = tuple(logits.shape) if isinstance(logits, Tensor) else type(logits).__name__
+        raise ValueError(f"the model gives {got} for 2 windows; it must give logits of shape (2, {shape['num_classes']})")
+    return model
+
+
+def get_source_model(model: nn.Module, settings: Settings, task: Split, tell: Progress) -> None:
+    """Fill ``model`` with the source weights: the user's, those of an earlier run with the same settings, or trained now."""
+    if settings.weights is not None:
+        load_weights(model, settings.weights)
+    else:
+        path = settings.out / f"source-{_source_key(model, settings, task.source)}.safetensors"
+        if path.is_file():
+            load_weights(model, path)
+        else:
+            start = time.perf_counter()
+            train_source(
+                model, task.source, epochs=settings.epochs, seed=settings.seed,
+                progress=lambda done, total: tell("pre-training on the other people", done, total),
+            )  # fmt: skip
+            write_safetensors({k: v.contiguous() for k, v in model.state_dict().items()}, path)
+            tell(f"pre-trained in {time.perf_counter() - start:.0f} s", 1, 1)
+    model.eval()
+
+
+def load_weights(model: nn.Module, path: Path) -> None:
+    """Load a state dict into the model; ValueError in one line where it does not fit."""
+    try:
+        model.load_state_dict(load_state(path))
+    except RuntimeError as error:
+        lines = [line.strip() for line in str(error).splitlines()]
+        raise ValueError(f"{path}: does not fit the model: {lines[1] if len(lines) > 1 else lines[0]}") from None
+
+
+def make_folder(path: Path) -> None:
+    """Create ``path`` and check that files can be written there; OSError says so in one line if not."""
+    try:
+        path.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise OSError(f"{path}: cannot be created ({error.strerror}); give another --out") from None
+    probe = path / f".write-test-{os.getpid()}"
+    try:
+        probe.touch()
+        probe.unlink()
+    except OSError as error:
+        raise OSError(f"{path}: cannot be written ({error.strerror}); give another --out") from None
+
+
+def machine() -> dict[str, Any]:
+    """What the figures were measured on."""
+    return {
+        "lora_edge": lora_edge.__version__,
+        "torch": torch.__version__,
+        "python": platform.python_version(),
+        "processor": platform.machine(),
+        "threads": torch.get_num_threads(),
+        "date": time.strftime("%Y-%m-%d"),
+    }
+
+
+def write_text(path: Path, text: str) -> None:
+    """Write a text file through a temporary one, so that the old file stays until the new one is whole."""
+    temporary = path.with_name(f".{path.name}.{os.getpid()}")
+    try:
+        temporary.write_text(text)
+        os.replace(temporary, path)
+    finally:
+        temporary.unlink(missing_ok=True)
+
+
+def _call_factory(factory: str, shape: dict[str, int]) -> Any:
+    module_name, _, name = factory.partition(":")
+    if not module_name or not name:
+        raise ValueError(f"--model is {factory!r}; give package.module:factory")
+    sys.path.insert(0, os.getcwd())
+    try:
+        function = getattr(importlib.import_module(module_name), name)
+    except (ImportError, AttributeError) as error:
+        raise ValueError(f"--model {factory}: {error}; give package.module:factory, importable from here") from None
+    finally:
+        sys.path.pop(0)
+    try:
+        names = inspect.signature(function).parameters
+    except (TypeError, ValueError):
+        names = {}  # type: ignore[assignment]
+    return function(**{key: value for key, value in shape.items() if key in names})
+
+
+def _source_key(model: nn.Module, settings: Settings, source: Windows) -> str:
+    digest = hashlib.sha256()
+    digest.update(f"{settings.model} {settings.epochs} {settings.seed} {model}".encode())
+    digest.update(source.x.tobytes())
+    digest.update(source.y.tobytes())
+    return digest.hexdigest()[:12]

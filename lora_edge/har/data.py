@@ -1,0 +1,273 @@
+"""Activity data: the watch set, your own ``.npz``, and the splits of protocols A and B.
+
+Own data is one ``.npz`` with
+
+    X          (windows, channels, time) float   sensor windows, in the order in which they were recorded
+    y          (windows,) int                    class, 0 .. C-1
+    subject    (windows,) int                    who
+    domain     (windows,) int                    optional: which wrist, device or place; 0 if missing
+    recording  (windows,) int                    optional: which recording; a run of one subject, domain and class if missing
+    classes, channels, domains   (names,) str    optional names
+
+Windows of one recording are split by time, never shuffled: the first 30 % adapt, the last 50 % test, the gap between is not
+used, so that overlapping windows never stand on both sides.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import importlib.util
+import io
+import os
+import pickle
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+
+WATCH_SHA256 = "eb122f23cdf06ef6bd6c6c5312958ec5cf9d038e2e6d457b8081662c75a42537"
+WATCH_RATE_HZ = 50
+WATCH_WINDOW, WATCH_STEP = 100, 50  # samples: 2 s with half overlap
+MIRRORED_CHANNELS = ("ax", "wy", "wz")  # change sign when the watch moves to the other wrist
+ADAPT_SHARE, TEST_SHARE = 0.3, 0.5
+
+
+@dataclass(frozen=True)
+class Windows:
+    """Labelled sensor windows.
+
+    Attributes:
+        x: ``(N, channels, time)`` float32.
+        y: ``(N,)`` int64 class.
+        subject: ``(N,)`` int64.
+        domain: ``(N,)`` int64, index into ``domains``.
+        position: ``(N, 2)`` float64, first sample and one past the last as a share of the window's recording.
+        classes, channels, domains: names.
+    """
+
+    x: np.ndarray
+    y: np.ndarray
+    subject: np.ndarray
+    domain: np.ndarray
+    position: np.ndarray
+    classes: list[str]
+    channels: list[str]
+    domains: list[str]
+
+    def __len__(self) -> int:
+        return len(self.y)
+
+    def where(self, mask: np.ndarray) -> Windows:
+        """The windows that ``mask`` chooses."""
+        return Windows(
+            self.x[mask], self.y[mask], self.subject[mask], self.domain[mask], self.position[mask],
+            self.classes, self.channels, self.domains,
+        )  # fmt: skip
+
+    def domain_index(self, domain: str | int) -> int:
+        """Index of a domain given by name or number; ValueError if it is not there."""
+        if isinstance(domain, str) and domain in self.domains:
+            return self.domains.index(domain)
+        if str(domain).isdigit() and int(domain) < len(self.domains):
+            return int(domain)
+        raise ValueError(f"domain {domain!r} is not in the data; it has {', '.join(self.domains)}")
+
+
+@dataclass(frozen=True)
+class Split:
+    """One target person's task, normalised with source statistics: train on source, adapt, test."""
+
+    source: Windows
+    adapt: Windows
+    test: Windows
+    mean: np.ndarray
+    std: np.ndarray
+    protocol: str
+    target: int
+
+
+def load_watch() -> Windows:
+    """The ``watch`` set of seglearn 1.2.5 in 2 s windows: 4,677 of shape ``(6, 100)``, 10 people, both wrists, 7 exercises.
+
+    Raises:
+        ValueError: seglearn is not installed, or its file is not the one this project was written for.
+    """
+    spec = importlib.util.find_spec("seglearn")
+    if spec is None or not spec.submodule_search_locations:
+        raise ValueError('the watch data come with seglearn, which is not installed; run pip install "lora_edge[har]"')
+    path = Path(next(iter(spec.submodule_search_locations))) / "data" / "watch_dataset.npy"
+    try:
+        raw = path.read_bytes()
+    except OSError as error:
+        raise ValueError(f"{path}: {error.strerror}; reinstall seglearn==1.2.5") from None
+    digest = hashlib.sha256(raw).hexdigest()
+    if digest != WATCH_SHA256:
+        raise ValueError(f"{path}: its SHA-256 is {digest[:8]}..., not {WATCH_SHA256[:8]}...; install seglearn==1.2.5")
+    data = np.load(io.BytesIO(raw), allow_pickle=True).item()  # unpickled only after the check above
+    x, position, index = [], [], []
+    for k, recording in enumerate(data["X"]):
+        for first in range(0, len(recording) - WATCH_WINDOW + 1, WATCH_STEP):
+            x.append(recording[first : first + WATCH_WINDOW].T)
+            position.append((first / len(recording), (first + WATCH_WINDOW) / len(recording)))
+            index.append(k)
+    return Windows(
+        x=np.stack(x).astype(np.float32),
+        y=np.asarray(data["y"], np.int64)[index],
+        subject=np.asarray(data["subject"], np.int64)[index],
+        domain=np.asarray(data["side"], np.int64)[index],
+        position=np.asarray(position),
+        classes=list(data["y_labels"]),
+        channels=list(data["X_labels"]),
+        domains=["left", "right"],
+    )
+
+
+def load_npz(path: str | os.PathLike[str]) -> Windows:
+    """Load your own data; the format is at the top of this module.
+
+    Raises:
+        OSError: the file cannot be read.
+        ValueError: it is no ``.npz``, a key is missing, sizes differ, a label is out of range, or a window holds NaN or Inf.
+    """
+    if not Path(path).is_file():
+        raise FileNotFoundError(f'{path}: no such file; give an .npz, or "watch" for the data that come with seglearn')
+    try:
+        with np.load(path, allow_pickle=False) as file:
+            data = {key: file[key] for key in file.files}
+    except (ValueError, OSError, EOFError, AttributeError, pickle.UnpicklingError) as error:
+        raise ValueError(f"{path}: not a readable .npz ({str(error).splitlines()[0]}); save it with numpy.savez") from None
+    except Exception as error:  # zipfile.BadZipFile, zlib.error: a damaged archive
+        raise ValueError(f"{path}: a damaged .npz ({error}); save it again") from None
+    for key in ("X", "y", "subject"):
+        if key not in data:
+            raise ValueError(f"{path}: has no {key!r}; it needs X (windows, channels, time), y and subject")
+    x = data["X"]
+    if x.ndim != 3 or not np.issubdtype(x.dtype, np.floating):
+        raise ValueError(f"{path}: X is {x.dtype} {x.shape}; give floats of shape (windows, channels, time)")
+    columns = {}
+    for key in ("y", "subject", "domain", "recording"):
+        column = data.get(key, np.zeros(len(x), np.int64))
+        if column.shape != (len(x),) or not np.issubdtype(column.dtype, np.integer):
+            raise ValueError(f"{path}: {key} is {column.dtype} {column.shape}; give integers of shape ({len(x)},)")
+        columns[key] = column.astype(np.int64)
+    classes = _names(data, "classes", int(columns["y"].max(initial=0)) + 1)
+    domains = _names(data, "domains", int(columns["domain"].max(initial=0)) + 1)
+    windows = Windows(
+        x=x.astype(np.float32),
+        y=columns["y"],
+        subject=columns["subject"],
+        domain=columns["domain"],
+        position=_positions(columns, "recording" in data),
+        classes=classes,
+        channels=_names(data, "channels", x.shape[1]),
+        domains=domains,
+    )
+    check_windows(windows, str(path))
+    return windows
+
+
+def check_windows(windows: Windows, name: str) -> None:
+    """Raise ValueError where labels or domains are out of range or a window holds NaN or Inf."""
+    if len(windows) == 0:
+        raise ValueError(f"{name}: holds no windows; give at least one")
+    for what, values, names in (("y", windows.y, windows.classes), ("domain", windows.domain, windows.domains)):
+        if values.min() < 0 or values.max() >= len(names):
+            odd = values[(values < 0) | (values >= len(names))][0]
+            raise ValueError(f"{name}: {what} holds {odd}; labels run from 0 to {len(names) - 1}")
+    finite = np.isfinite(windows.x).all(axis=(1, 2))
+    if not finite.all():
+        raise ValueError(f"{name}: window {int(np.argmin(finite))} holds NaN or Inf ({(~finite).sum()} do); clean or drop them")
+
+
+def split(windows: Windows, target: int, protocol: str = "A", target_domain: str | int | None = None) -> Split:
+    """One person's split.
+
+    Args:
+        windows: all people.
+        target: the subject to adapt to.
+        protocol: "A", a new user: source is everybody else, every domain. "B", a new user in another domain: source is
+            everybody else in the other domains, target is this person in ``target_domain``.
+        target_domain: name or number, for "B"; the watch data's is "left".
+
+    Raises:
+        ValueError: the subject or the domain is not there, or a part of the split is empty.
+    """
+    people = np.unique(windows.subject)
+    if target not in people:
+        raise ValueError(f"subject {target} is not in the data; it has {', '.join(map(str, people))}")
+    mine = windows.subject == target
+    others = ~mine
+    if protocol == "B":
+        if target_domain is None:
+            raise ValueError(f"protocol B needs the target's domain; give one of {', '.join(windows.domains)}")
+        here = windows.domain == windows.domain_index(target_domain)
+        mine, others = mine & here, others & ~here
+    elif protocol != "A":
+        raise ValueError(f'protocol is {protocol!r}; give "A" or "B"')
+    start, stop = windows.position.T
+    parts = {
+        "source": windows.where(others),
+        "adapt": windows.where(mine & (stop <= ADAPT_SHARE)),
+        "test": windows.where(mine & (start >= 1 - TEST_SHARE)),
+    }
+    for name, part in parts.items():
+        if len(part) == 0:
+            raise ValueError(
+                f"subject {target}, protocol {protocol}: no {name} windows; the recordings are too short or too few"
+            )
+    mean = parts["source"].x.mean(axis=(0, 2), dtype=np.float64)
+    std = parts["source"].x.std(axis=(0, 2), dtype=np.float64)
+    std[std == 0] = 1.0
+    normalised = {name: _normalise(part, mean, std) for name, part in parts.items()}
+    return Split(**normalised, mean=mean, std=std, protocol=protocol, target=target)
+
+
+def mirrored(task: Split) -> Split:
+    """The split with the target's raw (ax, wy, wz) negated, as if the watch were on the other wrist.
+
+    Raises:
+        ValueError: the data do not have these channels.
+    """
+    names = task.test.channels
+    if any(name not in names for name in MIRRORED_CHANNELS):
+        raise ValueError(f"mirroring needs the channels {', '.join(MIRRORED_CHANNELS)}; the data have {', '.join(names)}")
+    sign = np.where(np.isin(names, MIRRORED_CHANNELS), -1.0, 1.0)[:, None]
+    mean, std = task.mean[:, None], task.std[:, None]
+
+    def mirror(part: Windows) -> Windows:
+        x = ((part.x * std + mean) * sign - mean) / std
+        return _with_x(part, x)
+
+    return Split(task.source, mirror(task.adapt), mirror(task.test), task.mean, task.std, task.protocol, task.target)
+
+
+def _normalise(part: Windows, mean: np.ndarray, std: np.ndarray) -> Windows:
+    return _with_x(part, (part.x - mean[:, None]) / std[:, None])
+
+
+def _with_x(part: Windows, x: np.ndarray) -> Windows:
+    return Windows(
+        x.astype(np.float32), part.y, part.subject, part.domain, part.position, part.classes, part.channels, part.domains
+    )
+
+
+def _names(data: dict[str, np.ndarray], key: str, count: int) -> list[str]:
+    if key not in data:
+        return [str(k) for k in range(count)]
+    return [str(name) for name in data[key]]
+
+
+def _positions(columns: dict[str, np.ndarray], has_recording: bool) -> np.ndarray:
+    """Share of the recording each window covers, from the order of the windows alone.
+
+    The k-th of n windows counts as ``[k / n, (k + 1) / n)``. The unused 20 % is at least one window wide wherever there is an
+    adapting one, so windows with half overlap share no sample across the gap.
+    """
+    keys = ["recording", "subject", "domain"] if has_recording else ["subject", "domain", "y"]
+    _, group = np.unique(np.stack([columns[key] for key in keys]), axis=1, return_inverse=True)
+    position = np.empty((len(group), 2))
+    for g in np.unique(group):
+        index = np.flatnonzero(group == g)
+        k = np.arange(len(index))
+        position[index] = np.stack([k / len(index), (k + 1) / len(index)], axis=1)
+    return position

@@ -1,0 +1,126 @@
+"""Training loops: the source model and one adaptation, with F1 against time."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass, field
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+from sklearn.metrics import f1_score
+from torch import Tensor, nn
+
+from lora_edge.har.data import Windows
+
+BATCH = 64
+
+
+@dataclass
+class Curve:
+    """Macro-F1 on the test windows against training steps and seconds of training (evaluation not counted)."""
+
+    step: list[int] = field(default_factory=list)
+    seconds: list[float] = field(default_factory=list)
+    f1: list[float] = field(default_factory=list)
+
+    def seconds_to(self, target: float) -> float | None:
+        """Seconds of training until the first evaluation at ``target`` or above; None if it never came."""
+        return next((s for s, f1 in zip(self.seconds, self.f1, strict=True) if f1 >= target), None)
+
+
+def tensors(windows: Windows) -> tuple[Tensor, Tensor]:
+    """``x (N, channels, time)`` float32 and ``y (N,)`` int64."""
+    return torch.from_numpy(np.ascontiguousarray(windows.x)), torch.from_numpy(windows.y)
+
+
+def batches(count: int, size: int, generator: torch.Generator) -> Iterator[Tensor]:
+    """Endless index batches of ``min(size, count)``, reshuffled every epoch, never a smaller rest."""
+    size = min(size, count)
+    while True:
+        order = torch.randperm(count, generator=generator)
+        yield from order[: count - count % size].split(size)
+
+
+def predict(model: nn.Module, x: Tensor, size: int = 256) -> Tensor:
+    """Classes ``(N,)`` in evaluation mode; the training flags are left as they were."""
+    flags = [(module, module.training) for module in model.modules()]
+    model.eval()
+    with torch.no_grad():
+        classes = torch.cat([model(part).argmax(dim=1) for part in x.split(size)])
+    for module, training in flags:
+        module.training = training
+    return classes
+
+
+def macro_f1(model: nn.Module, windows: Windows) -> float:
+    """Macro-F1 over the classes that occur in ``windows``, 0 to 1."""
+    x, y = tensors(windows)
+    present = np.unique(windows.y)
+    return float(f1_score(y, predict(model, x), labels=present, average="macro", zero_division=0))
+
+
+def train_source(
+    model: nn.Module,
+    windows: Windows,
+    *,
+    epochs: int,
+    lr: float = 1e-3,
+    seed: int = 0,
+    progress: Callable[[int, int], None] | None = None,
+) -> nn.Module:
+    """Pre-train ``model`` in place by Adam with a one-cycle rate; ``progress(done, total)`` after every step."""
+    x, y = tensors(windows)
+    steps = epochs * max(1, len(y) // BATCH)
+    optimizer = torch.optim.Adam(model.parameters(), lr=lr)
+    schedule = torch.optim.lr_scheduler.OneCycleLR(optimizer, max_lr=lr, total_steps=steps)
+    stream = batches(len(y), BATCH, torch.Generator().manual_seed(seed))
+    model.train()
+    for done in range(1, steps + 1):
+        index = next(stream)
+        optimizer.zero_grad(set_to_none=True)
+        F.cross_entropy(model(x[index]), y[index]).backward()
+        optimizer.step()
+        schedule.step()
+        if progress is not None:
+            progress(done, steps)
+    return model.eval()
+
+
+def train_target(
+    model: nn.Module,
+    parameters: list[nn.Parameter],
+    windows: Windows,
+    test: Windows,
+    *,
+    steps: int,
+    lr: float,
+    seed: int = 0,
+    evaluate_every: int = 5,
+    progress: Callable[[int, int], None] | None = None,
+) -> Curve:
+    """Adapt ``model`` by Adam at a constant rate; the clock stands still during evaluation.
+
+    Every step draws a batch of up to 64 windows. The test windows are only looked at, nothing is chosen by them.
+    """
+    x, y = tensors(windows)
+    optimizer = torch.optim.Adam(parameters, lr=lr)
+    stream = batches(len(y), BATCH, torch.Generator().manual_seed(seed))
+    curve = Curve([0], [0.0], [macro_f1(model, test)])
+    model.train()
+    seconds = 0.0
+    for step in range(1, steps + 1):
+        index = next(stream)
+        start = time.perf_counter()
+        optimizer.zero_grad(set_to_none=True)
+        F.cross_entropy(model(x[index]), y[index]).backward()
+        optimizer.step()
+        seconds += time.perf_counter() - start
+        if step % evaluate_every == 0 or step == steps:
+            curve.step.append(step)
+            curve.seconds.append(seconds)
+            curve.f1.append(macro_f1(model, test))
+        if progress is not None:
+            progress(step, steps)
+    return curve

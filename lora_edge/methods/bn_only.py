@@ -1,0 +1,21 @@
+"""BN only: the scale and shift of every BatchNorm are trained, statistics in batch mode, all else frozen."""
+
+from __future__ import annotations
+
+from torch import Tensor, nn
+from torch.nn.modules.batchnorm import _BatchNorm
+
+from lora_edge.methods.base import Method, unfreeze_backbone
+
+
+def prepare(model: nn.Module, rank: int, inputs: Tensor) -> list[nn.Parameter]:
+    model.requires_grad_(False)
+    affine = [p for m in model.modules() if isinstance(m, _BatchNorm) for p in m.parameters(recurse=False)]
+    if not affine:
+        raise ValueError("BN only: the model has no BatchNorm with scale and shift; choose another method")
+    for parameter in affine:
+        parameter.requires_grad_(True)
+    return affine
+
+
+METHOD = Method("bn_only", "BN only", lr=1e-2, prepare=prepare, finish=unfreeze_backbone)

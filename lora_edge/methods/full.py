@@ -1,0 +1,15 @@
+"""Full fine-tuning: every parameter is trained, BatchNorm in batch mode, as most users write it."""
+
+from __future__ import annotations
+
+from torch import Tensor, nn
+
+from lora_edge.methods.base import Method
+
+
+def prepare(model: nn.Module, rank: int, inputs: Tensor) -> list[nn.Parameter]:
+    model.requires_grad_(True)
+    return list(model.parameters())
+
+
+METHOD = Method("full", "full fine-tuning", lr=1e-3, prepare=prepare)

@@ -1,0 +1,16 @@
+"""Head only: the last linear layer is trained on the frozen backbone's features (a linear probe)."""
+
+from __future__ import annotations
+
+from torch import Tensor, nn
+
+from lora_edge.adapt import find_head
+from lora_edge.methods.base import Method, freeze_backbone, unfreeze_backbone
+
+
+def prepare(model: nn.Module, rank: int, inputs: Tensor) -> list[nn.Parameter]:
+    freeze_backbone(model)
+    return list(model.get_submodule(find_head(model)).requires_grad_(True).parameters())
+
+
+METHOD = Method("head_only", "head only", lr=1e-2, prepare=prepare, finish=unfreeze_backbone)
