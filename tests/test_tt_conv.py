@@ -21,7 +21,8 @@ def relative_error(a: torch.Tensor, b: torch.Tensor) -> float:
     if b.numel() == 0:
         assert a.shape == b.shape
         return 0.0
-    return float((a.double() - b.double()).norm() / b.double().norm().clamp_min(1e-300))
+    a, b = a.detach().double(), b.detach().double()
+    return float((a - b).norm() / b.norm().clamp_min(1e-300))
 
 
 def random_layer(case: ConvCase, dtype: torch.dtype):

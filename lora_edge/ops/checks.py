@@ -10,6 +10,7 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
+from lora_edge.ops.conv_args import ConvArgs
 from lora_edge.tt import contract_suffix
 
 DTYPES = (torch.float32, torch.float16, torch.bfloat16, torch.float64)
@@ -24,10 +25,9 @@ def check_factors(weight: Tensor, core: Tensor, suffix: Tensor | Sequence[Tensor
     """
     if not isinstance(suffix, Tensor):
         suffix = contract_suffix(list(suffix))
-    for name, tensor in (("weight", weight), ("core", core), ("suffix", suffix)):
+    check_weight(weight, op)
+    for name, tensor in (("core", core), ("suffix", suffix)):
         _check_tensor(tensor, name, op)
-    if not 3 <= weight.dim() <= 5:
-        raise ValueError(f"{op}: weight has shape {tuple(weight.shape)}; give (O, I/groups, *K) with 1 to 3 kernel sizes")
     if core.dim() != 2 or core.shape[0] != weight.shape[0]:
         raise ValueError(f"{op}: core has shape {tuple(core.shape)}; for this weight give ({weight.shape[0]}, r1)")
     if suffix.shape != (core.shape[1], *weight.shape[1:]):
@@ -40,10 +40,17 @@ def check_factors(weight: Tensor, core: Tensor, suffix: Tensor | Sequence[Tensor
     return suffix
 
 
-def check_conv(x: Tensor, weight: Tensor, bias: Tensor | None, groups: int, op: str) -> None:
+def check_weight(weight: Tensor, op: str) -> None:
+    """Check a kernel ``(O, I/g, *K)``; TypeError for its dtype, ValueError for its shape."""
+    _check_tensor(weight, "weight", op)
+    if not 3 <= weight.dim() <= 5:
+        raise ValueError(f"{op}: weight has shape {tuple(weight.shape)}; give (O, I/groups, *K) with 1 to 3 kernel sizes")
+
+
+def check_conv(x: Tensor, weight: Tensor, bias: Tensor | None, groups: int, op: str, *, batched: bool = False) -> None:
     """Check the input ``(N, I, *L)`` (or one unbatched sample ``(I, *L)``) and bias ``(O,)`` against the weight.
 
-    Under autocast the dtypes may differ, because the op casts.
+    ``batched`` refuses the unbatched sample. Under autocast the dtypes may differ, because the op casts.
 
     Raises:
         TypeError: a dtype is not supported or differs from the weight's.
@@ -55,7 +62,7 @@ def check_conv(x: Tensor, weight: Tensor, bias: Tensor | None, groups: int, op: 
     autocast = torch.is_autocast_enabled(x.device.type)
     channels = weight.shape[1] * groups
     dims = weight.dim() - 2
-    if x.dim() not in (dims + 1, dims + 2):
+    if x.dim() not in ((dims + 2,) if batched else (dims + 1, dims + 2)):
         raise ValueError(f"{op}: x has shape {tuple(x.shape)}; for this weight give (N, {channels}, {'*' * dims})")
     if x.shape[-dims - 1] != channels:
         raise ValueError(
@@ -73,6 +80,56 @@ def check_conv(x: Tensor, weight: Tensor, bias: Tensor | None, groups: int, op: 
             raise ValueError(f"{op}: bias is on {bias.device}, weight on {weight.device}; put both on one device")
         if bias.dtype != weight.dtype and not autocast:
             raise TypeError(f"{op}: bias is {bias.dtype}, weight is {weight.dtype}; give both in one dtype")
+
+
+def check_affine(affine: tuple[Tensor, Tensor] | None, weight: Tensor, name: str, op: str) -> None:
+    """Check the scale and shift ``(O,)`` of a frozen BatchNorm.
+
+    Raises:
+        TypeError: not a pair of tensors.
+        ValueError: a wrong shape or device, or one that requires a gradient, which the op does not compute.
+    """
+    if affine is None:
+        return
+    if not isinstance(affine, tuple) or len(affine) != 2:
+        raise TypeError(f"{op}: {name} is a {type(affine).__name__}; give a tuple (scale, shift)")
+    for part in affine:
+        _check_tensor(part, name, op)
+        if part.shape != (weight.shape[0],) or part.device != weight.device:
+            raise ValueError(
+                f"{op}: {name} has shape {tuple(part.shape)} on {part.device}; give ({weight.shape[0]},) on {weight.device}"
+            )
+        if part.requires_grad:
+            raise ValueError(f"{op}: {name} requires a gradient; the affine is frozen, detach it")
+
+
+def check_residual(
+    x: Tensor,
+    weight: Tensor,
+    residual: Tensor | None,
+    residual_affine: tuple[Tensor, Tensor] | None,
+    args: ConvArgs,
+    op: str,
+) -> None:
+    """Check that the residual has the output's shape, dtype and device."""
+    if residual is None:
+        if residual_affine is not None:
+            raise ValueError(f"{op}: residual_affine without a residual; give both or none")
+        return
+    _check_tensor(residual, "residual", op)
+    want = (x.shape[0], weight.shape[0], *args.output_size(x.shape[2:], weight.shape[2:]))
+    if residual.shape != want:
+        raise ValueError(f"{op}: residual has shape {tuple(residual.shape)}; the output is {want}")
+    if residual.dtype != x.dtype or residual.device != x.device:
+        raise ValueError(
+            f"{op}: residual is {residual.dtype} on {residual.device}; x is {x.dtype} on {x.device}; make them alike"
+        )
+
+
+def check_saved_dtype(saved_dtype: torch.dtype | None, op: str) -> None:
+    """Raise ValueError unless ``h`` can be kept in this dtype."""
+    if saved_dtype not in (None, *DTYPES):
+        raise ValueError(f"{op}: saved_dtype is {saved_dtype!r}; give None, torch.float16, torch.bfloat16 or torch.float32")
 
 
 def _check_tensor(tensor: object, name: str, op: str) -> None:

@@ -14,10 +14,13 @@ _CONV_TRANSPOSE = {1: F.conv_transpose1d, 2: F.conv_transpose2d, 3: F.conv_trans
 
 
 class ConvArgs(NamedTuple):
-    """Stride, padding, dilation (one int a spatial dimension; padding may be "same") and groups."""
+    """Stride, padding, dilation (one int a spatial dimension) and groups.
+
+    Padding may also be "same", or a pair (before, after) a dimension where an ``F.pad`` was taken into the convolution.
+    """
 
     stride: tuple[int, ...]
-    padding: tuple[int, ...] | str
+    padding: tuple[int, ...] | tuple[tuple[int, int], ...] | str
     dilation: tuple[int, ...]
     groups: int
 
@@ -26,7 +29,7 @@ class ConvArgs(NamedTuple):
         if self.padding == "same":
             totals = [d * (k - 1) for d, k in zip(self.dilation, kernel, strict=True)]
             return [(total // 2, total - total // 2) for total in totals]
-        return [(int(p), int(p)) for p in self.padding]
+        return [p if isinstance(p, tuple) else (int(p), int(p)) for p in self.padding]
 
     def output_size(self, size: Sequence[int], kernel: Sequence[int]) -> list[int]:
         """Spatial output size for the spatial input ``size``."""
@@ -83,6 +86,25 @@ def _ints(value: int | Sequence[int], dims: int, least: int, name: str) -> tuple
 def conv(x: Tensor, weight: Tensor, bias: Tensor | None, args: ConvArgs) -> Tensor:
     """``torch.nn.functional.convNd`` for the dimension of ``weight``: the same call as the stock layer makes."""
     return _CONV[weight.dim() - 2](x, weight, bias, args.stride, args.padding, args.dilation, args.groups)
+
+
+def symmetric(weight: Tensor, args: ConvArgs) -> tuple[Tensor, ConvArgs]:
+    """The same convolution with equal padding before and after, by zero taps at one end of the kernel.
+
+    "same" padding of an even kernel makes torch copy the whole input; a zero tap costs an eighth more arithmetic and no copy.
+    Where the dilation does not allow it the arguments come back as they were.
+    """
+    taps: list[tuple[int, int]] = []
+    padding: list[int] = []
+    for (low, high), dilation in zip(args.total_padding(weight.shape[2:]), args.dilation, strict=True):
+        extra, rest = divmod(abs(high - low), dilation)
+        if rest:
+            return weight, args
+        taps.append((extra, 0) if high > low else (0, extra))
+        padding.append(max(low, high))
+    if any(front or back for front, back in taps):
+        weight = F.pad(weight, [amount for pair in reversed(taps) for amount in pair])
+    return weight, args._replace(padding=tuple(padding))
 
 
 def conv_input_grad(dy: Tensor, weight: Tensor, size: Sequence[int], args: ConvArgs) -> Tensor:

@@ -10,6 +10,7 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
+from lora_edge.ops.activation import Activation, apply, check_activation
 from lora_edge.ops.conv_args import conv, conv_args
 from lora_edge.tt import contract_suffix
 
@@ -40,3 +41,36 @@ def tt_conv(
     """``conv(x, W + scale * core @ S)``: the convolution over the fused kernel, gradients by torch's own autograd."""
     args = conv_args(stride, padding, dilation, groups, weight.dim() - 2, "tt_conv")
     return conv(x, tt_fuse(weight, core, suffix, scale), bias, args)
+
+
+def tt_block(
+    x: Tensor,
+    weight: Tensor,
+    core: Tensor | None,
+    suffix: Tensor | Sequence[Tensor] | None,
+    bias: Tensor | None = None,
+    stride: int | Sequence[int] = 1,
+    padding: int | str | Sequence[int] = 0,
+    dilation: int | Sequence[int] = 1,
+    groups: int = 1,
+    scale: float = 1.0,
+    *,
+    affine: tuple[Tensor, Tensor] | None = None,
+    residual: Tensor | None = None,
+    residual_affine: tuple[Tensor, Tensor] | None = None,
+    activation: Activation | str | None = None,
+) -> Tensor:
+    """``act(affine(conv(x, W + scale * core @ S) + bias) + residual_affine(residual))``, one plain step after the other."""
+    if core is None or suffix is None:
+        y = conv(x, weight, bias, conv_args(stride, padding, dilation, groups, weight.dim() - 2, "tt_block"))
+    else:
+        y = tt_conv(x, weight, core, suffix, bias, stride, padding, dilation, groups, scale)
+    channels = (-1, *[1] * (y.dim() - 2))
+    if affine is not None:
+        y = y * affine[0].reshape(channels) + affine[1].reshape(channels)
+    if residual is not None and residual_affine is not None:
+        residual = residual * residual_affine[0].reshape(channels) + residual_affine[1].reshape(channels)
+    if residual is not None:
+        y = y + residual
+    activation = check_activation(activation, "tt_block")
+    return y if activation is None else apply(y, activation, inplace=False)

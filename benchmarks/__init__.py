@@ -1,0 +1,1 @@
+"""Benchmarks: ``python -m benchmarks.NAME`` from a clone. Rows go to ``benchmarks/results/``, a folder a device."""
