@@ -15,8 +15,8 @@ from lora_edge import ops  # noqa: E402
 from lora_edge._version import VERSION  # noqa: E402
 from lora_edge.adapt import adapt, disabled, merge, trainable_parameters  # noqa: E402
 from lora_edge.adapter_file import load_adapter, save_adapter  # noqa: E402
+from lora_edge.calibration import calibrate_bn  # noqa: E402
 from lora_edge.layers import LoRAEdgeConv1d, LoRAEdgeConv2d, LoRAEdgeConv3d  # noqa: E402
-from lora_edge.lean import calibrate_bn  # noqa: E402
 from lora_edge.ops import backends  # noqa: E402
 from lora_edge.summary import summary  # noqa: E402
 from lora_edge.tt import tt_contract, tt_svd  # noqa: E402

@@ -14,7 +14,7 @@ from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _BatchNorm
 from torch.nn.modules.conv import _ConvNd
 
-from lora_edge import lean
+from lora_edge import blocks, calibration, lean
 from lora_edge.layers import ADAPTED_CLASS, LoRAEdgeConv, attach, check_adaptable, check_suffix, detach
 from lora_edge.ops import tt_fuse
 from lora_edge.subspace import SCALINGS, weight_suffix
@@ -34,6 +34,8 @@ class AdaptState:
     left_alone: dict[str, str] = field(default_factory=dict)
     head: str | None = None
     base_head: dict[str, Tensor] = field(default_factory=dict)
+    blocks: dict[str, str] = field(default_factory=dict)
+    not_fused: dict[str, str] = field(default_factory=dict)
 
 
 @dataclass
@@ -55,10 +57,13 @@ def adapt(
     scaling: str = "balanced",
     bn: str = "frozen",
     train_head: bool = False,
+    lean: bool = True,
+    saved_dtype: str | torch.dtype | None = None,
 ) -> nn.Module:
     """Adapt a model's convolutions in place: freeze everything, give each convolution a trained core.
 
-    Right afterwards the output is bit-identical to the base model's. Train what :func:`trainable_parameters` yields, then
+    Right afterwards the output is bit-identical to the base model's (where gradients are needed, fused blocks agree with it
+    within 1e-6 in relative norm). Train what :func:`trainable_parameters` yields, then
     call :func:`merge`.
 
     Args:
@@ -68,8 +73,12 @@ def adapt(
         exclude: dotted names or globs to leave out.
         scaling: "balanced" gives the suffix rows one common norm a layer, "paper" leaves the singular values in them.
         bn: "frozen" keeps BatchNorm on its running statistics through ``model.train()`` until ``merge``; "batch" leaves it
-            to ``train()`` and ``eval()`` as it was. Its affine parameters are frozen either way.
+            to ``train()`` and ``eval()`` as it was, which saves its input for backward and keeps blocks from being fused. Its
+            affine parameters are frozen either way.
         train_head: also train the last ``nn.Linear``.
+        lean: run ``conv → BN → (+ residual) → activation`` as one op and the other layers in lean form, so that next to
+            nothing is saved for backward; ``summary`` shows what was fused. False leaves all other layers stock.
+        saved_dtype: "float16" or "bfloat16" keeps ``h`` in half precision between forward and backward; None in its own.
 
     Returns:
         The model.
@@ -83,6 +92,7 @@ def adapt(
     rank = check_rank(rank)
     _check_choice("scaling", scaling, SCALINGS)
     _check_choice("bn", bn, BN_MODES)
+    saved = _saved_dtype(saved_dtype)
     names = select(model, targets, exclude)
     plans: dict[str, LayerPlan] = {}
     for name in names:
@@ -92,11 +102,19 @@ def adapt(
         except ValueError as error:
             raise ValueError(f"{name or 'model'}: {error}") from None
         plans[name] = LayerPlan(weight_suffix(conv.weight, rank, scaling), bond_cap=rank)  # type: ignore[arg-type]
-    return install(model, plans, scaling=scaling, bn=bn, head=find_head(model) if train_head else None)
+    head = find_head(model) if train_head else None
+    return install(model, plans, scaling=scaling, bn=bn, head=head, lean_layers=lean, saved_dtype=saved)
 
 
 def install(
-    model: nn.Module, plans: dict[str, LayerPlan], *, scaling: str = "balanced", bn: str = "frozen", head: str | None = None
+    model: nn.Module,
+    plans: dict[str, LayerPlan],
+    *,
+    scaling: str = "balanced",
+    bn: str = "frozen",
+    head: str | None = None,
+    lean_layers: bool = True,
+    saved_dtype: torch.dtype | None = None,
 ) -> nn.Module:
     """Carry out :func:`adapt` for layers whose suffixes are known; ``load_adapter`` uses it as well."""
     if adapt_state(model) is not None or any(isinstance(m, LoRAEdgeConv) for m in model.modules()):
@@ -115,16 +133,20 @@ def install(
     for name, plan in plans.items():
         conv = model.get_submodule(name)
         conv.__class__ = ADAPTED_CLASS[type(conv)]
-        attach(conv, plan.frozen, plan.core, plan.scale, plan.bond_cap, scaling)  # type: ignore[arg-type]
-    for _, norm in lean.batch_norms(model):
+        attach(conv, plan.frozen, plan.core, plan.scale, plan.bond_cap, scaling, saved_dtype)  # type: ignore[arg-type]
+    for _, norm in calibration.batch_norms(model):
         if bn == "frozen" and lean.why_not_frozen(norm) is None:
-            lean.freeze_bn(norm)
+            lean.freeze_bn(norm, lean_layers)
         else:
-            lean.remember_statistics(norm)
+            calibration.remember_statistics(norm)
     if head is not None:
         linear = model.get_submodule(head)
         state.base_head = {n: p.detach().cpu().clone() for n, p in linear.named_parameters()}
         linear.requires_grad_(True)
+    if lean_layers:
+        state.left_alone.update(lean.make_lean(model))
+        fused = blocks.fuse(model)
+        state.blocks, state.not_fused = fused.blocks, fused.reasons
     model._lora_edge = state  # type: ignore[assignment]
     return model
 
@@ -153,10 +175,12 @@ def merge(model: nn.Module) -> nn.Module:
             detach(layer)
             if state is None:  # built as a LoRAEdge layer, not adapted: a stock layer's parameters are trainable
                 layer.requires_grad_(True)
-    for _, norm in lean.batch_norms(model):
-        lean.forget_statistics(norm)
+    for _, norm in calibration.batch_norms(model):
+        calibration.forget_statistics(norm)
         if isinstance(norm, lean.FrozenBatchNorm):
             lean.unfreeze_bn(norm)
+    blocks.unfuse(model)
+    lean.make_stock(model)
     if state is not None:
         for name, parameter in model.named_parameters():
             parameter.requires_grad_(state.requires_grad.get(name, parameter.requires_grad))
@@ -186,7 +210,7 @@ def disabled(model: nn.Module) -> Iterator[nn.Module]:
             for name, parameter in head.named_parameters():
                 trained[name] = parameter.data
                 parameter.data = state.base_head[name].to(parameter.device, parameter.dtype)
-        with lean.on_base_statistics(model):
+        with calibration.on_base_statistics(model):
             yield model
     finally:
         for name, layer in layers.items():
@@ -237,7 +261,7 @@ def fingerprint(model: nn.Module) -> str:
     base: dict[str, Tensor] = {}
     modules = dict(model.named_modules(remove_duplicate=False))
     for name, norm in modules.items():
-        for key, value in lean.base_statistics(norm).items():
+        for key, value in calibration.base_statistics(norm).items():
             base[_join(name, key)] = value
     if state is not None and state.head is not None:
         base.update({_join(state.head, key): value for key, value in state.base_head.items()})
@@ -312,6 +336,15 @@ def _left_alone(model: nn.Module, bn: str) -> dict[str, str]:
 def _check_choice(name: str, value: object, choices: Sequence[str]) -> None:
     if value not in choices:
         raise ValueError(f"{name} is {value!r}; give one of {', '.join(map(repr, choices))}")
+
+
+def _saved_dtype(saved_dtype: str | torch.dtype | None) -> torch.dtype | None:
+    known = {"float16": torch.float16, "bfloat16": torch.bfloat16}
+    if saved_dtype is None or saved_dtype in known.values():
+        return saved_dtype  # type: ignore[return-value]
+    if saved_dtype not in known:
+        raise ValueError(f'saved_dtype is {saved_dtype!r}; give "float16", "bfloat16" or None')
+    return known[saved_dtype]  # type: ignore[index]
 
 
 def _join(prefix: str, name: str) -> str:

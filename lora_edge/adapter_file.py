@@ -26,7 +26,7 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor, nn
 
-from lora_edge import lean
+from lora_edge import calibration
 from lora_edge.adapt import AdaptState, LayerPlan, adapt_state, adapted_layers, fingerprint, fingerprint_state, install, unwrap
 from lora_edge.layers import ADAPTED_CLASS, LoRAEdgeConv
 from lora_edge.ops import tt_fuse
@@ -82,8 +82,8 @@ def save_adapter(model: nn.Module, path: Path_) -> None:
         else:
             tensors[f"{name}.suffix"] = layer.suffix
         about[name] = {"scale": layer.scale, "rank": layer.bond_cap}
-    for name, norm in lean.batch_norms(model):
-        base = lean.base_statistics(norm)
+    for name, norm in calibration.batch_norms(model):
+        base = calibration.base_statistics(norm)
         if any(not torch.equal(value, getattr(norm, key).cpu()) for key, value in base.items()):
             tensors.update({f"changed.{name}.{key}": getattr(norm, key) for key in base})
     if state.head is not None:
@@ -257,8 +257,8 @@ def _check_layer(model: nn.Module, name: str, adapter: Adapter, path: Path_) -> 
 def _set_changed(model: nn.Module, changed: dict[str, Tensor]) -> None:
     owned = {**dict(model.named_parameters()), **dict(model.named_buffers())}
     with torch.no_grad():
-        for _, norm in lean.batch_norms(model):
-            lean.remember_statistics(norm)
+        for _, norm in calibration.batch_norms(model):
+            calibration.remember_statistics(norm)
         for name, value in changed.items():
             owned[name].copy_(value)
 

@@ -32,6 +32,7 @@ class LoRAEdgeConv(nn.modules.conv._ConvNd):
     scale: float
     bond_cap: int  # the rank asked for, and with ``scaling`` what a renewed suffix is made with
     scaling: str
+    saved_dtype: torch.dtype | None  # what ``h`` is kept in between forward and backward, None for its own
     enabled: bool  # False inside lora_edge.disabled: the base convolution
     frozen_cores: list[Tensor] | None  # [G2, ..., Gd] on the CPU, None where the suffix did not come as cores
     base_replaced: bool  # load_state_dict brought another base weight since adapt
@@ -86,7 +87,8 @@ class LoRAEdgeConv(nn.modules.conv._ConvNd):
         if self.padding_mode != "zeros":
             x, padding = pad(x, self._reversed_padding_repeated_twice, self.padding_mode), 0  # type: ignore[assignment]
         return tt_conv(
-            x, self.weight, self.core, self.suffix, self.bias, self.stride, padding, self.dilation, self.groups, self.scale
+            x, self.weight, self.core, self.suffix, self.bias, self.stride, padding, self.dilation, self.groups, self.scale,
+            saved_dtype=self.saved_dtype,
         )  # fmt: skip
 
     def extra_repr(self) -> str:
@@ -190,6 +192,7 @@ def attach(
     scale: float = 1.0,
     bond_cap: int | None = None,
     scaling: str = "balanced",
+    saved_dtype: torch.dtype | None = None,
 ) -> None:
     """Give a re-classed convolution its core (zero unless given) and suffix, in float32 for a half-precision weight."""
     weight = layer.weight
@@ -204,6 +207,7 @@ def attach(
     layer.scale = float(scale)
     layer.bond_cap = suffix.shape[0] if bond_cap is None else bond_cap
     layer.scaling = scaling
+    layer.saved_dtype = saved_dtype
     layer.enabled = True
     layer.base_replaced = False
 
@@ -212,7 +216,7 @@ def detach(layer: LoRAEdgeConv) -> None:
     """Undo :func:`attach` and re-class to the stock convolution; the weight stays as it is."""
     for name in ("core", "suffix"):
         delattr(layer, name)
-    for name in ("frozen_cores", "scale", "bond_cap", "scaling", "enabled", "base_replaced"):
+    for name in ("frozen_cores", "scale", "bond_cap", "scaling", "saved_dtype", "enabled", "base_replaced"):
         delattr(layer, name)
     layer.__class__ = layer.stock  # type: ignore[assignment]
 

@@ -1,20 +1,26 @@
-"""The layers around the convolutions: BatchNorm on its running statistics.
+"""The layers around the convolutions in lean form: each computes exactly what the stock layer does and saves far less for it.
 
-A frozen BatchNorm stays on its running statistics through ``model.train()``. It is the stock class otherwise, so its output,
-its names and its state dict are the stock layer's.
+    BatchNorm on its running statistics     a fixed scale and shift: saves nothing
+    ReLU, ReLU6, Hardtanh, LeakyReLU, Hardsigmoid     one bit an element
+    MaxPool1d/2d/3d                         the place in the window, one byte an element of the output
+    Dropout                                 the seed of its mask
+
+:func:`make_lean` re-classes the stock layers of a model in place, :func:`make_stock` re-classes them back; names, hooks and
+state dict stay as they are.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator
-from contextlib import contextmanager
+import math
 from typing import Any, ClassVar
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
+from torch.autograd.function import once_differentiable
 from torch.nn.modules.batchnorm import _BatchNorm
 
-STATISTICS = ("running_mean", "running_var", "num_batches_tracked")
+from lora_edge.ops.activation import Activation, activate
 
 
 class FrozenBatchNorm(_BatchNorm):
@@ -22,11 +28,52 @@ class FrozenBatchNorm(_BatchNorm):
 
     stock: ClassVar[type[_BatchNorm]]
     mode_asked_for: bool
+    lean: bool
 
     def train(self, mode: bool = True) -> FrozenBatchNorm:
         self.mode_asked_for = mode
         super().train(False)
         return self
+
+    def is_lean(self) -> bool:
+        """Whether nothing needs to be saved: not where somebody trains the scale or shift after all."""
+        affine = (self.weight, self.bias)
+        return self.lean and not any(p is not None and p.requires_grad for p in affine)
+
+    def scale_and_shift(self) -> tuple[Tensor, Tensor]:
+        """The scale and shift ``(C,)`` that this layer is."""
+        assert self.running_mean is not None
+        assert self.running_var is not None
+        scale = torch.rsqrt(self.running_var + self.eps)
+        if self.weight is not None:
+            scale = scale * self.weight.detach()
+        shift = -self.running_mean * scale
+        return scale, shift if self.bias is None else shift + self.bias.detach()
+
+    def forward(self, x: Tensor) -> Tensor:
+        if self.is_lean() and torch.is_grad_enabled() and x.requires_grad:
+            self._check_input_dim(x)
+            return _FrozenBatchNorm.apply(x, self.running_mean, self.running_var, self.weight, self.bias, self.eps)
+        return self.stock.forward(self, x)
+
+
+class _FrozenBatchNorm(torch.autograd.Function):
+    @staticmethod
+    def forward(
+        ctx: Any, x: Tensor, mean: Tensor, var: Tensor, weight: Tensor | None, bias: Tensor | None, eps: float
+    ) -> Tensor:
+        ctx.save_for_backward(var, weight)
+        ctx.eps = eps
+        return F.batch_norm(x, mean, var, weight, bias, False, 0.0, eps)
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, dy: Tensor) -> tuple[Tensor | None, ...]:  # type: ignore[override]
+        var, weight = ctx.saved_tensors
+        scale = torch.rsqrt(var + ctx.eps)
+        if weight is not None:
+            scale = scale * weight
+        return dy * scale.to(dy.dtype).reshape(-1, *[1] * (dy.dim() - 2)), None, None, None, None, None
 
 
 class FrozenBatchNorm1d(FrozenBatchNorm, nn.BatchNorm1d):
@@ -54,24 +101,22 @@ class FrozenSyncBatchNorm(FrozenBatchNorm, nn.SyncBatchNorm):
 
 
 FROZEN_CLASS: dict[type[nn.Module], type[FrozenBatchNorm]] = {
-    nn.BatchNorm1d: FrozenBatchNorm1d,
-    nn.BatchNorm2d: FrozenBatchNorm2d,
-    nn.BatchNorm3d: FrozenBatchNorm3d,
-    nn.SyncBatchNorm: FrozenSyncBatchNorm,
+    cls.stock: cls for cls in (FrozenBatchNorm1d, FrozenBatchNorm2d, FrozenBatchNorm3d, FrozenSyncBatchNorm)
 }
 
 
-def freeze_bn(bn: nn.Module) -> None:
+def freeze_bn(bn: nn.Module, lean: bool = False) -> None:
     """Re-class a stock BatchNorm with running statistics to its frozen form, in place."""
     mode = bn.training
     bn.__class__ = FROZEN_CLASS[type(bn)]  # type: ignore[assignment]
+    bn.lean = lean  # type: ignore[assignment]
     bn.train(mode)
 
 
 def unfreeze_bn(bn: FrozenBatchNorm) -> None:
     """Back to the stock class, in the training mode that was last asked for."""
     mode = bn.mode_asked_for
-    del bn.mode_asked_for
+    del bn.mode_asked_for, bn.lean
     bn.__class__ = bn.stock  # type: ignore[assignment]
     bn.train(mode)
 
@@ -85,95 +130,237 @@ def why_not_frozen(bn: nn.Module) -> str | None:
     return None
 
 
-def batch_norms(model: nn.Module) -> Iterator[tuple[str, _BatchNorm]]:
-    """Name and module of every BatchNorm in the model that has running statistics."""
-    for name, module in model.named_modules():
-        if isinstance(module, _BatchNorm) and module.running_mean is not None:
-            yield name, module
+class LeanLayer(nn.Module):
+    """What the lean forms of stateless layers share: the stock class to go back to."""
+
+    stock: ClassVar[type[nn.Module]]
 
 
-def remember_statistics(bn: _BatchNorm) -> None:
-    """Keep the base model's statistics of ``bn`` on the CPU, once, before something moves them."""
-    if "_base_statistics" not in bn.__dict__:
-        bn._base_statistics = {name: getattr(bn, name).detach().cpu().clone() for name in STATISTICS}  # type: ignore
+class LeanActivation(LeanLayer):
+    """An activation that saves one bit an element. In place where the stock layer is."""
+
+    inplace: bool
+
+    def activation(self) -> Activation:
+        """The activation by name and numbers."""
+        raise NotImplementedError
+
+    def forward(self, x: Tensor) -> Tensor:
+        if self.inplace and x._is_view():  # autograd takes no custom in-place function on a view
+            return self.stock.forward(self, x)
+        return activate(x, self.activation(), self.inplace)
 
 
-def base_statistics(bn: nn.Module) -> dict[str, Tensor]:
-    """The base model's statistics as far as they were remembered, else an empty dict."""
-    return bn.__dict__.get("_base_statistics", {})
+class LeanReLU(LeanActivation, nn.ReLU):
+    """``nn.ReLU`` with one saved bit an element."""
+
+    stock = nn.ReLU
+
+    def activation(self) -> Activation:
+        return Activation("relu")
 
 
-def forget_statistics(bn: nn.Module) -> None:
-    """The current statistics are the model's own from now on."""
-    bn.__dict__.pop("_base_statistics", None)
+class LeanReLU6(LeanActivation, nn.ReLU6):
+    """``nn.ReLU6`` with one saved bit an element."""
+
+    stock = nn.ReLU6
+
+    def activation(self) -> Activation:
+        return Activation("relu6")
 
 
-@contextmanager
-def on_base_statistics(model: nn.Module) -> Iterator[None]:
-    """Every BatchNorm runs on the base model's statistics inside, on its current ones again afterwards."""
-    current: list[tuple[_BatchNorm, dict[str, Tensor]]] = []
-    try:
-        for _, bn in batch_norms(model):
-            base = base_statistics(bn)
-            if base:
-                current.append((bn, {name: bn._buffers[name] for name in STATISTICS}))  # type: ignore[misc]
-                for name, value in base.items():
-                    bn._buffers[name] = value.to(bn._buffers[name].device, copy=True)  # type: ignore[union-attr]
-        yield
-    finally:
-        for bn, buffers in current:
-            bn._buffers.update(buffers)
+class LeanHardtanh(LeanActivation, nn.Hardtanh):
+    """``nn.Hardtanh`` with one saved bit an element."""
+
+    stock = nn.Hardtanh
+
+    def activation(self) -> Activation:
+        return Activation("hardtanh", (float(self.min_val), float(self.max_val)))
 
 
-def calibrate_bn(model: nn.Module, batches: Iterable[Any]) -> nn.Module:
-    """Re-estimate the BatchNorm statistics on unlabelled target data, in place: the mean over all batches.
+class LeanLeakyReLU(LeanActivation, nn.LeakyReLU):
+    """``nn.LeakyReLU`` with one saved bit an element."""
 
-    Works before :func:`lora_edge.adapt` and after it. The base statistics are remembered for :func:`lora_edge.disabled`,
-    and the adapter file holds the new ones.
+    stock = nn.LeakyReLU
 
-    Args:
-        model: any model with BatchNorm layers; its training flags are left as they were.
-        batches: inputs ``(N, ...)``, or tuples and lists that start with one, as a DataLoader gives them.
+    def activation(self) -> Activation:
+        return Activation("leaky_relu", (float(self.negative_slope),))
 
-    Returns:
-        The model.
 
-    Raises:
-        ValueError: the model has no BatchNorm with running statistics, there are no batches, or the statistics came out as
-            NaN or Inf. The model is left as it was then, and as well where the model itself raises.
+class LeanHardsigmoid(LeanActivation, nn.Hardsigmoid):
+    """``nn.Hardsigmoid`` with one saved bit an element."""
+
+    stock = nn.Hardsigmoid
+
+    def activation(self) -> Activation:
+        return Activation("hardsigmoid")
+
+
+class LeanMaxPool(LeanLayer):
+    """A max-pool that saves the place in the window, one byte an element of its output."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        if not (torch.is_grad_enabled() and x.requires_grad):
+            return self.stock.forward(self, x)
+        dims = int(self.stock.__name__[-2])
+        numbers = (_each(n, dims) for n in (self.kernel_size, self.stride, self.padding, self.dilation))
+        window = _Window(*numbers, bool(self.ceil_mode))
+        if x.dim() == dims + 1:
+            return _MaxPool.apply(x.unsqueeze(0), window).squeeze(0)
+        return _MaxPool.apply(x, window)
+
+
+class LeanMaxPool1d(LeanMaxPool, nn.MaxPool1d):
+    """``nn.MaxPool1d`` with one saved byte an element of the output."""
+
+    stock = nn.MaxPool1d
+
+
+class LeanMaxPool2d(LeanMaxPool, nn.MaxPool2d):
+    """``nn.MaxPool2d`` with one saved byte an element of the output."""
+
+    stock = nn.MaxPool2d
+
+
+class LeanMaxPool3d(LeanMaxPool, nn.MaxPool3d):
+    """``nn.MaxPool3d`` with one saved byte an element of the output."""
+
+    stock = nn.MaxPool3d
+
+
+class _Window:
+    """Kernel, stride, padding and dilation of a pooling window, a number a dimension."""
+
+    def __init__(self, kernel: list[int], stride: list[int], padding: list[int], dilation: list[int], ceil_mode: bool) -> None:
+        self.kernel, self.stride, self.padding, self.dilation, self.ceil_mode = kernel, stride, padding, dilation, ceil_mode
+
+    def first(self, way: int, size: int, device: torch.device) -> Tensor:
+        """Input position of each window's first tap along one dimension, shaped to broadcast over the positions."""
+        first = torch.arange(size, device=device) * self.stride[way] - self.padding[way]
+        return first.reshape(-1, *[1] * (len(self.kernel) - way - 1))
+
+
+class _MaxPool(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, window: _Window) -> Tensor:
+        pool = (F.max_pool1d, F.max_pool2d, F.max_pool3d)[len(window.kernel) - 1]
+        y, index = pool(
+            x, window.kernel, window.stride, window.padding, window.dilation, ceil_mode=window.ceil_mode, return_indices=True
+        )  # fmt: skip
+        place = torch.zeros_like(index)
+        for way in range(len(window.kernel)):
+            inner = math.prod(x.shape[3 + way :])
+            position = index.div(inner, rounding_mode="floor")
+            if way:
+                position = position.remainder_(x.shape[2 + way])
+            tap = position.sub_(window.first(way, y.shape[2 + way], x.device)).div_(window.dilation[way], rounding_mode="floor")
+            place.mul_(window.kernel[way]).add_(tap)
+        ctx.save_for_backward(place.to(torch.uint8))
+        ctx.shape, ctx.window = x.shape, window
+        return y
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, dy: Tensor) -> tuple[Tensor | None, ...]:  # type: ignore[override]
+        window, (place,) = ctx.window, ctx.saved_tensors
+        rest = place.to(torch.int64)
+        index = torch.zeros_like(rest)
+        inner = 1
+        for way in reversed(range(len(window.kernel))):
+            tap = rest.remainder(window.kernel[way])
+            rest = rest.div_(window.kernel[way], rounding_mode="floor")
+            position = tap.mul_(window.dilation[way]).add_(window.first(way, dy.shape[2 + way], dy.device))
+            index.add_(position.mul_(inner))
+            inner *= ctx.shape[2 + way]
+        dx = dy.new_zeros(ctx.shape).flatten(2)
+        return dx.scatter_add_(2, index.flatten(2), dy.flatten(2)).view(ctx.shape), None
+
+
+class LeanDropout(LeanLayer, nn.Dropout):
+    """``nn.Dropout`` that keeps the seed of its mask and draws the mask again in backward.
+
+    The seed comes from torch's generator, so a run repeats under ``torch.manual_seed``; the masks are not those that
+    ``nn.Dropout`` would draw.
     """
-    norms = [bn for _, bn in batch_norms(model)]
-    if not norms:
-        raise ValueError("calibrate_bn: the model has no BatchNorm with running statistics; there is nothing to calibrate")
-    before = [{name: getattr(bn, name).clone() for name in STATISTICS} for bn in norms]
-    momenta = [bn.momentum for bn in norms]
-    flags = [(module, module.training) for module in model.modules()]
-    try:
-        for module, _ in flags:
-            module.training = False
-        for bn in norms:
-            bn.reset_running_stats()
-            bn.momentum, bn.training = None, True
-        count = 0
-        with torch.no_grad():
-            for batch in batches:
-                model(batch[0] if isinstance(batch, (tuple, list)) else batch)
-                count += 1
-        if count == 0:
-            raise ValueError("calibrate_bn: batches is empty; give at least one batch of inputs")
-        if not all(bool(torch.isfinite(bn.running_var).all() & torch.isfinite(bn.running_mean).all()) for bn in norms):  # type: ignore
-            raise ValueError("calibrate_bn: the statistics came out as NaN or Inf; give finite inputs")
-    except BaseException:
-        for bn, statistics in zip(norms, before, strict=True):
-            for name, value in statistics.items():
-                getattr(bn, name).copy_(value)
-        raise
-    finally:
-        for bn, momentum in zip(norms, momenta, strict=True):
-            bn.momentum = momentum
-        for module, training in flags:
-            module.training = training
-    for bn, statistics in zip(norms, before, strict=True):
-        if not base_statistics(bn):
-            bn._base_statistics = {name: value.cpu() for name, value in statistics.items()}  # type: ignore[assignment]
-    return model
+
+    stock = nn.Dropout
+
+    def forward(self, x: Tensor) -> Tensor:
+        if not self.training or self.p == 0.0 or not (torch.is_grad_enabled() and x.requires_grad):
+            return F.dropout(x, self.p, self.training, self.inplace)
+        return _Dropout.apply(x, self.p, int(torch.randint(2**62, ()).item()))
+
+
+class _Dropout(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, p: float, seed: int) -> Tensor:
+        ctx.p, ctx.seed = p, seed
+        return x * _dropout_mask(x, p, seed)
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, dy: Tensor) -> tuple[Tensor | None, ...]:  # type: ignore[override]
+        return dy * _dropout_mask(dy, ctx.p, ctx.seed), None, None
+
+
+def _dropout_mask(like: Tensor, p: float, seed: int) -> Tensor:
+    if p == 1.0:
+        return torch.zeros_like(like)
+    generator = torch.Generator(device=like.device).manual_seed(seed)
+    kept = torch.empty(like.shape, dtype=like.dtype, device=like.device).bernoulli_(1 - p, generator=generator)
+    return kept.div_(1 - p)
+
+
+LEAN_CLASS: dict[type[nn.Module], type[LeanLayer]] = {
+    cls.stock: cls
+    for cls in (
+        LeanReLU, LeanReLU6, LeanHardtanh, LeanLeakyReLU, LeanHardsigmoid,
+        LeanMaxPool1d, LeanMaxPool2d, LeanMaxPool3d, LeanDropout,
+    )
+}  # fmt: skip
+
+# layers that save what they see and have no lean form, by the module that defines them in torch.nn
+_SAVING = ("activation", "pooling", "dropout", "normalization", "instancenorm")
+_SAVES_NOTHING = (nn.AdaptiveAvgPool1d, nn.AdaptiveAvgPool2d, nn.AdaptiveAvgPool3d, nn.Softmax2d)
+
+
+def make_lean(model: nn.Module) -> dict[str, str]:
+    """Re-class every stock layer that has a lean form; returns names and reasons of those that have none."""
+    left: dict[str, str] = {}
+    for name, module in model.named_modules():
+        kind = type(module)
+        if kind in LEAN_CLASS:
+            if why := _why_not_lean(module):
+                left[name] = why
+            else:
+                module.__class__ = LEAN_CLASS[kind]  # type: ignore[assignment]
+        elif (
+            kind.__module__.rpartition(".")[2] in _SAVING
+            and kind.__module__.startswith("torch.nn")
+            and kind not in _SAVES_NOTHING
+        ):
+            left[name] = f"{kind.__name__} has no lean form, left stock"
+    return left
+
+
+def make_stock(model: nn.Module) -> None:
+    """Undo :func:`make_lean`."""
+    for module in model.modules():
+        if isinstance(module, LeanLayer):
+            module.__class__ = module.stock  # type: ignore[assignment]
+
+
+def _why_not_lean(module: nn.Module) -> str | None:
+    if isinstance(module, (nn.MaxPool1d, nn.MaxPool2d, nn.MaxPool3d)):
+        if module.return_indices:
+            return "a max-pool that returns its indices is left stock"
+        dims = int(type(module).__name__[-2])
+        if math.prod(_each(module.kernel_size, dims)) > 256:
+            return "a max-pool window of more than 256 places does not fit a byte, left stock"
+    if isinstance(module, nn.Dropout) and module.inplace:
+        return "an in-place dropout is left stock"
+    return None
+
+
+def _each(value: Any, dims: int) -> list[int]:
+    return [int(value)] * dims if isinstance(value, int) else [int(v) for v in value]

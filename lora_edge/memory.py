@@ -1,4 +1,9 @@
-"""How many bytes a forward keeps for backward: every distinct storage that autograd saved, parameters and buffers left out."""
+"""How many bytes training keeps and needs, measured two ways that check each other.
+
+:class:`SavedBytes` asks autograd: every distinct storage that its saved-tensor hooks see. :class:`StorageTracker` watches every
+operation: each storage that is born, by weak reference, so that what a function hides on its context counts as well. Both leave
+out the model's parameters and buffers. Storages inside one operation of torch (oneDNN's reordered copies) are seen by neither.
+"""
 
 from __future__ import annotations
 
@@ -6,6 +11,9 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.multiprocessing.reductions import StorageWeakRef
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
 
 
 class SavedBytes:
@@ -15,7 +23,6 @@ class SavedBytes:
         model: its parameters and buffers do not count.
 
     Attributes:
-        total: bytes saved so far.
         storages: address and bytes of each storage counted.
     """
 
@@ -27,6 +34,7 @@ class SavedBytes:
 
     @property
     def total(self) -> int:
+        """Bytes saved so far."""
         return sum(self.storages.values())
 
     def _pack(self, tensor: Tensor) -> Tensor:
@@ -44,8 +52,83 @@ class SavedBytes:
         self._hooks.__exit__(*error)  # type: ignore[no-untyped-call]
 
 
+class StorageTracker(TorchDispatchMode):
+    """Context manager that counts the bytes of storages born while it is open, alive now and at the peak.
+
+    Args:
+        known: tensors whose storages do not count, such as the model's parameters and the input.
+
+    Attributes:
+        peak: the most bytes that were alive at once after an operation.
+    """
+
+    def __init__(self, known: list[Tensor]) -> None:
+        super().__init__()
+        self._known = {t.untyped_storage()._cdata for t in known}
+        self._alive: dict[int, tuple[StorageWeakRef, int]] = {}
+        self.peak = 0
+
+    @property
+    def alive(self) -> int:
+        """Bytes alive now."""
+        self._alive = {key: entry for key, entry in self._alive.items() if not entry[0].expired()}
+        return sum(size for _, size in self._alive.values())
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        result = func(*args, **(kwargs or {}))
+        for leaf in tree_leaves(result):
+            if isinstance(leaf, Tensor):
+                storage = leaf.untyped_storage()
+                key = storage._cdata
+                entry = self._alive.get(key)
+                if key not in self._known and (entry is None or entry[0].expired()):
+                    self._alive[key] = (StorageWeakRef(storage), storage.nbytes())
+        self.peak = max(self.peak, self.alive)
+        return result
+
+
 def saved_bytes(model: nn.Module, x: Tensor) -> int:
     """Bytes that one forward of ``model`` on ``x`` saves for backward; the input counts where it is saved."""
     with torch.enable_grad(), SavedBytes(model) as saved:
         model(x)
     return saved.total
+
+
+def training_step_bytes(model: nn.Module, x: Tensor, loss: Any) -> dict[str, int]:
+    """Bytes of one training step, forward and backward.
+
+    Args:
+        model: in the mode and state to be measured; gradients are cleared before and after.
+        x: input.
+        loss: ``loss(output)`` gives the scalar to differentiate.
+
+    Returns:
+        ``saved_hooks`` and ``saved_alive``, the two measures of what is kept between forward and backward (the second one
+        without the loss and the output); ``forward_peak`` and ``backward_peak``, the most new storages alive at once.
+    """
+    own = [*model.parameters(), *model.buffers(), x]
+    for parameter in model.parameters():
+        parameter.grad = None
+    with SavedBytes(model) as saved:
+        loss(model(x))
+    forward = StorageTracker(own)
+    with forward:
+        output = model(x)
+    born = forward.alive - _bytes_of(output)
+    value = loss(output)
+    del output
+    backward = StorageTracker([*own, value])
+    with backward:
+        value.backward()
+    for parameter in model.parameters():
+        parameter.grad = None
+    return {
+        "saved_hooks": saved.total,
+        "saved_alive": born,
+        "forward_peak": forward.peak,
+        "backward_peak": backward.peak,
+    }
+
+
+def _bytes_of(tensor: Tensor) -> int:
+    return tensor.untyped_storage().nbytes()

@@ -15,7 +15,10 @@ from lora_edge.ops.route import choose_route, saved_channels_positions
 
 @dataclass(frozen=True)
 class LayerSummary:
-    """One adapted convolution. ``route`` and ``saved_bytes`` are None where no example input was given."""
+    """One adapted convolution. ``route`` and ``saved_bytes`` (``h`` or ``x``) are None where no example input was given.
+
+    ``block`` is what runs as one op with it, such as "conv + bn + relu"; the reason in brackets where nothing does.
+    """
 
     name: str
     kind: str
@@ -25,6 +28,7 @@ class LayerSummary:
     trainable: int
     route: str | None
     saved_bytes: int | None
+    block: str
 
 
 @dataclass(frozen=True)
@@ -42,15 +46,15 @@ class Summary:
     saved_bytes: int | None
 
     def __str__(self) -> str:
-        head = ("layer", "kind", "weight", "rank", "parameters", "trainable", "route", "saved bytes")
+        head = ("layer", "kind", "weight", "rank", "parameters", "trainable", "route", "saved bytes", "block")
         rows = [
             (r.name, r.kind, "x".join(map(str, r.weight_shape)), str(r.rank), f"{r.parameters:,}", f"{r.trainable:,}",
-             r.route or "-", "-" if r.saved_bytes is None else f"{r.saved_bytes:,}")
+             r.route or "-", "-" if r.saved_bytes is None else f"{r.saved_bytes:,}", r.block)
             for r in self.layers
         ]  # fmt: skip
         share = 100 * self.trainable / self.parameters if self.parameters else 0.0
         saved = "-" if self.saved_bytes is None else f"{self.saved_bytes:,}"
-        rows.append(("total", "", "", "", f"{self.parameters:,}", f"{self.trainable:,} ({share:.2f} %)", "", saved))
+        rows.append(("total", "", "", "", f"{self.parameters:,}", f"{self.trainable:,} ({share:.2f} %)", "", saved, ""))
         widths = [max(len(row[k]) for row in [head, *rows]) for k in range(len(head))]
         lines = ["  ".join(cell.ljust(w) for cell, w in zip(row, widths, strict=True)).rstrip() for row in [head, *rows]]
         return "\n".join(lines + [f"{name}: {why}" for name, why in self.left_alone.items()])
@@ -76,7 +80,8 @@ def summary(model: nn.Module, example: Tensor | None = None) -> Summary:
     if state is None and not layers:
         raise RuntimeError("the model is not adapted; call lora_edge.adapt(model) first")
     inputs = {} if example is None else _inputs(model, layers, example)
-    rows = [_row(name, layer, inputs.get(name, [])) for name, layer in layers.items()]
+    blocks = {} if state is None else {**{k: f"({why})" for k, why in state.not_fused.items()}, **state.blocks}
+    rows = [_row(name, layer, inputs.get(name, []), blocks.get(name, "")) for name, layer in layers.items()]
     added = sum(layer.core.numel() + layer.suffix.numel() for layer in layers.values())
     return Summary(
         layers=rows,
@@ -108,7 +113,7 @@ def _inputs(model: nn.Module, layers: dict[str, LoRAEdgeConv], example: Tensor) 
     return seen
 
 
-def _row(name: str, layer: LoRAEdgeConv, inputs: list[Tensor]) -> LayerSummary:
+def _row(name: str, layer: LoRAEdgeConv, inputs: list[Tensor], block: str) -> LayerSummary:
     weight = layer.weight
     routes: list[str] = []
     saved = 0
@@ -121,10 +126,12 @@ def _row(name: str, layer: LoRAEdgeConv, inputs: list[Tensor]) -> LayerSummary:
             size = [n + grow[2 * (dims - 1 - k)] + grow[2 * (dims - 1 - k) + 1] for k, n in enumerate(size)]
             padding = 0
         args = conv_args(layer.stride, padding, layer.dilation, layer.groups, dims, "summary")
-        route = choose_route(weight.shape, layer.rank, args, size)
+        itemsize = (layer.saved_dtype or x.dtype).itemsize
+        route = choose_route(weight.shape, layer.rank, args, size, itemsize / x.element_size())
         samples = x.shape[0] if x.dim() == weight.dim() else 1
         routes.append(route)
-        saved += samples * saved_channels_positions(weight.shape, layer.rank, args, size, route) * x.element_size()
+        elements = samples * saved_channels_positions(weight.shape, layer.rank, args, size, route)
+        saved += elements * (itemsize if route == "factor" else x.element_size())
     return LayerSummary(
         name=name,
         kind=type(layer).__name__,
@@ -134,4 +141,5 @@ def _row(name: str, layer: LoRAEdgeConv, inputs: list[Tensor]) -> LayerSummary:
         trainable=sum(p.numel() for p in layer.parameters() if p.requires_grad),
         route="/".join(dict.fromkeys(routes)) or None,
         saved_bytes=saved if inputs else None,
+        block=block,
     )

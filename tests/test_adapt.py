@@ -7,7 +7,6 @@ import pickle
 
 import pytest
 import torch
-from networks import BUILD, Residual, network, train
 from torch import nn
 
 import lora_edge
@@ -15,6 +14,7 @@ from lora_edge.adapt import adapt_state, adapted_layers
 from lora_edge.har.models import MobileNetV2, ResNet18, TResNet, pointwise
 from lora_edge.layers import LoRAEdgeConv, LoRAEdgeConv1d, LoRAEdgeConv2d
 from lora_edge.memory import saved_bytes
+from networks import BUILD, Residual, network, train
 
 NAMES = list(BUILD)
 

@@ -8,13 +8,13 @@ import stat
 
 import pytest
 import torch
-from networks import BUILD, network, train
 from safetensors.torch import save_file
-from test_adapt import assert_same, snapshot
 
 import lora_edge
 from lora_edge.adapter_file import read_adapter
 from lora_edge.har.models import TResNet
+from networks import BUILD, network, train
+from test_adapt import assert_same, snapshot
 
 
 def adapted(name="1-D", rank=2, **options):

@@ -12,12 +12,12 @@ import numpy as np
 import pytest
 import torch
 from safetensors.torch import load_file
-from test_har import own
 from torch import nn
 
 import lora_edge
 from lora_edge.adapter_file import read_adapter
 from lora_edge.cli import main
+from test_har import own
 
 FACTORY = """
 from torch import nn

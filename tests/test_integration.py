@@ -8,11 +8,11 @@ import os
 import pytest
 import torch
 import torch.multiprocessing as mp
-from networks import BUILD, network, train
 from torch import nn
 
 import lora_edge
 from lora_edge.adapt import adapted_layers
+from networks import BUILD, network, train
 
 NAMES = list(BUILD)
 

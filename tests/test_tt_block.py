@@ -1,4 +1,4 @@
-"""tt_block against the plain steps in float64: value and every gradient over the case table, bytes saved, slicing, bad input."""
+"""tt_block against the plain steps in float64: value and every gradient over the case table, bytes saved, slices, bad input."""
 
 from __future__ import annotations
 
@@ -14,6 +14,8 @@ from lora_edge.ops import reference, tt_block
 from lora_edge.ops import tt_block as public
 from lora_edge.ops.activation import Activation
 from lora_edge.ops.bits import memory_format, pack, unpack
+from lora_edge.ops.conv_args import conv_args
+from lora_edge.ops.tt_block import run_block
 from lora_edge.tt import contract_suffix, tt_svd
 from test_tt_conv import TOLERANCE, relative_error
 
@@ -93,14 +95,37 @@ def test_other_dtypes(case, dtype):
 
 
 @pytest.mark.parametrize("batch", [1, 7, 8, 9, 21])
+@pytest.mark.parametrize("outputs", [1, 4, 8], ids=lambda o: f"{o} outputs")  # 1 x 9 x 7 bits: only 8 samples fill whole bytes
 @pytest.mark.parametrize("channels_last", [False, True])
-def test_slices_of_the_batch(batch, channels_last, monkeypatch):
-    monkeypatch.setattr(sys.modules["lora_edge.ops.tt_block"], "SLICE_BYTES", 1)  # slices of 8 samples
-    case = ConvCase("sliced", batch=batch, padding=1, channels_last=channels_last)
+def test_slices_of_the_batch(batch, outputs, channels_last, monkeypatch):
+    monkeypatch.setattr(sys.modules["lora_edge.ops.tt_block"], "SLICE_BYTES", 1)
+    case = ConvCase("sliced", batch=batch, size=(9, 7), outputs=outputs, padding=1, channels_last=channels_last)
     positional, options = arguments(case, EPILOGUES["affine, residual with affine, relu6"])
     inputs = leaves(positional, options)
     y, want = tt_block(*positional, **options), reference.tt_block(*positional, **options)
     dy = torch.randn_like(y)
+    for g, w in zip(torch.autograd.grad(y, inputs, dy), torch.autograd.grad(want, inputs, dy), strict=True):
+        assert relative_error(g, w) <= 1e-12
+
+
+@pytest.mark.parametrize("adapted", [True, False], ids=["adapted", "frozen"])
+@pytest.mark.parametrize("batch", [1, 9])
+@pytest.mark.parametrize("channels_last", [False, True])
+def test_overwriting_the_input(batch, channels_last, adapted, monkeypatch):
+    monkeypatch.setattr(sys.modules["lora_edge.ops.tt_block"], "SLICE_BYTES", 1)
+    case = ConvCase("square", outputs=6, padding=1, batch=batch, channels_last=channels_last)
+    positional, options = arguments(case, EPILOGUES["affine, residual with affine, relu6"], adapted=adapted)
+    leaf, weight, core, suffix, bias, *_ = positional
+    args = conv_args(1, 1, 1, 1, 2, "test")
+    named = (options["affine"], options["residual"], options["residual_affine"], Activation("relu6"), None)
+    x = leaf * 1.0  # not a leaf: in a plan it is the output of the block before
+    storage = x.untyped_storage().data_ptr()
+    y = run_block(x, weight, core, suffix, bias, args, 0.7, *named, overwrite=True)
+    assert y.untyped_storage().data_ptr() == storage
+    want = reference.tt_block(*positional, **options)
+    assert relative_error(y, want) <= 1e-12
+    dy = torch.randn_like(want)
+    inputs = leaves(positional, options)
     for g, w in zip(torch.autograd.grad(y, inputs, dy), torch.autograd.grad(want, inputs, dy), strict=True):
         assert relative_error(g, w) <= 1e-12
 

@@ -4,9 +4,9 @@ from __future__ import annotations
 
 import pytest
 import torch
-from cases import CASES, ConvCase
 from torch import nn
 
+from cases import CASES, ConvCase
 from lora_edge.layers import LoRAEdgeConv1d, LoRAEdgeConv2d, LoRAEdgeConv3d
 from lora_edge.memory import SavedBytes
 from lora_edge.ops import reference, tt_conv, tt_fuse

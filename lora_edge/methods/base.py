@@ -7,7 +7,7 @@ from dataclasses import dataclass
 
 from torch import Tensor, nn
 
-from lora_edge import lean
+from lora_edge import calibration, lean
 
 
 def _nothing_to_do(model: nn.Module) -> nn.Module:
@@ -37,7 +37,7 @@ class Method:
 def freeze_backbone(model: nn.Module) -> None:
     """No parameter is trained and BatchNorm stays on its running statistics."""
     model.requires_grad_(False)
-    for _, norm in lean.batch_norms(model):
+    for _, norm in calibration.batch_norms(model):
         if lean.why_not_frozen(norm) is None:
             lean.freeze_bn(norm)
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 from torch import Tensor, nn
 
 from lora_edge.adapt import merge
-from lora_edge.lean import calibrate_bn
+from lora_edge.calibration import calibrate_bn
 from lora_edge.methods import lora_edge
 from lora_edge.methods.base import Method
 

@@ -10,7 +10,7 @@ Backward runs over slices of the batch: only ``dx`` and the residual's gradient 
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from typing import Any, NamedTuple
 
 import torch
@@ -34,8 +34,8 @@ from lora_edge.ops.route import choose_route
 from lora_edge.ops.tt_conv import factor_core_grad
 from lora_edge.ops.tt_fuse import core_grad, suffix_grad
 
-SLICE_BYTES = 1 << 20  # of the wider of dy and dx: small beside any map worth slicing, large enough to keep all threads busy
-SLICE_SAMPLES = 8  # slices are whole multiples of it, so that a slice's packed bits start at a whole byte
+SLICES = 16  # the batch is worked on in about so many slices, so that what lives inside a slice is small beside a map
+SLICE_BYTES = 1 << 18  # but no slice is made smaller than this
 
 
 def tt_block(
@@ -111,14 +111,18 @@ def run_block(
     residual_affine: tuple[Tensor, Tensor] | None,
     activation: Activation | None,
     saved_dtype: torch.dtype | None,
+    overwrite: bool = False,
 ) -> Tensor:
-    """:func:`tt_block` on normalised arguments; ``args`` may hold the padding of an ``F.pad``."""
+    """:func:`tt_block` on normalised arguments; ``args`` may hold the padding of an ``F.pad``.
+
+    ``overwrite`` says that nobody else needs ``x``: a ``y`` of the same size then takes its place in memory, slice by slice.
+    """
     check_conv(x, weight, bias, args.groups, "tt_block", batched=True)
     check_affine(affine, weight, "affine", "tt_block")
     check_affine(residual_affine, weight, "residual_affine", "tt_block")
     check_residual(x, weight, residual, residual_affine, args, "tt_block")
     check_saved_dtype(saved_dtype, "tt_block")
-    epilogue = _Epilogue(activation, saved_dtype, float(scale))
+    epilogue = _Epilogue(activation, saved_dtype, float(scale), overwrite)
     tensors = (x, weight, core, suffix, bias, residual)
     if not (torch.is_grad_enabled() and any(t is not None and t.requires_grad for t in tensors)):
         return _forward(x, weight, core, suffix, bias, residual, affine, residual_affine, args, epilogue)[0]
@@ -129,6 +133,7 @@ class _Epilogue(NamedTuple):
     activation: Activation | None
     saved_dtype: torch.dtype | None
     scale: float
+    overwrite: bool
 
 
 def _forward(
@@ -143,25 +148,37 @@ def _forward(
     args: ConvArgs,
     epilogue: _Epilogue,
 ) -> tuple[Tensor, Tensor | None]:
-    """``y`` and the packed bits (None where the activation needs none)."""
+    """``y``, which is ``x`` itself where it was overwritten, and the packed bits (None where the activation needs none)."""
     shift = bias
     if affine is not None:
         shift = affine[1] if bias is None else torch.addcmul(affine[1], bias, affine[0])
     if residual_affine is not None:
         shift = residual_affine[1] if shift is None else shift + residual_affine[1]
+    shift = None if shift is None else shift.to(x.dtype)
     fused = _folded_weight(weight, core, suffix, None if affine is None else affine[0], epilogue.scale)
     fused, even = symmetric(fused, args)
-    y = conv(x, fused, None if shift is None else shift.to(x.dtype), even)
-    del fused
-    if residual is not None and residual_affine is not None:
-        y.addcmul_(residual, _per_channel(residual_affine[0], y))
-    elif residual is not None:
-        y.add_(residual)
-    if epilogue.activation is None:
-        return y, None
-    bits = [pack(inside(part, epilogue.activation)) for part in y.split(_slice(y, y))]
-    apply(y, epilogue.activation, inplace=True)
-    return y, bits[0] if len(bits) == 1 else torch.cat(bits)
+
+    def before_activation(part: slice) -> Tensor:
+        y = conv(x[part], fused, shift, even)
+        if residual is not None and residual_affine is not None:
+            y.addcmul_(residual[part], _per_channel(residual_affine[0], y))
+        elif residual is not None:
+            y.add_(residual[part])
+        return y
+
+    shape = torch.Size([x.shape[0], weight.shape[0], *args.output_size(x.shape[2:], weight.shape[2:])])
+    overwrite = epilogue.overwrite and shape == x.shape
+    y = x if overwrite else before_activation(slice(None))
+    activation = epilogue.activation
+    bits = None if activation is None else torch.empty(-(-shape.numel() // 8), dtype=torch.uint8, device=x.device)
+    for part in _slices(shape, shape, x.element_size()):
+        piece = before_activation(part) if overwrite else y[part]
+        if activation is not None and bits is not None:
+            bits[_bits_of(part, shape)] = pack(inside(piece, activation))
+            apply(piece, activation, inplace=True)
+        if overwrite:
+            y[part] = piece
+    return y, bits
 
 
 class _TTBlock(torch.autograd.Function):
@@ -188,7 +205,8 @@ class _TTBlock(torch.autograd.Function):
         if needs_weight or needs_suffix:
             saved, ctx.route = x, "dense"
         elif needs_core:
-            assert core is not None and suffix is not None
+            assert core is not None
+            assert suffix is not None
             itemsize = (epilogue.saved_dtype or x.dtype).itemsize
             ctx.route = choose_route(weight.shape, core.shape[1], args, x.shape[2:], itemsize / x.dtype.itemsize)
             saved = x
@@ -196,7 +214,11 @@ class _TTBlock(torch.autograd.Function):
                 rows = suffix.to(x.dtype).repeat(args.groups, *[1] * (suffix.dim() - 1))
                 rows, even = symmetric(rows, args)
                 saved = conv(x, rows, None, even).to(epilogue.saved_dtype or x.dtype)
+        if saved is x:
+            epilogue = epilogue._replace(overwrite=False)
         y, bits = _forward(x, weight, core, suffix, bias, residual, affine, residual_affine, args, epilogue)
+        if y is x:
+            ctx.mark_dirty(x)
         ctx.save_for_backward(weight, core, suffix, saved, bits, a, residual_a)
         ctx.args, ctx.epilogue = args, epilogue
         ctx.shape, ctx.format, ctx.y_shape, ctx.y_format = x.shape, memory_format(x), y.shape, memory_format(y)
@@ -207,7 +229,7 @@ class _TTBlock(torch.autograd.Function):
     def backward(ctx: Any, dy: Tensor) -> tuple[Tensor | None, ...]:  # type: ignore[override]
         weight, core, suffix, saved, bits, a, residual_a = ctx.saved_tensors
         args, epilogue = ctx.args, ctx.epilogue
-        needs_x, needs_weight, needs_core, needs_suffix, needs_bias, needs_residual, *_ = ctx.needs_input_grad
+        needs_x, _, needs_core, _, needs_bias, needs_residual, *_ = ctx.needs_input_grad
         dx = _empty(ctx.shape, dy, ctx.format) if needs_x else None
         dresidual = _empty(ctx.y_shape, dy, ctx.y_format) if needs_residual else None
         if dx is not None:
@@ -217,14 +239,10 @@ class _TTBlock(torch.autograd.Function):
         def add(name: str, value: Tensor) -> None:
             sums[name] = value if name not in sums else sums[name].add_(value)
 
-        step = _slice(dy, dx if dx is not None else dy)
-        sample_bits = math.prod(ctx.y_shape[1:])
-        for first in range(0, max(1, dy.shape[0]), step):  # an empty batch runs once too and sums to zero
-            part = slice(first, min(first + step, dy.shape[0]))
+        for part in _slices(ctx.y_shape, ctx.shape if needs_x else ctx.y_shape, dy.element_size()):
             dz = dy[part]
             if bits is not None:
-                section = bits[first * sample_bits // 8 : -(-part.stop * sample_bits // 8)]
-                mask = unpack(section, dz.shape, ctx.y_format)
+                mask = unpack(bits[_bits_of(part, ctx.y_shape)], dz.shape, ctx.y_format)
                 out = dresidual[part] if dresidual is not None and residual_a is None else None
                 dz = masked(dz, mask, epilogue.activation, out)
                 del mask
@@ -271,10 +289,20 @@ def _folded_weight(weight: Tensor, core: Tensor | None, suffix: Tensor | None, a
     return fused if a is None else (fused * a.reshape(-1, *[1] * (weight.dim() - 1))).to(weight.dtype)
 
 
-def _slice(first: Tensor, second: Tensor) -> int:
-    """Samples a slice."""
-    widest = max(math.prod(t.shape[1:]) * t.element_size() for t in (first, second))
-    return max(SLICE_SAMPLES, SLICE_BYTES // max(1, widest) // SLICE_SAMPLES * SLICE_SAMPLES)
+def _slices(y_shape: torch.Size, x_shape: torch.Size, itemsize: int) -> Iterator[slice]:
+    """Slices of the batch that begin at a whole byte of the packed bits; an empty batch is one empty slice."""
+    batch, elements = y_shape[0], math.prod(y_shape[1:])
+    widest = max(1, elements, math.prod(x_shape[1:])) * itemsize
+    whole_bytes = 8 // math.gcd(8, elements)
+    step = max(1, max(SLICE_BYTES, batch * widest // SLICES) // widest // whole_bytes) * whole_bytes
+    for first in range(0, max(1, batch), step):
+        yield slice(first, min(first + step, batch))
+
+
+def _bits_of(part: slice, shape: torch.Size) -> slice:
+    """Where the packed bits of some samples lie."""
+    elements = math.prod(shape[1:])
+    return slice(part.start * elements // 8, -(-part.stop * elements // 8))
 
 
 def _per_channel(vector: Tensor, like: Tensor) -> Tensor:

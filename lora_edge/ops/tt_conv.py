@@ -15,7 +15,7 @@ from torch.autograd.function import once_differentiable
 
 from lora_edge.ops import reference
 from lora_edge.ops.backends import choose_backend
-from lora_edge.ops.checks import check_conv, check_factors
+from lora_edge.ops.checks import check_conv, check_factors, check_saved_dtype
 from lora_edge.ops.conv_args import ConvArgs, conv, conv_args, conv_input_grad, conv_weight_grad
 from lora_edge.ops.route import ROUTES, choose_route
 from lora_edge.ops.tt_fuse import core_grad, suffix_grad
@@ -34,6 +34,7 @@ def tt_conv(
     scale: float = 1.0,
     *,
     route: str = "auto",
+    saved_dtype: torch.dtype | None = None,
     backend: str = "auto",
 ) -> Tensor:
     """Convolve ``x`` with the adapted kernel: ``conv(x, weight + scale * core @ suffix)``.
@@ -50,6 +51,7 @@ def tt_conv(
         stride, padding, dilation, groups: as in ``torch.nn.functional.conv2d``; padding may be "same" or "valid".
         scale: factor of the update.
         route: "auto" lets the cost model choose (:mod:`lora_edge.ops.route`), "factor" saves ``h``, "dense" saves ``x``.
+        saved_dtype: dtype that ``h`` is kept in, None for its own.
         backend: "auto", "torch", "cuda" or "triton".
 
     Returns:
@@ -61,6 +63,7 @@ def tt_conv(
         RuntimeError: the named backend does not work here, or the kernel is larger than the padded input.
     """
     choose_backend(backend, "tt_conv")
+    check_saved_dtype(saved_dtype, "tt_conv")
     suffix = check_factors(weight, core, suffix, "tt_conv")
     args = conv_args(stride, padding, dilation, groups, weight.dim() - 2, "tt_conv")
     if route not in ("auto", *ROUTES):
@@ -71,8 +74,8 @@ def tt_conv(
         dtype = torch.get_autocast_dtype(x.device.type)
         x, bias = x.to(dtype), None if bias is None else bias.to(dtype)
         with torch.autocast(x.device.type, enabled=False):
-            return _tt_conv(x, weight, core, suffix, bias, args, float(scale), route)
-    return _tt_conv(x, weight, core, suffix, bias, args, float(scale), route)
+            return _tt_conv(x, weight, core, suffix, bias, args, float(scale), route, saved_dtype)
+    return _tt_conv(x, weight, core, suffix, bias, args, float(scale), route, saved_dtype)
 
 
 def _tt_conv(
@@ -84,13 +87,14 @@ def _tt_conv(
     args: ConvArgs,
     scale: float,
     route: str,
+    saved_dtype: torch.dtype | None,
 ) -> Tensor:
     needs_grad = any(t is not None and t.requires_grad for t in (x, weight, core, suffix, bias))
     if not (torch.is_grad_enabled() and needs_grad):
         return conv(x, _fused(weight, core, suffix, scale, x.dtype), bias, args)
     if x.dim() == weight.dim() - 1:
-        return _TTConv.apply(x.unsqueeze(0), weight, core, suffix, bias, args, scale, route).squeeze(0)
-    return _TTConv.apply(x, weight, core, suffix, bias, args, scale, route)
+        return _TTConv.apply(x.unsqueeze(0), weight, core, suffix, bias, args, scale, route, saved_dtype).squeeze(0)
+    return _TTConv.apply(x, weight, core, suffix, bias, args, scale, route, saved_dtype)
 
 
 def _fused(weight: Tensor, core: Tensor, suffix: Tensor, scale: float, dtype: torch.dtype) -> Tensor:
@@ -110,19 +114,21 @@ class _TTConv(torch.autograd.Function):
         args: ConvArgs,
         scale: float,
         route: str,
+        saved_dtype: torch.dtype | None,
     ) -> Tensor:
         y = conv(x, _fused(weight, core, suffix, scale, x.dtype), bias, args)
         _, needs_weight, needs_core, needs_suffix, *_ = ctx.needs_input_grad
         if needs_weight or needs_suffix:
             route = "dense"
         elif route == "auto":
-            route = choose_route(weight.shape, core.shape[1], args, x.shape[2:])
+            itemsize = (saved_dtype or x.dtype).itemsize
+            route = choose_route(weight.shape, core.shape[1], args, x.shape[2:], itemsize / x.dtype.itemsize)
         saved = None
         if needs_weight or needs_suffix or (needs_core and route == "dense"):
             saved = x
         elif needs_core:
             rows = suffix.to(x.dtype).repeat(args.groups, *[1] * (suffix.dim() - 1))
-            saved = conv(x, rows, None, args)
+            saved = conv(x, rows, None, args).to(saved_dtype or x.dtype)
         ctx.save_for_backward(weight, core, suffix, saved)
         ctx.args, ctx.scale, ctx.route, ctx.size = args, scale, route, x.shape[2:]
         return y
@@ -134,7 +140,7 @@ class _TTConv(torch.autograd.Function):
         needs_x, needs_weight, needs_core, needs_suffix, needs_bias, *_ = ctx.needs_input_grad
         dx = dweight = dcore = dsuffix = dbias = None
         if needs_core and ctx.route == "factor":
-            dcore = factor_core_grad(dy, saved, core, ctx.args.groups, ctx.scale)
+            dcore = factor_core_grad(dy, saved.to(dy.dtype), core, ctx.args.groups, ctx.scale)
         elif saved is not None:
             dw = conv_weight_grad(dy, saved, weight.to(dy.dtype), ctx.args)
             dcore = core_grad(dw, core, suffix, ctx.scale) if needs_core else None
@@ -145,7 +151,7 @@ class _TTConv(torch.autograd.Function):
             dx = conv_input_grad(dy, fused, ctx.size, ctx.args)
         if needs_bias:
             dbias = dy.sum(dim=[0, *range(2, dy.dim())])
-        return dx, dweight, dcore, dsuffix, dbias, None, None, None
+        return dx, dweight, dcore, dsuffix, dbias, None, None, None, None
 
 
 def factor_core_grad(dy: Tensor, h: Tensor, core: Tensor, groups: int, scale: float) -> Tensor:

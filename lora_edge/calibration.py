@@ -1,0 +1,107 @@
+"""BatchNorm statistics that move: calibrate_bn, and the base model's own statistics kept aside for the way back."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Iterator
+from contextlib import contextmanager
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.nn.modules.batchnorm import _BatchNorm
+
+STATISTICS = ("running_mean", "running_var", "num_batches_tracked")
+
+
+def batch_norms(model: nn.Module) -> Iterator[tuple[str, _BatchNorm]]:
+    """Name and module of every BatchNorm in the model that has running statistics."""
+    for name, module in model.named_modules():
+        if isinstance(module, _BatchNorm) and module.running_mean is not None:
+            yield name, module
+
+
+def remember_statistics(bn: _BatchNorm) -> None:
+    """Keep the base model's statistics of ``bn`` on the CPU, once, before something moves them."""
+    if "_base_statistics" not in bn.__dict__:
+        bn._base_statistics = {name: getattr(bn, name).detach().cpu().clone() for name in STATISTICS}  # type: ignore
+
+
+def base_statistics(bn: nn.Module) -> dict[str, Tensor]:
+    """The base model's statistics as far as they were remembered, else an empty dict."""
+    return bn.__dict__.get("_base_statistics", {})
+
+
+def forget_statistics(bn: nn.Module) -> None:
+    """The current statistics are the model's own from now on."""
+    bn.__dict__.pop("_base_statistics", None)
+
+
+@contextmanager
+def on_base_statistics(model: nn.Module) -> Iterator[None]:
+    """Every BatchNorm runs on the base model's statistics inside, on its current ones again afterwards."""
+    current: list[tuple[_BatchNorm, dict[str, Tensor]]] = []
+    try:
+        for _, bn in batch_norms(model):
+            base = base_statistics(bn)
+            if base:
+                current.append((bn, {name: bn._buffers[name] for name in STATISTICS}))  # type: ignore[misc]
+                for name, value in base.items():
+                    bn._buffers[name] = value.to(bn._buffers[name].device, copy=True)  # type: ignore[union-attr]
+        yield
+    finally:
+        for bn, buffers in current:
+            bn._buffers.update(buffers)
+
+
+def calibrate_bn(model: nn.Module, batches: Iterable[Any]) -> nn.Module:
+    """Re-estimate the BatchNorm statistics on unlabelled target data, in place: the mean over all batches.
+
+    Works before :func:`lora_edge.adapt` and after it. The base statistics are remembered for :func:`lora_edge.disabled`,
+    and the adapter file holds the new ones.
+
+    Args:
+        model: any model with BatchNorm layers; its training flags are left as they were.
+        batches: inputs ``(N, ...)``, or tuples and lists that start with one, as a DataLoader gives them.
+
+    Returns:
+        The model.
+
+    Raises:
+        ValueError: the model has no BatchNorm with running statistics, there are no batches, or the statistics came out as
+            NaN or Inf. The model is left as it was then, and as well where the model itself raises.
+    """
+    norms = [bn for _, bn in batch_norms(model)]
+    if not norms:
+        raise ValueError("calibrate_bn: the model has no BatchNorm with running statistics; there is nothing to calibrate")
+    before = [{name: getattr(bn, name).clone() for name in STATISTICS} for bn in norms]
+    momenta = [bn.momentum for bn in norms]
+    flags = [(module, module.training) for module in model.modules()]
+    try:
+        for module, _ in flags:
+            module.training = False
+        for bn in norms:
+            bn.reset_running_stats()
+            bn.momentum, bn.training = None, True
+        count = 0
+        with torch.no_grad():
+            for batch in batches:
+                model(batch[0] if isinstance(batch, (tuple, list)) else batch)
+                count += 1
+        if count == 0:
+            raise ValueError("calibrate_bn: batches is empty; give at least one batch of inputs")
+        if not all(bool(torch.isfinite(bn.running_var).all() & torch.isfinite(bn.running_mean).all()) for bn in norms):  # type: ignore
+            raise ValueError("calibrate_bn: the statistics came out as NaN or Inf; give finite inputs")
+    except BaseException:
+        for bn, statistics in zip(norms, before, strict=True):
+            for name, value in statistics.items():
+                getattr(bn, name).copy_(value)
+        raise
+    finally:
+        for bn, momentum in zip(norms, momenta, strict=True):
+            bn.momentum = momentum
+        for module, training in flags:
+            module.training = training
+    for bn, statistics in zip(norms, before, strict=True):
+        if not base_statistics(bn):
+            bn._base_statistics = {name: value.cpu() for name, value in statistics.items()}  # type: ignore[assignment]
+    return model
