@@ -141,11 +141,12 @@ def fused_block(
         shape = (x.shape[0], weight.shape[0], *args.output_size(x.shape[2:], weight.shape[2:]))
         if not isinstance(residual, Tensor) or residual.shape != shape or residual.dtype != x.dtype:
             return _step_by_step(conv, x, bn, residual, residual_bn, activation, padding)
-    adapted = isinstance(conv, LoRAEdgeConv)
+    core, suffix, scale, saved_dtype = None, None, 1.0, None
+    if isinstance(conv, LoRAEdgeConv):
+        core, suffix, scale, saved_dtype = conv.core, conv.suffix, conv.scale, conv.saved_dtype
     return run_block(
-        x, weight, conv.core if adapted else None, conv.suffix if adapted else None, conv.bias, args,
-        conv.scale if adapted else 1.0, None if bn is None else bn.scale_and_shift(), residual,
-        None if residual_bn is None else residual_bn.scale_and_shift(), activation, conv.saved_dtype if adapted else None,
+        x, weight, core, suffix, conv.bias, args, scale, None if bn is None else bn.scale_and_shift(), residual,
+        None if residual_bn is None else residual_bn.scale_and_shift(), activation, saved_dtype,
         overwrite and conv.padding_mode == "zeros" and x.untyped_storage().nbytes() >= OVERWRITE_BYTES,
     )  # fmt: skip
 
@@ -301,6 +302,10 @@ def _restore(attributes: list[tuple[nn.Module, dict[str, Any]]]) -> bool:
 class _Fuser:
     """Finds the blocks of a traced graph and replaces each by one call of :func:`fused_block`."""
 
+    def called(self, node: fx.Node) -> Any:
+        """The module that a node calls, None if it calls none."""
+        return self.modules[str(node.target)] if node.op == "call_module" else None
+
     def __init__(self, graph: fx.Graph, modules: dict[str, nn.Module]) -> None:
         self.graph, self.modules = graph, modules
         self.order = {node: k for k, node in enumerate(graph.nodes)}
@@ -309,7 +314,7 @@ class _Fuser:
     def run(self) -> tuple[dict[str, str], dict[str, str]]:
         blocks: dict[str, str] = {}
         reasons: dict[str, str] = {}
-        convs = [n for n in self.graph.nodes if n.op == "call_module" and _is_conv(self.modules[n.target])]
+        convs = [n for n in self.graph.nodes if n.op == "call_module" and _is_conv(self.called(n))]
         for node in reversed(convs):  # of two branches that meet in an addition the later one takes it
             what, why = self.fuse(node)
             if what:
@@ -324,7 +329,7 @@ class _Fuser:
 
     def fuse(self, node: fx.Node) -> tuple[str, str]:
         """Fuse the block that begins with a convolution; what was fused, or why not."""
-        conv = self.modules[node.target]
+        conv = self.called(node)
         if _has_hooks(conv):
             return "", "the convolution has a hook"
         chain, what = [node], ["conv"]
@@ -359,11 +364,12 @@ class _Fuser:
             return "", "nothing behind it can be fused" + self.why_next(tail)
         if self.written_between(node, tail, chain):
             return "", "something is written in place between its parts"
+        inner = source.args[0] if amounts is not None else source
+        assert isinstance(inner, fx.Node)
         if amounts is not None:
             chain.append(source)
-            source = source.args[0]
         self.claimed.update(chain)
-        self.replace(chain, source, call)
+        self.replace(chain, inner, call)
         return " + ".join(what), ""
 
     def next(self, node: fx.Node) -> fx.Node | None:
@@ -376,14 +382,14 @@ class _Fuser:
         if len(users) != 1:
             return f": its output has {len(users)} users"
         user = users[0]
-        if user.op == "call_module" and _has_hooks(self.modules[user.target]):
+        if user.op == "call_module" and _has_hooks(self.called(user)):
             return f": {user.target} has a hook"
         return f": {user.target} follows"
 
     def frozen_bn(self, node: fx.Node) -> str | None:
         """Name of the lean frozen BatchNorm that a node calls."""
-        bn = self.modules[node.target] if node.op == "call_module" else None
-        return node.target if isinstance(bn, FrozenBatchNorm) and bn.is_lean() and not _has_hooks(bn) else None
+        bn = self.called(node)
+        return str(node.target) if isinstance(bn, FrozenBatchNorm) and bn.is_lean() and not _has_hooks(bn) else None
 
     def other_operand(self, add: fx.Node, mine: fx.Node) -> tuple[fx.Node, str | None, list[fx.Node]] | None:
         """The residual of an addition, the BatchNorm on it, and the nodes of that branch that the block takes in."""
@@ -404,7 +410,7 @@ class _Fuser:
     def activation(self, node: fx.Node) -> Activation | None:
         """The lean activation that a node applies."""
         if node.op == "call_module":
-            module = self.modules[node.target]
+            module = self.called(node)
             return module.activation() if isinstance(module, LeanActivation) and not _has_hooks(module) else None
         if node.op not in ("call_function", "call_method") or node.target not in _FUNCTIONAL:
             return None
@@ -418,7 +424,7 @@ class _Fuser:
             return None
         return Activation(kind, tuple(float(v) for v in values))  # type: ignore[arg-type]
 
-    def zero_pad(self, node: fx.Node, conv: nn.Module) -> tuple[int, ...] | None:
+    def zero_pad(self, node: fx.Node, conv: Any) -> tuple[int, ...] | None:
         """Amounts of a zero padding that only this convolution uses and whose taps the kernel can take in."""
         if len(node.users) != 1 or node in self.claimed or conv.padding_mode != "zeros":
             return None
@@ -433,7 +439,7 @@ class _Fuser:
             if rest["mode"] == "constant" and not rest["value"]:
                 amounts = node.args[1]
         elif node.op == "call_module":
-            layer = self.modules[node.target]
+            layer = self.called(node)
             constant = isinstance(layer, (nn.ConstantPad1d, nn.ConstantPad2d, nn.ConstantPad3d)) and layer.value == 0
             amounts = layer.padding if constant and not _has_hooks(layer) else None
         if not isinstance(amounts, (tuple, list)) or not all(isinstance(a, int) and a >= 0 for a in amounts):
@@ -456,7 +462,7 @@ class _Fuser:
 
     def writes(self, node: fx.Node) -> bool:
         if node.op == "call_module":
-            return bool(getattr(self.modules[node.target], "inplace", False))
+            return bool(getattr(self.called(node), "inplace", False))
         if node.op == "call_method":
             return str(node.target).endswith("_") and not str(node.target).endswith("__")
         name = getattr(node.target, "__name__", "")
@@ -466,11 +472,11 @@ class _Fuser:
     def replace(self, chain: list[fx.Node], x: fx.Node, call: dict[str, Any]) -> None:
         """Put one call in the place of the chain's last node and erase the chain."""
         chain = sorted(chain, key=self.order.__getitem__)
-        conv = next(n for n in chain if n.op == "call_module" and _is_conv(self.modules[n.target]))
+        conv = next(n for n in chain if n.op == "call_module" and _is_conv(self.called(n)))
         with self.graph.inserting_before(chain[-1]):
             modules = {k: self.graph.get_attr(call[k]) for k in ("bn", "residual_bn") if call.get(k)}
             kwargs = {k: v for k, v in {**call, **modules}.items() if v is not None}
-            block = self.graph.call_function(fused_block, (self.graph.get_attr(conv.target), x), kwargs)
+            block = self.graph.call_function(fused_block, (self.graph.get_attr(str(conv.target)), x), kwargs)
         chain[-1].replace_all_uses_with(block)
         self.order[block] = self.order[chain[-1]]
         self.claimed.add(block)

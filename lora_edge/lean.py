@@ -203,8 +203,10 @@ class LeanMaxPool(LeanLayer):
         if not (torch.is_grad_enabled() and x.requires_grad):
             return self.stock.forward(self, x)
         dims = int(self.stock.__name__[-2])
-        numbers = (_each(n, dims) for n in (self.kernel_size, self.stride, self.padding, self.dilation))
-        window = _Window(*numbers, bool(self.ceil_mode))
+        kernel, stride, padding, dilation = (
+            _each(n, dims) for n in (self.kernel_size, self.stride, self.padding, self.dilation)
+        )
+        window = _Window(kernel, stride, padding, dilation, bool(self.ceil_mode))
         if x.dim() == dims + 1:
             return _MaxPool.apply(x.unsqueeze(0), window).squeeze(0)
         return _MaxPool.apply(x, window)
@@ -272,8 +274,9 @@ class _MaxPool(torch.autograd.Function):
             position = tap.mul_(window.dilation[way]).add_(window.first(way, dy.shape[2 + way], dy.device))
             index.add_(position.mul_(inner))
             inner *= ctx.shape[2 + way]
-        dx = dy.new_zeros(ctx.shape).flatten(2)
-        return dx.scatter_add_(2, index.flatten(2), dy.flatten(2)).view(ctx.shape), None
+        exact = torch.promote_types(dy.dtype, torch.float32)  # where windows overlap, sums of several
+        dx = torch.zeros(ctx.shape, dtype=exact, device=dy.device).flatten(2)
+        return dx.scatter_add_(2, index.flatten(2), dy.flatten(2).to(exact)).view(ctx.shape).to(dy.dtype), None
 
 
 class LeanDropout(LeanLayer, nn.Dropout):

@@ -71,3 +71,9 @@ def train(model: nn.Module, x: Tensor, parameters: list[nn.Parameter], steps: in
         optimizer.zero_grad()
         (model(x) - target).square().mean().backward()
         optimizer.step()
+
+
+def output(model: nn.Module, x: Tensor) -> Tensor:
+    """The model's output without gradients: the path that is bit-identical to the base model."""
+    with torch.no_grad():
+        return model(x)

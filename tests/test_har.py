@@ -9,7 +9,7 @@ import torch
 from lora_edge.har import data
 from lora_edge.har.data import ADAPT_SHARE, TEST_SHARE, WATCH_STEP, WATCH_WINDOW, load_npz, load_watch, mirrored, split
 from lora_edge.har.models import MobileNetV2, ResNet18, TResNet
-from lora_edge.har.train import Curve, batches, macro_f1, train_source
+from lora_edge.har.train import Curve, batches, macro_f1, predict, train_source
 
 
 def own(path, **change):
@@ -221,3 +221,22 @@ def test_training_learns_and_evaluation_keeps_the_flags(tmp_path):
     model.train()
     assert macro_f1(model, task.test) > 0.9
     assert model.training
+
+
+def test_lean_on_and_off_adapt_a_real_person_alike(watch):
+    """Fifty steps on real windows under one seed and frozen BatchNorm; rounding may move one window at most."""
+    import copy
+
+    import lora_edge
+    from lora_edge.har.train import tensors, train_target
+
+    task = split(watch, 1, "B", "left")
+    torch.manual_seed(0)
+    base = train_source(TResNet(6, 7), task.source, epochs=1)
+    classes = []
+    for lean in (True, False):
+        model = lora_edge.adapt(copy.deepcopy(base), 2, lean=lean)
+        parameters = list(lora_edge.trainable_parameters(model))
+        train_target(model, parameters, task.adapt, task.test, steps=50, lr=1e-2, evaluate_every=50)
+        classes.append(predict(model, tensors(task.test)[0]))
+    assert int((classes[0] != classes[1]).sum()) <= 1

@@ -107,4 +107,5 @@ class _Activate(torch.autograd.Function):
 
 
 def _between(x: Tensor, low: float, high: float) -> Tensor:
+    x = x.float() if x.dtype.itemsize == 2 else x  # as torch does; a bound such as 0.7 has no half-precision value
     return x.le(low).logical_or_(x.ge(high)).logical_not_()

@@ -85,7 +85,7 @@ def _ints(value: int | Sequence[int], dims: int, least: int, name: str) -> tuple
 
 def conv(x: Tensor, weight: Tensor, bias: Tensor | None, args: ConvArgs) -> Tensor:
     """``torch.nn.functional.convNd`` for the dimension of ``weight``: the same call as the stock layer makes."""
-    return _CONV[weight.dim() - 2](x, weight, bias, args.stride, args.padding, args.dilation, args.groups)
+    return _CONV[weight.dim() - 2](x, weight, bias, args.stride, args.padding, args.dilation, args.groups)  # type: ignore
 
 
 def symmetric(weight: Tensor, args: ConvArgs) -> tuple[Tensor, ConvArgs]:
