@@ -46,15 +46,13 @@ class Plan:
         forward: the traced code, called as ``forward(module, x)``.
         blocks: name of each fused convolution with what was fused, such as "conv + bn + add + relu".
         reasons: name of each convolution that was not fused with the reason.
-        layer: one adapted layer, which tells whether the model is disabled for the moment.
-        signature: what the plan was made for.
+        layer: one adapted layer, if there is one; it tells whether the model is disabled for the moment.
     """
 
     forward: Callable[[nn.Module, Tensor], Tensor]
     blocks: dict[str, str]
     reasons: dict[str, str]
     layer: LoRAEdgeConv | None
-    signature: tuple[Any, ...] = ()
 
 
 @dataclass
@@ -197,13 +195,13 @@ def _lean_class(base_class: type[nn.Module]) -> type[LeanModule]:
 
 
 def _fuse(module: nn.Module, name: str, found: Fused) -> None:
-    convs = [m for m in module.modules() if _is_conv(m)]
-    if not convs or _is_conv(module) or isinstance(module, LeanModule):
+    has_convs = any(_is_conv(m) for m in module.modules())
+    if not has_convs or _is_conv(module) or isinstance(module, LeanModule):
         return
     plan, why = _make_plan(module)
     if plan is not None:
         module.__class__ = _lean_class(type(module))  # type: ignore[assignment]
-        module._lean_plan = plan  # type: ignore[assignment]
+        module.__dict__["_lean_plan"] = (_signature(module), plan)
         found.blocks.update({_join(name, conv): what for conv, what in plan.blocks.items()})
         found.reasons.update({_join(name, conv): reason for conv, reason in plan.reasons.items()})
         return
@@ -213,15 +211,25 @@ def _fuse(module: nn.Module, name: str, found: Fused) -> None:
         _fuse(child, _join(name, child_name), found)
 
 
+def describe(model: nn.Module) -> Fused:
+    """The blocks as they would run now: hooks or layers may have changed since :func:`fuse`."""
+    found = Fused()
+    for name, module in model.named_modules():
+        if isinstance(module, LeanModule) and (plan := _current_plan(module)) is not None:
+            found.blocks.update({_join(name, conv): what for conv, what in plan.blocks.items()})
+            found.reasons.update({_join(name, conv): reason for conv, reason in plan.reasons.items()})
+    return found
+
+
 def _current_plan(module: LeanModule) -> Plan | None:
-    plan: Plan | None = module.__dict__.get("_lean_plan")
-    if plan is not None and plan.layer is not None and not plan.layer.enabled:
-        return None
+    """The module's plan, made anew if the module changed; None where it has none or is disabled."""
     signature = _signature(module)
-    if plan is None or plan.signature != signature:
+    made_for, plan = module.__dict__.get("_lean_plan", (None, None))
+    if made_for != signature:
         plan, _ = _make_plan(module)
-        module.__dict__["_lean_plan"] = plan
-    return plan
+        module.__dict__["_lean_plan"] = (signature, plan)
+    is_disabled = plan is not None and plan.layer is not None and not plan.layer.enabled
+    return None if is_disabled else plan
 
 
 def _signature(module: nn.Module) -> tuple[Any, ...]:
@@ -284,7 +292,7 @@ def _make_plan(module: nn.Module) -> tuple[Plan | None, str]:
     scope = dict(code.globals)
     exec(code.src, scope)
     layer = next((m for m in module.modules() if isinstance(m, LoRAEdgeConv)), None)
-    return Plan(scope["forward"], blocks, reasons, layer, _signature(module)), ""
+    return Plan(scope["forward"], blocks, reasons, layer), ""
 
 
 def _restore(attributes: list[tuple[nn.Module, dict[str, Any]]]) -> bool:

@@ -8,6 +8,7 @@ import torch
 from torch import Tensor, nn
 
 from lora_edge.adapt import adapt_state, adapted_layers, unwrap
+from lora_edge.blocks import describe
 from lora_edge.layers import LoRAEdgeConv
 from lora_edge.ops.conv_args import conv_args
 from lora_edge.ops.route import choose_route, saved_channels_positions
@@ -80,7 +81,9 @@ def summary(model: nn.Module, example: Tensor | None = None) -> Summary:
     if state is None and not layers:
         raise RuntimeError("the model is not adapted; call lora_edge.adapt(model) first")
     inputs = {} if example is None else _inputs(model, layers, example)
-    blocks = {} if state is None else {**{k: f"({why})" for k, why in state.not_fused.items()}, **state.blocks}
+    now = describe(model)
+    reasons = {**({} if state is None else state.not_fused), **now.reasons}
+    blocks = {**{name: f"({why})" for name, why in reasons.items()}, **now.blocks}
     rows = [_row(name, layer, inputs.get(name, []), blocks.get(name, "")) for name, layer in layers.items()]
     added = sum(layer.core.numel() + layer.suffix.numel() for layer in layers.values())
     return Summary(

@@ -366,6 +366,7 @@ def test_the_plan_follows_changes_of_the_model():
         model.bn.register_forward_hook(lambda module, args, out: seen.append(out.shape) or out * 2)
     compare(ours, reference, x, 1e-10)  # a hook ends the block, and what it returns counts
     assert len(seen) == 2
+    assert lora_edge.summary(ours).layers[0].block == "conv"
     for model in (ours, reference):
         model.bn._forward_hooks.clear()
         model.relu = nn.LeakyReLU(0.3)
