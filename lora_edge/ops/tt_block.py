@@ -35,7 +35,7 @@ from lora_edge.ops.tt_conv import factor_core_grad
 from lora_edge.ops.tt_fuse import core_grad, suffix_grad
 
 SLICES = 16  # the batch is worked on in about so many slices, so that what lives inside a slice is small beside a map
-SLICE_BYTES = 1 << 18  # but no slice is made smaller than this
+SLICE_BYTES = 1 << 19  # but no slice is made smaller than this
 
 
 def tt_block(
