@@ -5,6 +5,7 @@ from __future__ import annotations
 import difflib
 import fnmatch
 import hashlib
+from collections import Counter
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
@@ -170,8 +171,12 @@ def merge(model: nn.Module) -> nn.Module:
         raise RuntimeError("the model is not adapted, so there is nothing to merge; call lora_edge.adapt(model) first")
     with torch.no_grad():
         fused = [tt_fuse(layer.weight, layer.core, layer.suffix, layer.scale) for layer in layers.values()]
+        uses = Counter(id(layer.weight) for layer in layers.values())
         for layer, weight in zip(layers.values(), fused, strict=True):
-            layer.weight.copy_(weight)
+            if uses[id(layer.weight)] == 1:
+                layer.weight.copy_(weight)
+            else:  # two layers with one weight learned two updates, so they need a weight each from now on
+                layer.weight = nn.Parameter(weight, layer.weight.requires_grad)
             detach(layer)
             if state is None:  # built as a LoRAEdge layer, not adapted: a stock layer's parameters are trainable
                 layer.requires_grad_(True)

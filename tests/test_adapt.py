@@ -151,6 +151,16 @@ def test_shared_module_is_adapted_once_and_keeps_both_names():
     assert set(lora_edge.merge(model).state_dict()) == keys
 
 
+def test_layers_that_share_a_weight_merge_into_a_weight_each():
+    model = nn.Sequential(nn.Conv1d(4, 4, 3, padding=1), nn.ReLU(), nn.Conv1d(4, 4, 3, padding=1))
+    model[2].weight = model[0].weight
+    x = torch.randn(2, 4, 9)
+    lora_edge.adapt(model, 2)
+    train(model, x, list(lora_edge.trainable_parameters(model)))
+    y = output(model, x)
+    torch.testing.assert_close(output(lora_edge.merge(model), x), y)
+
+
 def test_a_convolution_as_the_whole_model():
     conv = nn.Conv1d(4, 6, 3)
     x = torch.randn(2, 4, 9)

@@ -125,7 +125,7 @@ def run_block(
     epilogue = _Epilogue(activation, saved_dtype, float(scale), overwrite)
     tensors = (x, weight, core, suffix, bias, residual)
     if not (torch.is_grad_enabled() and any(t is not None and t.requires_grad for t in tensors)):
-        return _forward(x, weight, core, suffix, bias, residual, affine, residual_affine, args, epilogue)[0]
+        return _forward(x, weight, core, suffix, bias, residual, affine, residual_affine, args, epilogue, False)[0]
     return _TTBlock.apply(*tensors, *(affine or (None, None)), *(residual_affine or (None, None)), args, epilogue)
 
 
@@ -147,8 +147,9 @@ def _forward(
     residual_affine: tuple[Tensor, Tensor] | None,
     args: ConvArgs,
     epilogue: _Epilogue,
+    needs_bits: bool,
 ) -> tuple[Tensor, Tensor | None]:
-    """``y``, which is ``x`` itself where it was overwritten, and the packed bits (None where the activation needs none)."""
+    """``y``, which is ``x`` itself where it was overwritten, and the packed bits (None without an activation or a need)."""
     shift = bias
     if affine is not None:
         shift = affine[1] if bias is None else torch.addcmul(affine[1], bias, affine[0])
@@ -170,11 +171,14 @@ def _forward(
     overwrite = epilogue.overwrite and shape == x.shape
     y = x if overwrite else before_activation(slice(None))
     activation = epilogue.activation
-    bits = None if activation is None else torch.empty(-(-shape.numel() // 8), dtype=torch.uint8, device=x.device)
+    bits = None
+    if activation is not None and needs_bits:
+        bits = torch.empty(-(-shape.numel() // 8), dtype=torch.uint8, device=x.device)
     for part in _slices(shape, shape, x.element_size()):
         piece = before_activation(part) if overwrite else y[part]
-        if activation is not None and bits is not None:
-            bits[_bits_of(part, shape)] = pack(inside(piece, activation))
+        if activation is not None:
+            if bits is not None:
+                bits[_bits_of(part, shape)] = pack(inside(piece, activation))
             apply(piece, activation, inplace=True)
         if overwrite:
             y[part] = piece
@@ -216,7 +220,7 @@ class _TTBlock(torch.autograd.Function):
                 saved = conv(x, rows, None, even).to(epilogue.saved_dtype or x.dtype)
         if saved is x:
             epilogue = epilogue._replace(overwrite=False)
-        y, bits = _forward(x, weight, core, suffix, bias, residual, affine, residual_affine, args, epilogue)
+        y, bits = _forward(x, weight, core, suffix, bias, residual, affine, residual_affine, args, epilogue, True)
         if y is x:
             ctx.mark_dirty(x)
         ctx.save_for_backward(weight, core, suffix, saved, bits, a, residual_a)
