@@ -22,6 +22,7 @@ from lora_edge.subspace import SCALINGS, weight_suffix
 from lora_edge.tt import check_rank
 
 BN_MODES = ("frozen", "batch")
+COMPUTED_WEIGHT = "its weight is computed (weight_norm, spectral_norm), left alone"
 
 
 @dataclass
@@ -164,11 +165,7 @@ def merge(model: nn.Module) -> nn.Module:
     Raises:
         RuntimeError: the model is not adapted.
     """
-    model = unwrap(model)
-    state = adapt_state(model)
-    layers = adapted_layers(model)
-    if state is None and not layers:
-        raise RuntimeError("the model is not adapted, so there is nothing to merge; call lora_edge.adapt(model) first")
+    model, state, layers = require_adapted(model)
     with torch.no_grad():
         fused = [tt_fuse(layer.weight, layer.core, layer.suffix, layer.scale) for layer in layers.values()]
         uses = Counter(id(layer.weight) for layer in layers.values())
@@ -200,11 +197,7 @@ def disabled(model: nn.Module) -> Iterator[nn.Module]:
     Raises:
         RuntimeError: the model is not adapted.
     """
-    model = unwrap(model)
-    state = adapt_state(model)
-    layers = adapted_layers(model)
-    if state is None and not layers:
-        raise RuntimeError("the model is not adapted; call lora_edge.adapt(model) first")
+    model, state, layers = require_adapted(model)
     enabled = {name: layer.enabled for name, layer in layers.items()}
     trained: dict[str, Tensor] = {}
     head = model.get_submodule(state.head) if state is not None and state.head is not None else None
@@ -230,9 +223,21 @@ def trainable_parameters(model: nn.Module) -> Iterator[nn.Parameter]:
     Raises:
         RuntimeError: the model is not adapted.
     """
-    if adapt_state(unwrap(model)) is None and not adapted_layers(model):
-        raise RuntimeError("the model is not adapted; call lora_edge.adapt(model) first")
+    model, _, _ = require_adapted(model)
     return (parameter for parameter in model.parameters() if parameter.requires_grad)
+
+
+def require_adapted(model: nn.Module) -> tuple[nn.Module, AdaptState | None, dict[str, LoRAEdgeConv]]:
+    """The unwrapped model, its state (None where the layers were built, not adapted) and its adapted layers.
+
+    Raises:
+        RuntimeError: the model is not adapted.
+    """
+    model = unwrap(model)
+    state, layers = adapt_state(model), adapted_layers(model)
+    if state is None and not layers:
+        raise RuntimeError("the model is not adapted; call lora_edge.adapt(model) first")
+    return model, state, layers
 
 
 def adapt_state(model: nn.Module) -> AdaptState | None:
@@ -332,7 +337,7 @@ def _left_alone(model: nn.Module, bn: str) -> dict[str, str]:
         if isinstance(module, _ConvNd) and type(module) not in ADAPTED_CLASS:
             reasons[name] = f"{type(module).__name__} is not exactly nn.Conv1d, nn.Conv2d or nn.Conv3d, left alone"
         elif type(module) in ADAPTED_CLASS and "weight" not in module._parameters:
-            reasons[name] = "its weight is computed (weight_norm, spectral_norm), left alone"
+            reasons[name] = COMPUTED_WEIGHT
         elif isinstance(module, _BatchNorm) and bn == "frozen" and (why := lean.why_not_frozen(module)):
             reasons[name] = why
     return reasons

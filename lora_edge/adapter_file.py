@@ -238,10 +238,10 @@ def _check_layer(model: nn.Module, name: str, adapter: Adapter, path: Path_) -> 
     if core is None or len(frozen) == 0:
         raise ValueError(f"{path}: damaged, {name} has no core or no suffix; save the adapter again")
     layer = modules.get(name)
-    if layer is None or not (isinstance(layer, LoRAEdgeConv) or type(layer) in ADAPTED_CLASS):
+    if not isinstance(layer, tuple(ADAPTED_CLASS)):
         raise ValueError(f"{path}: the model has no convolution {name!r}; the adapter belongs to another base")
     shape = tuple((frozen if isinstance(frozen, Tensor) else contract_suffix(frozen)).shape)
-    weight = tuple(layer.weight.shape)  # type: ignore[arg-type, union-attr]
+    weight = tuple(layer.weight.shape)  # type: ignore
     if core.shape[0] != weight[0] or shape[1:] != weight[1:] or core.shape[1] != shape[0]:
         raise ValueError(
             f"{path}: {name} was adapted at weight ({core.shape[0]}, {', '.join(map(str, shape[1:]))}), in this model it is "

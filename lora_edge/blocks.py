@@ -22,8 +22,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, fx, nn
 
-from lora_edge.layers import ADAPTED_CLASS, LoRAEdgeConv
-from lora_edge.lean import FrozenBatchNorm, LeanActivation, LeanLayer
+from lora_edge.layers import LoRAEdgeConv
+from lora_edge.lean import FrozenBatchNorm, LeanActivation, LeanConv, LeanLayer
 from lora_edge.ops.activation import Activation, activate
 from lora_edge.ops.conv_args import ConvArgs, conv_args
 from lora_edge.ops.padding import pad
@@ -247,7 +247,7 @@ def _has_hooks(module: nn.Module) -> bool:
 
 
 def _is_conv(module: nn.Module) -> bool:
-    return isinstance(module, LoRAEdgeConv) or type(module) in ADAPTED_CLASS
+    return isinstance(module, (LoRAEdgeConv, LeanConv))
 
 
 class _Tracer(fx.Tracer):

@@ -10,6 +10,8 @@ import torch
 from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _BatchNorm
 
+from lora_edge.training_flags import in_evaluation
+
 STATISTICS = ("running_mean", "running_var", "num_batches_tracked")
 
 
@@ -75,15 +77,12 @@ def calibrate_bn(model: nn.Module, batches: Iterable[Any]) -> nn.Module:
         raise ValueError("calibrate_bn: the model has no BatchNorm with running statistics; there is nothing to calibrate")
     before = [{name: getattr(bn, name).clone() for name in STATISTICS} for bn in norms]
     momenta = [bn.momentum for bn in norms]
-    flags = [(module, module.training) for module in model.modules()]
     try:
-        for module, _ in flags:
-            module.training = False
-        for bn in norms:
-            bn.reset_running_stats()
-            bn.momentum, bn.training = None, True
         count = 0
-        with torch.no_grad():
+        with torch.no_grad(), in_evaluation(model):
+            for bn in norms:
+                bn.reset_running_stats()
+                bn.momentum, bn.training = None, True
             for batch in batches:
                 model(batch[0] if isinstance(batch, (tuple, list)) else batch)
                 count += 1
@@ -99,8 +98,6 @@ def calibrate_bn(model: nn.Module, batches: Iterable[Any]) -> nn.Module:
     finally:
         for bn, momentum in zip(norms, momenta, strict=True):
             bn.momentum = momentum
-        for module, training in flags:
-            module.training = training
     for bn, statistics in zip(norms, before, strict=True):
         if not base_statistics(bn):
             bn._base_statistics = {name: value.cpu() for name, value in statistics.items()}  # type: ignore[assignment]

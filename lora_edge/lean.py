@@ -4,6 +4,7 @@
     ReLU, ReLU6, Hardtanh, LeakyReLU, Hardsigmoid     one bit an element
     MaxPool1d/2d/3d                         the place in the window, one byte an element of the output
     Dropout                                 the seed of its mask
+    Conv1d/2d/3d that is not adapted        nothing: a stock one saves its input, frozen or not (pytorch#133566)
 
 :func:`make_lean` re-classes the stock layers of a model in place, :func:`make_stock` re-classes them back; names, hooks and
 state dict stay as they are.
@@ -20,7 +21,9 @@ from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
 from torch.nn.modules.batchnorm import _BatchNorm
 
+from lora_edge.ops import tt_block
 from lora_edge.ops.activation import Activation, activate
+from lora_edge.ops.padding import pad
 
 
 class FrozenBatchNorm(_BatchNorm):
@@ -314,11 +317,47 @@ def _dropout_mask(like: Tensor, p: float, seed: int) -> Tensor:
     return kept.div_(1 - p)
 
 
+class LeanConv(LeanLayer, nn.modules.conv._ConvNd):
+    """A convolution that is not adapted: saves nothing while its weight is frozen."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        if (
+            self.weight.requires_grad
+            or not (torch.is_grad_enabled() and x.requires_grad)
+            or x.dim() != self.weight.dim()
+            or x.dtype != self.weight.dtype
+            or torch.is_autocast_enabled(x.device.type)
+        ):
+            return self.stock.forward(self, x)
+        padding: Any = self.padding
+        if self.padding_mode != "zeros":
+            x, padding = pad(x, self._reversed_padding_repeated_twice, self.padding_mode), 0
+        return tt_block(x, self.weight, None, None, self.bias, self.stride, padding, self.dilation, self.groups)
+
+
+class LeanConv1d(LeanConv, nn.Conv1d):
+    """``nn.Conv1d`` that saves nothing while its weight is frozen."""
+
+    stock = nn.Conv1d
+
+
+class LeanConv2d(LeanConv, nn.Conv2d):
+    """``nn.Conv2d`` that saves nothing while its weight is frozen."""
+
+    stock = nn.Conv2d
+
+
+class LeanConv3d(LeanConv, nn.Conv3d):
+    """``nn.Conv3d`` that saves nothing while its weight is frozen."""
+
+    stock = nn.Conv3d
+
+
 LEAN_CLASS: dict[type[nn.Module], type[LeanLayer]] = {
     cls.stock: cls
     for cls in (
         LeanReLU, LeanReLU6, LeanHardtanh, LeanLeakyReLU, LeanHardsigmoid,
-        LeanMaxPool1d, LeanMaxPool2d, LeanMaxPool3d, LeanDropout,
+        LeanMaxPool1d, LeanMaxPool2d, LeanMaxPool3d, LeanDropout, LeanConv1d, LeanConv2d, LeanConv3d,
     )
 }  # fmt: skip
 
@@ -360,6 +399,8 @@ def _why_not_lean(module: nn.Module) -> str | None:
         dims = int(type(module).__name__[-2])
         if math.prod(_each(module.kernel_size, dims)) > 256:
             return "a max-pool window of more than 256 places does not fit a byte, left stock"
+    if isinstance(module, nn.modules.conv._ConvNd) and "weight" not in module._parameters:
+        return "its weight is computed (weight_norm, spectral_norm), left alone"
     if isinstance(module, nn.Dropout) and module.inplace:
         return "an in-place dropout is left stock"
     return None

@@ -7,11 +7,12 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor, nn
 
-from lora_edge.adapt import adapt_state, adapted_layers, unwrap
+from lora_edge.adapt import require_adapted
 from lora_edge.blocks import describe
 from lora_edge.layers import LoRAEdgeConv
 from lora_edge.ops.conv_args import conv_args
 from lora_edge.ops.route import choose_route, saved_channels_positions
+from lora_edge.training_flags import in_evaluation
 
 
 @dataclass(frozen=True)
@@ -75,11 +76,7 @@ def summary(model: nn.Module, example: Tensor | None = None) -> Summary:
     Raises:
         RuntimeError: the model is not adapted.
     """
-    model = unwrap(model)
-    state = adapt_state(model)
-    layers = adapted_layers(model)
-    if state is None and not layers:
-        raise RuntimeError("the model is not adapted; call lora_edge.adapt(model) first")
+    model, state, layers = require_adapted(model)
     inputs = {} if example is None else _inputs(model, layers, example)
     now = describe(model)
     reasons = {**({} if state is None else state.not_fused), **now.reasons}
@@ -102,17 +99,12 @@ def _inputs(model: nn.Module, layers: dict[str, LoRAEdgeConv], example: Tensor) 
         layer.register_forward_pre_hook(lambda _, args, name=name: seen[name].append(args[0].to("meta")))
         for name, layer in layers.items()
     ]
-    flags = [(module, module.training) for module in model.modules()]
     try:
-        for module, _ in flags:
-            module.training = False
-        with torch.no_grad():
+        with torch.no_grad(), in_evaluation(model):
             model(example)
     finally:
         for handle in handles:
             handle.remove()
-        for module, training in flags:
-            module.training = training
     return seen
 
 

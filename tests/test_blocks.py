@@ -412,6 +412,15 @@ def test_no_gradient_work_below_the_first_adapted_layer():
     assert not [name for name in ran if "convolution" in name], "dx of the first adapted layer is not needed"
 
 
+@pytest.mark.parametrize("kind", ["plain", "control flow"])
+def test_convolutions_that_are_not_adapted_save_nothing(kind):
+    x = torch.randn(4, 3, 20, dtype=torch.float64)
+    ours, reference = pair(settle(Awkward(kind).double(), x), targets="block.0")
+    compare(ours, reference, x, 1e-10)
+    block = 4 * 2 * 18 * 8 + 4 * 4 * 18 // 8 + 4 * 8  # h in float64, the bits, the scale of the BatchNorm
+    assert saved_bytes(ours, x) == block
+
+
 def test_bn_in_batch_mode_is_correct():
     model, x = network("2-D")
     ours, reference = pair(model.double(), bn="batch")

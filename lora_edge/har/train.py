@@ -13,6 +13,7 @@ from sklearn.metrics import f1_score
 from torch import Tensor, nn
 
 from lora_edge.har.data import Windows
+from lora_edge.training_flags import in_evaluation
 
 BATCH = 64
 
@@ -45,13 +46,8 @@ def batches(count: int, size: int, generator: torch.Generator) -> Iterator[Tenso
 
 def predict(model: nn.Module, x: Tensor, size: int = 256) -> Tensor:
     """Classes ``(N,)`` in evaluation mode; the training flags are left as they were."""
-    flags = [(module, module.training) for module in model.modules()]
-    model.eval()
-    with torch.no_grad():
-        classes = torch.cat([model(part).argmax(dim=1) for part in x.split(size)])
-    for module, training in flags:
-        module.training = training
-    return classes
+    with torch.no_grad(), in_evaluation(model):
+        return torch.cat([model(part).argmax(dim=1) for part in x.split(size)])
 
 
 def macro_f1(model: nn.Module, windows: Windows) -> float:
