@@ -22,7 +22,6 @@ from lora_edge.subspace import SCALINGS, weight_suffix
 from lora_edge.tt import check_rank
 
 BN_MODES = ("frozen", "batch")
-COMPUTED_WEIGHT = "its weight is computed (weight_norm, spectral_norm), left alone"
 
 
 @dataclass
@@ -337,7 +336,7 @@ def _left_alone(model: nn.Module, bn: str) -> dict[str, str]:
         if isinstance(module, _ConvNd) and type(module) not in ADAPTED_CLASS:
             reasons[name] = f"{type(module).__name__} is not exactly nn.Conv1d, nn.Conv2d or nn.Conv3d, left alone"
         elif type(module) in ADAPTED_CLASS and "weight" not in module._parameters:
-            reasons[name] = COMPUTED_WEIGHT
+            reasons[name] = lean.COMPUTED_WEIGHT
         elif isinstance(module, _BatchNorm) and bn == "frozen" and (why := lean.why_not_frozen(module)):
             reasons[name] = why
     return reasons

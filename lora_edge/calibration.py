@@ -22,10 +22,11 @@ def batch_norms(model: nn.Module) -> Iterator[tuple[str, _BatchNorm]]:
             yield name, module
 
 
-def remember_statistics(bn: _BatchNorm) -> None:
-    """Keep the base model's statistics of ``bn`` on the CPU, once, before something moves them."""
-    if "_base_statistics" not in bn.__dict__:
-        bn._base_statistics = {name: getattr(bn, name).detach().cpu().clone() for name in STATISTICS}  # type: ignore
+def remember_statistics(bn: _BatchNorm, statistics: dict[str, Tensor] | None = None) -> None:
+    """Keep the base model's statistics of ``bn``, its present ones unless given, on the CPU; only the first call counts."""
+    if not base_statistics(bn):
+        kept = statistics or {name: getattr(bn, name) for name in STATISTICS}
+        bn._base_statistics = {name: value.detach().cpu().clone() for name, value in kept.items()}  # type: ignore
 
 
 def base_statistics(bn: nn.Module) -> dict[str, Tensor]:
@@ -99,6 +100,5 @@ def calibrate_bn(model: nn.Module, batches: Iterable[Any]) -> nn.Module:
         for bn, momentum in zip(norms, momenta, strict=True):
             bn.momentum = momentum
     for bn, statistics in zip(norms, before, strict=True):
-        if not base_statistics(bn):
-            bn._base_statistics = {name: value.cpu() for name, value in statistics.items()}  # type: ignore[assignment]
+        remember_statistics(bn, statistics)
     return model

@@ -361,6 +361,8 @@ LEAN_CLASS: dict[type[nn.Module], type[LeanLayer]] = {
     )
 }  # fmt: skip
 
+COMPUTED_WEIGHT = "its weight is computed (weight_norm, spectral_norm), left alone"
+
 # layers that save what they see and have no lean form, by the module that defines them in torch.nn
 _SAVING = ("activation", "pooling", "dropout", "normalization", "instancenorm")
 _SAVES_NOTHING = (nn.AdaptiveAvgPool1d, nn.AdaptiveAvgPool2d, nn.AdaptiveAvgPool3d, nn.Softmax2d)
@@ -400,7 +402,7 @@ def _why_not_lean(module: nn.Module) -> str | None:
         if math.prod(_each(module.kernel_size, dims)) > 256:
             return "a max-pool window of more than 256 places does not fit a byte, left stock"
     if isinstance(module, nn.modules.conv._ConvNd) and "weight" not in module._parameters:
-        return "its weight is computed (weight_norm, spectral_norm), left alone"
+        return COMPUTED_WEIGHT
     if isinstance(module, nn.Dropout) and module.inplace:
         return "an in-place dropout is left stock"
     return None
