@@ -365,7 +365,7 @@ COMPUTED_WEIGHT = "its weight is computed (weight_norm, spectral_norm), left alo
 
 # layers that save what they see and have no lean form, by the module that defines them in torch.nn
 _SAVING = ("activation", "pooling", "dropout", "normalization", "instancenorm")
-_SAVES_NOTHING = (nn.AdaptiveAvgPool1d, nn.AdaptiveAvgPool2d, nn.AdaptiveAvgPool3d, nn.Softmax2d)
+_GLOBAL_POOL = (nn.AdaptiveAvgPool1d, nn.AdaptiveAvgPool2d, nn.AdaptiveAvgPool3d)  # to one position: a mean, saves nothing
 
 
 def make_lean(model: nn.Module) -> dict[str, str]:
@@ -381,7 +381,7 @@ def make_lean(model: nn.Module) -> dict[str, str]:
         elif (
             kind.__module__.rpartition(".")[2] in _SAVING
             and kind.__module__.startswith("torch.nn")
-            and kind not in _SAVES_NOTHING
+            and not (kind in _GLOBAL_POOL and set(_each(module.output_size, 1)) == {1})
         ):
             left[name] = f"{kind.__name__} has no lean form, left stock"
     return left
@@ -408,5 +408,5 @@ def _why_not_lean(module: nn.Module) -> str | None:
     return None
 
 
-def _each(value: Any, dims: int) -> list[int]:
-    return [int(value)] * dims if isinstance(value, int) else [int(v) for v in value]
+def _each(value: Any, dims: int) -> list[Any]:
+    return [value] * dims if isinstance(value, int) else list(value)
