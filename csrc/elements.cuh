@@ -1,0 +1,87 @@
+// Elements of the three types as floats, one at a time or 16 bytes at once, and the choice of a kernel by type.
+#pragma once
+
+#include "gpu.cuh"
+
+namespace lora_edge {
+
+template <class T>
+constexpr int kWhole = 16 / static_cast<int>(sizeof(T));  // elements of a 16-byte access
+
+template <class T>
+DEVICE void unpack(float* to, Word4 from) {
+  const uint32_t words[4] = {from.x, from.y, from.z, from.w};
+  UNROLL
+  for (int i = 0; i < 4; ++i) {
+    if constexpr (sizeof(T) == 4) {
+      to[i] = float_of(words[i]);
+    } else {
+      to[2 * i] = to_float(T{static_cast<uint16_t>(words[i])});
+      to[2 * i + 1] = to_float(T{static_cast<uint16_t>(words[i] >> 16)});
+    }
+  }
+}
+
+template <class T>
+DEVICE Word4 pack(const float* from) {
+  uint32_t words[4];
+  UNROLL
+  for (int i = 0; i < 4; ++i) {
+    if constexpr (sizeof(T) == 4) {
+      words[i] = bits_of(from[i]);
+    } else {
+      words[i] = from_float<T>(from[2 * i]).bits | static_cast<uint32_t>(from_float<T>(from[2 * i + 1]).bits) << 16;
+    }
+  }
+  return Word4{words[0], words[1], words[2], words[3]};
+}
+
+// `count` neighbours: one element, or a multiple of 16 aligned bytes. Zeros, and nothing is read, where !ok.
+template <class T, int count>
+DEVICE void load_floats(float (&to)[count], const T* base, int64_t i, bool ok = true) {
+  if constexpr (count == 1) {
+    to[0] = to_float(load_global(base, i, ok));
+  } else {
+    static_assert(count % kWhole<T> == 0);
+    UNROLL
+    for (int j = 0; j < count; j += kWhole<T>) unpack<T>(to + j, load_global16(base, i + j, ok));
+  }
+}
+
+template <class T, int count>
+DEVICE void store_floats(T* base, int64_t i, const float (&from)[count], bool ok = true) {
+  if constexpr (count == 1) {
+    store_global(base, i, from_float<T>(from[0]), ok);
+  } else {
+    static_assert(count % kWhole<T> == 0);
+    UNROLL
+    for (int j = 0; j < count; j += kWhole<T>) store_global16(base, i + j, pack<T>(from + j), ok);
+  }
+}
+
+// The same from shared memory, whose element i is 16-byte aligned where count > 1.
+template <int count>
+DEVICE void load_floats(float (&to)[count], Shared<float> from, int i) {
+  if constexpr (count == 1) {
+    to[0] = from.load(i);
+  } else {
+    static_assert(count % 4 == 0);
+    UNROLL
+    for (int j = 0; j < count; j += 4) unpack<float>(to + j, from.load16(i + j));
+  }
+}
+
+// launch(T{}) for the type's storage type.
+template <class Launch>
+const char* with_type(Type type, const Launch& launch) {
+  if (type == Type::f32) return launch(float{});
+  if (type == Type::f16) return launch(Half{});
+  return launch(Bfloat{});
+}
+
+inline bool aligned16(const void* data) { return reinterpret_cast<uintptr_t>(data) % 16 == 0; }
+
+inline int32_t up_to_multiple(int32_t n, int32_t of) { return (n + of - 1) / of * of; }
+inline int64_t quotient_up(int64_t n, int64_t of) { return (n + of - 1) / of; }
+
+}  // namespace lora_edge

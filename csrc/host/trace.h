@@ -1,0 +1,44 @@
+// What chosen blocks of a launch ask of the memory system, for the performance model.
+//
+// Lanes' accesses are put together to warp instructions by call site and by how often the lane has come by since the warp's
+// last barrier or collective. One JSON line a launch ("launch", "kernel", "blocks", "threads", "shared_bytes") and one a block:
+//   global_read_sectors, global_write_sectors   32-byte sectors summed over warp instructions: the traffic to L2 without an L1
+//   global_read_distinct                        different sectors that the block reads: the same with a perfect L1
+//   shared_wavefronts, shared_wavefronts_ideal  passes over the 32 banks, with and without conflicts
+//   mma, barriers, sectors_begin, sectors       mma by type; sync_block; this block's records in the file of sectors
+// The file of sectors holds one little-endian uint64 a record in program order: buffer << 56 | write << 55 | sector of the
+// buffer; all ones is a barrier of the block.
+#pragma once
+
+#include <cstdint>
+#include <cstdio>
+#include <map>
+#include <vector>
+
+#include "machine.h"
+#include "site.h"
+
+namespace lora_edge::host {
+
+enum class Space { global_read, global_write, shared_read, shared_write };
+
+struct TracePlan {
+  bool on = false;                                  // then only the chosen blocks run
+  std::map<int64_t, std::vector<int64_t>> blocks;  // of each launch, counted from 0
+  std::FILE *lines = nullptr, *sectors = nullptr;
+};
+extern TracePlan trace_plan;
+extern bool tracing;  // the running block is traced
+
+void trace_begin_run();
+// The blocks of the launch that are to run.
+std::vector<int64_t> trace_launch(const Launch& launch);
+void trace_begin_block(int64_t block);
+void trace_end_block();
+
+void trace_global(bool write, const void* address, int bytes, bool ok, Site site);
+void trace_shared(Space space, int begin, int bytes, Site site);
+void trace_matrix(const int (&row_bytes)[8]);
+void trace_collective(Kind kind, int warp);  // every warp where sync_block
+
+}  // namespace lora_edge::host

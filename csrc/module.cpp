@@ -1,0 +1,299 @@
+// The Python module lora_edge._C: a Plan for one layer on one input size, and a launch on it for each op. It takes addresses,
+// strides and a stream as plain numbers, so it links no torch; lora_edge/ops has checked the tensors and allocated before.
+#include <pybind11/pybind11.h>
+#include <pybind11/stl.h>
+
+#include <cstring>
+#include <string>
+#include <vector>
+
+#include "device.h"
+#include "fields.h"
+#include "plan.h"
+
+#if !defined(LORA_EDGE_MODULE)
+#define LORA_EDGE_MODULE _C
+#endif
+#if !defined(LORA_EDGE_ARCHITECTURES)
+#define LORA_EDGE_ARCHITECTURES ""
+#endif
+
+namespace py = pybind11;
+using namespace pybind11::literals;
+
+namespace lora_edge {
+namespace {
+
+template <class Fields>
+std::vector<std::string> names() {
+  std::vector<std::string> found;
+  Fields fields{};
+  visit([&found](const char* name, auto&) { found.push_back(name); }, fields);
+  return found;
+}
+
+int last_of(Type) { return static_cast<int>(Type::bf16); }
+int last_of(Precision) { return static_cast<int>(Precision::half); }
+int last_of(Activation) { return static_cast<int>(Activation::clamp); }
+
+// Fills a Problem from keyword arguments.
+class KeywordReader {
+ public:
+  explicit KeywordReader(const py::dict& given) : given_(given) {}
+
+  void operator()(const char* name, int32_t& field) {
+    bool may_be_zero = false;
+    for (const char* other : {"batch", "rank", "pad_h", "pad_w", "cores", "bond2", "bond3"}) {
+      may_be_zero = may_be_zero || std::strcmp(name, other) == 0;
+    }
+    field = integer(name, may_be_zero ? 0 : 1, INT32_MAX);
+  }
+
+  void operator()(const char* name, float& field) {
+    const double value = PyFloat_AsDouble(find(name).ptr());
+    if (PyErr_Occurred() != nullptr) {
+      PyErr_Clear();
+      throw py::type_error(text(name) + "; it must be a number");
+    }
+    field = static_cast<float>(value);
+  }
+
+  template <class Enum>
+  void operator()(const char* name, Enum& field) {
+    field = static_cast<Enum>(integer(name, 0, last_of(field)));
+  }
+
+ private:
+  py::handle find(const char* name) const {
+    PyObject* value = PyDict_GetItemString(given_.ptr(), name);
+    if (value == nullptr) throw py::type_error(std::string("Plan: the field ") + name + " is missing");
+    return value;
+  }
+
+  std::string text(const char* name) const {
+    return std::string("Plan: ") + name + " is " + std::string(py::str(py::repr(find(name))));
+  }
+
+  int32_t integer(const char* name, int32_t least, int32_t most) const {
+    PyObject* value = find(name).ptr();
+    if (!PyLong_Check(value) || PyBool_Check(value)) throw py::type_error(text(name) + "; it must be an int");
+    int overflow = 0;
+    const long long number = PyLong_AsLongLongAndOverflow(value, &overflow);
+    if (overflow != 0 || number < least || number > most) {
+      throw py::value_error(text(name) + "; it must lie in " + std::to_string(least) + ".." + std::to_string(most));
+    }
+    return static_cast<int32_t>(number);
+  }
+
+  const py::dict& given_;
+};
+
+[[noreturn]] void refuse_number(const std::string& what, PyObject* given) {
+  throw py::type_error(what + " is " + std::string(py::str(py::repr(given))) + "; it must be an int of at most 64 bits");
+}
+
+static_assert(sizeof(long) == 8, "addresses are read as long, several times faster than as long long");
+
+bool read_number(PyObject* from, int64_t& number) {
+  if (!PyLong_CheckExact(from)) return false;
+  int overflow = 0;
+  number = PyLong_AsLongAndOverflow(from, &overflow);
+  return overflow == 0;
+}
+
+int64_t number_of(const char* op, const char* name, py::handle given) {
+  int64_t number = 0;
+  if (!read_number(given.ptr(), number)) refuse_number(std::string(op) + ": " + name, given.ptr());
+  return number;
+}
+
+// Fills a call's fields from a tuple of their values in the order of `visit`. This is what every launch pays for.
+class TupleReader {
+ public:
+  TupleReader(const char* op, PyObject* values) : op_(op), values_(values) {}
+
+  void operator()(const char* name, int64_t& field) {
+    PyObject* value = PyTuple_GET_ITEM(values_, index_);
+    if (!read_number(value, field)) {
+      refuse_number(std::string(op_) + ": args[" + std::to_string(index_) + "] (" + name + ")", value);
+    }
+    ++index_;
+  }
+
+  template <class Element>
+  void operator()(const char* name, Element*& field) {
+    int64_t address = 0;
+    (*this)(name, address);
+    field = reinterpret_cast<Element*>(static_cast<uintptr_t>(address));
+  }
+
+ private:
+  const char* op_;
+  PyObject* values_;
+  Py_ssize_t index_ = 0;
+};
+
+template <class Call>
+Call read_call(const char* op, py::handle args) {
+  Call call{};
+  Py_ssize_t wanted = 0;
+  visit([&wanted](const char*, auto&) { ++wanted; }, call);
+  if (!PyTuple_Check(args.ptr())) {
+    throw py::type_error(std::string(op) + ": args is a " + Py_TYPE(args.ptr())->tp_name + "; it must be a tuple");
+  }
+  if (PyTuple_GET_SIZE(args.ptr()) != wanted) {
+    throw py::type_error(std::string(op) + ": args has " + std::to_string(PyTuple_GET_SIZE(args.ptr())) +
+                         " values; it must have " + std::to_string(wanted) + ", see call_fields(\"" + op + "\")");
+  }
+  visit(TupleReader(op, args.ptr()), call);
+  return call;
+}
+
+enum class Op { tt_fuse, tt_block };
+
+class Plan {
+ public:
+  explicit Plan(const py::kwargs& fields) {
+    visit(KeywordReader(fields), problem_);
+    const std::vector<std::string> known = names<Problem>();
+    for (const auto& item : fields) {
+      const std::string name = py::str(item.first);
+      bool found = false;
+      for (const std::string& other : known) found = found || name == other;
+      if (!found) throw py::type_error("Plan: there is no field " + name);
+    }
+    const Conv& conv = problem_.conv;
+    if (conv.channels % conv.groups != 0 || conv.outputs % conv.groups != 0) {
+      throw py::value_error("Plan: groups is " + std::to_string(conv.groups) + "; it must divide channels (" +
+                            std::to_string(conv.channels) + ") and outputs (" + std::to_string(conv.outputs) + ")");
+    }
+    if (problem_.cores == 1 || problem_.cores > 3) {
+      throw py::value_error("Plan: cores is " + std::to_string(problem_.cores) + "; it must be 0, 2 or 3");
+    }
+    if ((problem_.cores >= 2 && problem_.bond2 == 0) || (problem_.cores == 3 && problem_.bond3 == 0)) {
+      throw py::value_error("Plan: a bond is 0; the bonds between the cores must be at least 1");
+    }
+    for (const Op op : {Op::tt_fuse, Op::tt_block}) {
+      if (const char* why = lora_edge::refusal(problem_, name_of(op))) refusal_[static_cast<int>(op)] = why;
+    }
+  }
+
+  py::object refusal(const std::string& name) const {
+    for (const Op op : {Op::tt_fuse, Op::tt_block}) {
+      if (name != name_of(op)) continue;
+      const std::string& why = refusal_[static_cast<int>(op)];
+      return why.empty() ? py::none() : py::object(py::str(why));
+    }
+    throw py::value_error("refusal: there is no op " + name + "; it must be tt_fuse or tt_block");
+  }
+
+  py::dict scratch() const {
+    const Scratch bytes = lora_edge::scratch(problem_);
+    return py::dict("packed_forward"_a = bytes.packed_forward, "packed_backward"_a = bytes.packed_backward,
+                    "partial"_a = bytes.partial, "fuse_partial"_a = bytes.fuse_partial, "h"_a = bytes.h, "bits"_a = bytes.bits);
+  }
+
+  template <class Call>
+  void launch(const char* name, Op op, const char* (*launcher)(const Problem&, const Call&, Stream), py::handle args,
+              py::handle device, py::handle stream) const {
+    const Call call = read_call<Call>(name, args);
+    const int index = static_cast<int>(number_of(name, "device", device));
+    const Stream on = reinterpret_cast<Stream>(static_cast<uintptr_t>(number_of(name, "stream", stream)));
+    const std::string& why = refusal_[static_cast<int>(op)];
+    if (!why.empty()) throw std::runtime_error(std::string(name) + ": " + why);
+    const char* error = nullptr;
+    {
+      py::gil_scoped_release unlocked;
+      const DeviceGuard guard(index);
+      error = guard.error != nullptr ? guard.error : launcher(problem_, call, on);
+    }
+    if (error != nullptr) {
+      const std::string cause = driver_problem();
+      throw std::runtime_error(std::string(name) + ": " + error + (cause.empty() ? "" : " (" + cause + ")"));
+    }
+  }
+
+ private:
+  static const char* name_of(Op op) { return op == Op::tt_fuse ? "tt_fuse" : "tt_block"; }
+
+  Problem problem_{};
+  std::string refusal_[2];  // empty: taken
+};
+
+std::vector<std::string> call_fields(const std::string& op) {
+  if (op == "Plan") return names<Problem>();
+  if (op == "tt_fuse_forward") return names<FuseCall>();
+  if (op == "tt_fuse_backward") return names<FuseBackwardCall>();
+  if (op == "tt_block_forward") return names<ForwardCall>();
+  if (op == "tt_block_backward") return names<BackwardCall>();
+  throw py::value_error("call_fields: there is no op " + op + "; it must be Plan or the name of a launch");
+}
+
+py::object version_or_none(int version) {
+  if (version == 0) return py::none();
+  return py::str(std::to_string(version / 1000) + "." + std::to_string(version % 1000 / 10));
+}
+
+py::dict build_info() {
+#if defined(__clang__)
+  const char* compiler = __VERSION__;
+#else
+  const char* compiler = "gcc " __VERSION__;
+#endif
+#if defined(LORA_EDGE_HOST)
+  const bool host = true;
+#else
+  const bool host = false;
+#endif
+  return py::dict("cuda"_a = version_or_none(compiled_cuda_version()), "architectures"_a = LORA_EDGE_ARCHITECTURES,
+                  "compiler"_a = compiler, "host"_a = host);
+}
+
+py::dict device_info_dict() {
+  const DeviceInfo info = device_info();
+  py::list devices;
+  for (const Device& device : info.devices) {
+    devices.append(py::dict("name"_a = device.name,
+                            "capability"_a = std::to_string(device.major) + "." + std::to_string(device.minor),
+                            "multiprocessors"_a = device.multiprocessors, "memory"_a = device.memory, "l2"_a = device.l2));
+  }
+  return py::dict("driver"_a = version_or_none(info.driver), "runtime"_a = version_or_none(info.runtime),
+                  "count"_a = info.devices.size(), "devices"_a = devices,
+                  "error"_a = info.error.empty() ? py::object(py::none()) : py::object(py::str(info.error)));
+}
+
+template <class Call>
+void define_launch(py::class_<Plan>& plan, const char* name, Op op,
+                   const char* (*launcher)(const Problem&, const Call&, Stream)) {
+  plan.def(
+      name,
+      [name, op, launcher](const Plan& self, py::handle args, py::handle device, py::handle stream) {
+        self.launch(name, op, launcher, args, device, stream);
+      },
+      "args"_a, "device"_a, "stream"_a,
+      "Launch on a device's stream (a cudaStream_t as an int). args: a tuple of ints in the order of call_fields, addresses "
+      "with 0 for None, strides in elements. TypeError: a wrong tuple. RuntimeError: the launch was refused or failed.");
+}
+
+}  // namespace
+}  // namespace lora_edge
+
+PYBIND11_MODULE(LORA_EDGE_MODULE, m) {
+  using namespace lora_edge;
+  m.doc() = "The kernels of lora_edge behind plain numbers; lora_edge.ops is the interface to use.";
+  // module_local: the extension and a build for the host layer can be loaded into one process.
+  py::class_<Plan> plan(m, "Plan", py::module_local(),
+                        "One adapted convolution on one input size: the fields of Problem in csrc/problem.h by name.");
+  plan.def(py::init<const py::kwargs&>());
+  plan.def("refusal", &Plan::refusal, "op"_a, "Why the kernels do not take this plan for tt_fuse or tt_block, or None.");
+  plan.def("scratch", &Plan::scratch, "The sizes in bytes of what a launch writes besides its results.");
+  define_launch(plan, "tt_fuse_forward", Op::tt_fuse, tt_fuse_forward);
+  define_launch(plan, "tt_fuse_backward", Op::tt_fuse, tt_fuse_backward);
+  define_launch(plan, "tt_block_forward", Op::tt_block, tt_block_forward);
+  define_launch(plan, "tt_block_backward", Op::tt_block, tt_block_backward);
+  m.def("call_fields", &call_fields, "op"_a, "The names of a launch's args, or of Plan's keywords (\"Plan\"), in order.");
+  m.def("build_info", &build_info,
+        "CUDA version (None: built without), architectures, compiler, and whether it is the host layer.");
+  m.def("device_info", &device_info_dict,
+        "Driver, runtime, devices (memory and l2 in bytes), or why there are none, in error.");
+}

@@ -1,0 +1,87 @@
+// The loop over the k tiles of a tile, and the finished tile's way out, eight channels at a time. See tt_conv_gemm.cuh.
+#pragma once
+
+#include "tt_conv_gemm.cuh"
+#include "tt_conv_stage.cuh"
+#include "tt_conv_sums.cuh"
+
+namespace lora_edge {
+
+// Runs over the k tiles in [k_first, k_end) with two buffers and one barrier a tile. `each` is called with the buffer and its first
+// k while they can be read; without `wanted` only that happens.
+template <class Unit, Access access, class Prologue, class Each>
+DEVICE void run_tiles(const Gemm& g, const Tile& tile, Sums<Unit>& sums, bool wanted, int k_first, int k_end,
+                      const Prologue& prologue, const Each& each) {
+  using Element = typename Unit::Element;
+  constexpr int step = kWords * kPack<Element>;
+  if (k_first >= k_end) return;
+  Staged<Element, access> staged;
+  if (wanted) copy_b<Element>(g, tile, 0, k_first, k_end);
+  async_commit();
+  staged.load(g, tile, k_first, k_end, prologue);
+  staged.store(0);
+  int buffer = 0;
+  for (int k = k_first; k < k_end; k += step) {
+    async_wait<0>();
+    sync_block();  // this tile has landed, and nobody still reads the other buffer
+    const bool more = k + step < k_end;
+    if (more && wanted) copy_b<Element>(g, tile, 1 - buffer, k + step, k_end);
+    async_commit();
+    each(buffer, k);
+    if (more) staged.load(g, tile, k + step, k_end, prologue);
+    if (wanted) {
+      const int left = (k_end - k + kPack<Element> - 1) / kPack<Element>;
+      sums.add(buffer, left < kWords ? left : kWords, tile.extra);
+    }
+    buffer = 1 - buffer;
+    if (more) staged.store(buffer);
+  }
+}
+
+// Eight neighbouring columns of the finished tile. Lanes whose rows and octets lie 32 words apart begin with different halves.
+DEVICE void load_finished(float (&v)[8], int row, int octet) {
+  const Shared<float> out = Stages::out();
+  const int at = row * kOutPitch + octet * 8;
+  const bool swapped = octet % 8 >= 4;
+  float first[4], second[4];
+  load_floats(first, out, at + (swapped ? 4 : 0));
+  load_floats(second, out, at + (swapped ? 0 : 4));
+  UNROLL
+  for (int i = 0; i < 4; ++i) {
+    v[i] = swapped ? second[i] : first[i];
+    v[i + 4] = swapped ? first[i] : second[i];
+  }
+}
+
+// Eight channels to or from memory: 16 bytes at once where `vector` says that they lie so, otherwise the first `count`.
+template <class Element>
+DEVICE void store_octet(Element* base, int64_t at, int64_t stride, const float (&v)[8], int count, bool vector) {
+  if (vector) {
+    store_floats(base, at, v);
+  } else {
+    UNROLL
+    for (int i = 0; i < 8; ++i) store_global(base, at + i * stride, from_float<Element>(v[i]), inside(i < count));
+  }
+}
+
+template <class Element>
+DEVICE void load_octet(float (&v)[8], const Element* base, int64_t at, int64_t stride, int count, bool vector) {
+  if (vector) {
+    load_floats(v, base, at);
+  } else {
+    UNROLL
+    for (int i = 0; i < 8; ++i) v[i] = to_float(load_global(base, at + i * stride, inside(i < count)));
+  }
+}
+
+// Calls write(row, octet) for every octet of the tile once, lanes along channels or along positions, as the target lies.
+template <class Write>
+DEVICE void for_each_octet(const Tile& tile, bool along_positions, const Write& write) {
+  const int thread = thread_index();
+  for (int i = 0; i < kColumns / 8; ++i) {
+    along_positions ? write(thread, i) : write(thread / 8 + i * (kRows / 8), thread % 8);
+  }
+  if (tile.extra) write(thread, kColumns / 8);
+}
+
+}  // namespace lora_edge

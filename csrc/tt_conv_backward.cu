@@ -1,0 +1,328 @@
+// tt_block backward: with dz = dy where the bit is set, else 0,
+//   dresidual = ra * dz      dx = conv^T(dz, a * W')      dcore[o, q] = s a[o] sum of dz[o] h[q]      dbias[o] = a[o] sum of dz[o]
+// from one pass over dy. tt_conv is the same without bits and residual.
+//
+// Tiles: the implicit GEMM of tt_conv.cuh, rows = input positions, columns = the group's I/g inputs, k over (tap, output). A strided
+// dx falls into phases (packing.h), each a GEMM over the taps that reach it. The bits are applied as dy is staged; the affine is in
+// the packed kernel already.
+// One tap, the star, is met by every dy position at exactly one row: the first column tile sums dz h^T over the star's k tiles
+// while they lie in shared memory, and writes dresidual there. Rows are added where padding hides dy positions from dx's own.
+// Sums are in two stages, by row tile and then over the tiles in order: deterministic, no atomics.
+// Floor: max(2 N L O (I/g) K + 2 N L O r1 operations / peak, bytes of dy, bits, h, W', dx and dresidual / bandwidth).
+#include "tt_conv_backward.cuh"
+
+#include <algorithm>
+
+#include "sum_partials.cuh"
+#include "tt_conv.cuh"
+#include "tt_conv_launch.h"
+
+namespace lora_edge {
+namespace {
+
+struct Backward {
+  Gemm gemm;
+  const uint8_t* bits;
+  int32_t octets;
+  void* dx;
+  Strides dx_strides;
+  int32_t dx_h, dx_w;
+  void* dresidual;
+  Strides dresidual_strides;
+  const void* residual_scale;
+  const void* h;
+  float* partial;  // (row tiles of the star's phase, O, sums)
+  int32_t rank, sums, sums_pitch;  // sums: r1, and one more for dbias
+  int32_t star_phase, star_tap;
+  Type affine_type, saved_type;
+  bool dx_vector, dresidual_vector, along_positions;
+};
+
+// Behind the rows' own tables: each row's position in dy and its offset in dresidual, both with the tap at (0, 0), and h at the dy
+// position that the star takes it to.
+struct Tables {
+  DEVICE static Shared<int32_t> positions() { return shared_array<int32_t>(Stages::bytes, kRows); }
+  DEVICE static Shared<uint32_t> residual() { return shared_array<uint32_t>(Stages::bytes + kRows * 4, kRows); }
+  DEVICE static Shared<float> h(const Backward& p) { return shared_array<float>(Stages::bytes + kRows * 8, kRows * p.sums_pitch); }
+  static int bytes(const Backward& p) { return kRows * 8 + kRows * p.sums_pitch * 4; }
+};
+
+DEVICE bool at_star(const Backward& p, const Tile& tile) { return tile.first && tile.phase == p.star_phase; }
+
+// Writes this thread's row of the tables. The column behind h is 1, so that dbias is summed like dcore.
+DEVICE void write_tables(const Backward& p, const Tile& tile) {
+  const Gemm& g = p.gemm;
+  const int thread = thread_index(), row = tile.row + thread;
+  const Place place(g, tile, row);
+  write_row(g, tile, place, row);
+  int h = place.h + g.h[tile.phase_h].origin, w = place.w + g.w[tile.phase_w].origin;
+  Tables::positions().store(thread, (place.sample * g.source_h + h) * g.source_w + w);
+  Tables::residual().store(thread, offset_of(p.dresidual_strides, place.sample, tile.group * g.channels.d, h, w));
+  if (p.partial == nullptr || !at_star(p, tile)) return;
+  const Step star(g, tile, p.star_tap * g.channels.d, g.k_end[tile.phase]);
+  h += star.h, w += star.w;
+  const bool ok = inside(row < tile.rows) && inside(static_cast<uint32_t>(h) < static_cast<uint32_t>(g.source_h)) &&
+                  inside(static_cast<uint32_t>(w) < static_cast<uint32_t>(g.source_w));
+  const int64_t position = (place.sample * g.source_h + h) * g.source_w + w;
+  const int64_t from = (position * g.groups.d + tile.group) * p.rank;
+  for (int q = 0; q < p.sums; ++q) {
+    const float value = load_as_float(p.h, p.saved_type, from + q, ok && inside(q < p.rank));
+    Tables::h(p).store(thread * p.sums_pitch + q, ok && q == p.rank ? 1.0f : value);
+  }
+}
+
+// Masks dy by its bits as it is staged, and writes the masked dy out where the star meets it.
+template <class Element>
+struct Mask {
+  const Backward& p;
+  const Tile& tile;
+  const bool writes;  // dresidual
+
+  DEVICE Mask(const Backward& p, const Tile& tile) : p(p), tile(tile), writes(p.dresidual != nullptr && at_star(p, tile)) {}
+
+  DEVICE void vector(Word4& words, int r, const Step& step, bool ok) const {
+    if (!ok) return;
+    if (p.bits != nullptr) {
+      const uint32_t bits = bits_at(r, step);
+      words = Word4{words.x & mask(bits, 0), words.y & mask(bits, 1), words.z & mask(bits, 2), words.w & mask(bits, 3)};
+    }
+    if (!writes || step.tap != p.star_tap) return;
+    const int64_t to = residual_at(r, step);
+    if (p.dresidual_vector) {
+      store_global16(static_cast<Element*>(p.dresidual), to, words);
+      return;
+    }
+    float v[kWhole<Element>];
+    unpack<Element>(v, words);
+    UNROLL
+    for (int i = 0; i < kWhole<Element>; ++i) write(to + i * p.dresidual_strides.c, step.channel + i, v[i]);
+  }
+
+  DEVICE void element(Element& value, int r, const Step& step, bool ok) const {
+    if (!ok) return;
+    if (p.bits != nullptr && (bits_at(r, step) & 1) == 0) value = Element{};
+    if (writes && step.tap == p.star_tap) write(residual_at(r, step), step.channel, to_float(value));
+  }
+
+ private:
+  // The bits from this channel on.
+  DEVICE uint32_t bits_at(int r, const Step& step) const {
+    const Gemm& g = p.gemm;
+    const int64_t position = Tables::positions().load(r) + step.h * g.source_w + step.w;
+    const int64_t at = (position * g.groups.d + tile.group) * p.octets + step.channel / 8;
+    return static_cast<uint32_t>(load_global(p.bits, at)) >> step.channel % 8;
+  }
+
+  DEVICE static uint32_t mask(uint32_t bits, int word) {
+    if constexpr (kPack<Element> == 1) return bits >> word & 1 ? 0xffffffffu : 0u;
+    return (bits >> 2 * word & 1 ? 0x0000ffffu : 0u) | (bits >> (2 * word + 1) & 1 ? 0xffff0000u : 0u);
+  }
+
+  DEVICE int64_t residual_at(int r, const Step& step) const {
+    return Tables::residual().load(r) + offset_of(p.dresidual_strides, 0, step.channel, step.h, step.w);
+  }
+
+  DEVICE void write(int64_t to, int channel, float value) const {
+    const int output = tile.group * p.gemm.channels.d + channel;
+    if (p.residual_scale != nullptr) value *= load_as_float(p.residual_scale, p.affine_type, output);
+    store_global(static_cast<Element*>(p.dresidual), to, from_float<Element>(value));
+  }
+};
+
+// The first stage of dcore and dbias, for the outputs whose star lies in this k tile, and `count` sums of each. A warp takes 8 words
+// of k; its lanes are 8 words x 4 row groups, whose rows 2 apart keep the 32 lanes in 32 banks, and which are added by shuffles.
+template <class Element, int count>
+DEVICE void sum_core(const Backward& p, const Tile& tile, int buffer, int k, int first_sum) {
+  const Gemm& g = p.gemm;
+  const Shared<uint32_t> a = Stages::a(buffer);
+  const Shared<float> h = Tables::h(p);
+  const int lane = lane_index(), word = warp_index() * 8 + lane % 8, rows = lane / 8;
+  float sums[kPack<Element>][count] = {};
+  UNROLL_BY(4)
+  for (int i = 0; i < kRows / 4; ++i) {
+    const int r = rows * 2 + i % 2 + i / 2 * 8;
+    float dz[kWhole<Element>];
+    unpack<Element>(dz, Word4{a.load(r * kPitch + word), 0, 0, 0});
+    UNROLL
+    for (int n = 0; n < count; ++n) {
+      const float value = h.load(r * p.sums_pitch + first_sum + n);
+      UNROLL
+      for (int e = 0; e < kPack<Element>; ++e) sums[e][n] += dz[e] * value;
+    }
+  }
+  const int64_t outputs = g.channels.d * g.groups.d;
+  float* partial = p.partial + tile.row / kRows * outputs * p.sums;
+  UNROLL
+  for (int e = 0; e < kPack<Element>; ++e) {
+    const int output = k + word * kPack<Element> + e - p.star_tap * g.channels.d;
+    UNROLL
+    for (int n = 0; n < count; ++n) {
+      float sum = sums[e][n] + shuffle_xor(sums[e][n], 8);
+      sum += shuffle_xor(sum, 16);
+      if (rows > 0) continue;
+      const int64_t to = static_cast<int64_t>(tile.group * g.channels.d + output) * p.sums + first_sum + n;
+      store_global(partial, to, sum, inside(output >= 0) && inside(output < g.channels.d));
+    }
+  }
+}
+
+template <class Element>
+DEVICE void sum_core(const Backward& p, const Tile& tile, int buffer, int k) {
+  const int first = p.star_tap * p.gemm.channels.d;
+  if (k + kWords * kPack<Element> <= first || k >= first + p.gemm.channels.d) return;
+  int sum = 0;
+  for (; sum + 4 <= p.sums; sum += 4) sum_core<Element, 4>(p, tile, buffer, k, sum);
+  if (p.sums - sum >= 2) sum_core<Element, 2>(p, tile, buffer, k, sum), sum += 2;
+  if (p.sums - sum == 1) sum_core<Element, 1>(p, tile, buffer, k, sum);
+}
+
+template <class Element>
+DEVICE void write_octet(const Backward& p, const Tile& tile, int row, int octet) {
+  const Gemm& g = p.gemm;
+  const int column = tile.column + octet * 8;
+  if (!inside(tile.row + row < tile.rows) || !inside(column < g.columns)) return;
+  const Place place(g, tile, tile.row + row);
+  const int h = place.h * g.target_h + tile.phase_h, w = place.w * g.target_w + tile.phase_w;
+  if (!inside(static_cast<uint32_t>(h) < static_cast<uint32_t>(p.dx_h))) return;
+  if (!inside(static_cast<uint32_t>(w) < static_cast<uint32_t>(p.dx_w))) return;
+  float v[8];
+  load_finished(v, row, octet);
+  const Strides& s = p.dx_strides;
+  const int64_t to = place.sample * s.n + h * s.h + w * s.w + static_cast<int64_t>(tile.group * g.columns + column) * s.c;
+  store_octet(static_cast<Element*>(p.dx), to, s.c, v, g.columns - column, p.dx_vector);
+}
+
+template <class Unit, Access access>
+KERNEL(kRows, 2) void tt_block_backward_kernel(const GRID_CONSTANT Backward p) {
+  using Element = typename Unit::Element;
+  const Gemm& g = p.gemm;
+  const Tile tile(g);
+  const bool wants_dx = p.dx != nullptr, wants_sums = p.partial != nullptr && at_star(p, tile);
+  write_tables(p, tile);
+  sync_block();
+  Sums<Unit> sums;
+  sums.clear();
+  constexpr int step = kWords * kPack<Element>;
+  const int star = p.star_tap * g.channels.d;  // without dx only the star's k tiles are met
+  const int k_first = wants_dx ? 0 : star / step * step, k_end = wants_dx ? g.k_end[tile.phase] : star + g.channels.d;
+  run_tiles<Unit, access>(g, tile, sums, wants_dx, k_first, k_end, Mask<Element>(p, tile), [&](int buffer, int k) {
+    if (wants_sums) sum_core<Element>(p, tile, buffer, k);
+  });
+  if (!wants_dx) return;
+  sync_block();  // the stages are read no more
+  sums.store(tile.extra);
+  sync_block();
+  for_each_octet(tile, p.along_positions, [&](int row, int octet) { write_octet<Element>(p, tile, row, octet); });
+}
+
+struct Launch {
+  const Backward& p;
+  int64_t blocks;
+  Stream stream;
+
+  template <class Unit, Access access>
+  const char* operator()() const {
+    return launch(tt_block_backward_kernel<Unit, access>, blocks, kRows, Stages::bytes + Tables::bytes(p), stream, p);
+  }
+};
+
+// The star of one axis: the tap whose rows need the fewest additions to meet every dy position, where that tap stands, and the
+// rows u in [low, low + rows) of its phase.
+struct Star {
+  int32_t tap, phase, index, low, rows;
+};
+
+int32_t positions_of(int32_t in, int32_t phase, int32_t stride) { return std::max(0, (in - phase + stride - 1) / stride); }
+
+Star star_of(int32_t in, int32_t out, int32_t kernel, int32_t stride, int32_t pad, int32_t dilation, bool alone) {
+  Star best{};
+  int32_t fewest = INT32_MAX;
+  for (int32_t tap = 0; tap < kernel; ++tap) {
+    const int32_t phase = phase_of(tap, dilation, pad, stride);
+    const Taps taps = taps_of(phase, kernel, dilation, pad, stride);
+    const int32_t index = (tap - taps.first) / taps.step, shift = taps.origin - index * taps.advance;
+    const int32_t low = alone ? -shift : std::min(0, -shift);
+    const int32_t high = alone ? out - shift : std::max(positions_of(in, phase, stride), out - shift);
+    const int32_t added = high - low - positions_of(in, phase, stride);
+    if (added < fewest) fewest = added, best = Star{tap, phase, index, low, high - low};
+  }
+  return best;
+}
+
+// One phase of one axis, whose rows are more than dx's own where the star lies in it.
+Axis axis_of(const Taps& taps, int32_t phase, int32_t in, int32_t stride, const Star* star) {
+  const bool at_star = star != nullptr && star->phase == phase;
+  return Axis{at_star ? star->low : 0, taps.origin, taps.advance,
+              Divider(at_star ? star->rows : std::max(1, positions_of(in, phase, stride))), Divider(std::max(1, taps.count))};
+}
+
+struct Stars {
+  Star h, w;
+
+  Stars(const Conv& c, bool alone)
+      : h(star_of(c.in_h, c.out_h, c.kernel_h, c.stride_h, c.pad_h, c.dilation_h, alone)),
+        w(star_of(c.in_w, c.out_w, c.kernel_w, c.stride_w, c.pad_w, c.dilation_w, alone)) {}
+
+  int64_t row_tiles(const Conv& c) const { return (static_cast<int64_t>(c.batch) * h.rows * w.rows + kRows - 1) / kRows; }
+};
+
+}  // namespace
+
+int64_t conv_partial_bytes(const Problem& problem) {
+  const Conv& c = problem.conv;
+  const int64_t tiles = std::max(Stars(c, false).row_tiles(c), Stars(c, true).row_tiles(c));
+  return tiles * c.outputs * (c.rank + 1) * 4;
+}
+
+const char* conv_backward(const Problem& problem, const BackwardCall& call, Stream stream) {
+  const Conv& c = problem.conv;
+  const bool wants_sums = call.dcore != nullptr || call.dbias != nullptr;
+  const Stars star(c, call.dx == nullptr);
+  const bool needs_star = wants_sums || call.dresidual != nullptr;
+  const PackedLayout layout = packed_layout(c, Packing::backward, bytes_of(problem.type));
+  Backward p{};
+  Gemm& g = p.gemm;
+  g.source = call.dy, g.packed = call.packed, g.strides = call.dy_strides;
+  g.source_h = c.out_h, g.source_w = c.out_w;
+  g.step_h = g.step_w = 1, g.target_h = c.stride_h, g.target_w = c.stride_w;
+  g.own = c.channels / c.groups, g.shared_row = 0;
+  g.pitch = layout.pitch;
+  g.phases_w = Divider(c.stride_w);
+  set_tiles(g, c.batch, c.groups, c.outputs / c.groups, g.own);
+  for (int32_t h = 0; h < c.stride_h; ++h)
+    g.h[h] = axis_of(layout.taps_h[h], h, c.in_h, c.stride_h, needs_star ? &star.h : nullptr);
+  for (int32_t w = 0; w < c.stride_w; ++w)
+    g.w[w] = axis_of(layout.taps_w[w], w, c.in_w, c.stride_w, needs_star ? &star.w : nullptr);
+
+  p.star_phase = star.h.phase * c.stride_w + star.w.phase;
+  p.star_tap = star.h.index * layout.taps_w[star.w.phase].count + star.w.index;
+  if (call.dx == nullptr) g.extra = 0, g.tiles_n = Divider(1);
+  const int32_t phases = c.stride_h * c.stride_w;
+  for (int32_t phase = 0; phase < phases; ++phase) {
+    const int32_t h = phase / c.stride_w, w = phase % c.stride_w;
+    g.base[phase] = layout.base[phase];
+    g.k_end[phase] = layout.taps_h[h].count * layout.taps_w[w].count * g.channels.d;
+    const bool reached = positions_of(c.in_h, h, c.stride_h) > 0 && positions_of(c.in_w, w, c.stride_w) > 0;
+    const bool runs = (call.dx != nullptr && reached) || (needs_star && phase == p.star_phase);
+    g.first_block[phase + 1] = g.first_block[phase] + (runs ? blocks_of(g, h, w) : 0);
+  }
+
+  p.bits = static_cast<const uint8_t*>(call.bits), p.octets = (g.channels.d + 7) / 8;
+  p.dx = call.dx, p.dx_strides = call.dx_strides, p.dx_h = c.in_h, p.dx_w = c.in_w;
+  p.dresidual = call.dresidual, p.dresidual_strides = call.dresidual_strides, p.residual_scale = call.residual_scale;
+  p.h = call.h, p.rank = call.dcore != nullptr ? c.rank : 0;
+  p.sums = p.rank + (call.dbias != nullptr ? 1 : 0);
+  p.sums_pitch = p.sums | 1;  // odd: rows fall into different banks
+  p.partial = wants_sums ? static_cast<float*>(call.partial) : nullptr;
+  p.affine_type = problem.affine_type, p.saved_type = problem.saved_type;
+  p.dx_vector = whole_octets(g.own) && in_vectors(call.dx, call.dx_strides, problem.type);
+  p.dresidual_vector = call.residual_scale == nullptr && in_vectors(call.dresidual, call.dresidual_strides, problem.type);
+  p.along_positions = call.dx_strides.c != 1;
+  const char* error = with_kernel(problem, source_access(g, problem.type), Launch{p, g.first_block[phases], stream});
+  if (error != nullptr || !wants_sums) return error;
+  const int32_t tiles = static_cast<int32_t>(row_tiles(g, star.h.phase, star.w.phase));
+  return sum_partials(p.partial, tiles, c.outputs, p.rank, call.dcore, problem.core_type, problem.scale, call.dbias, problem.type,
+                      call.affine_scale, problem.affine_type, stream);
+}
+
+}  // namespace lora_edge

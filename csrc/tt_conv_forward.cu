@@ -1,0 +1,175 @@
+// tt_block forward: y = act(a * (conv(x, W') + bias) + b + ra * residual + rb), h = conv(x, S) and one bit an element where the
+// activation's slope is 1, in one pass over x. tt_conv is the same without a, b, residual and activation.
+//
+// Tiles: the implicit GEMM of tt_conv.cuh, rows = output positions, columns = the group's O/g outputs, then the r1 rows of S.
+// The finished tile goes through shared memory, so that y, the residual and the bits are read and written 8 channels at a time.
+// Floor: max(2 N L (O + r1) (I/g) K multiply-add operations / peak, bytes of x, W', S, residual, y, h and bits / bandwidth).
+#include "tt_conv_forward.cuh"
+
+#include "tt_conv.cuh"
+#include "tt_conv_launch.h"
+
+namespace lora_edge {
+namespace {
+
+struct Forward {
+  Gemm gemm;
+  void* y;
+  Strides y_strides;
+  const void* residual;
+  Strides residual_strides;
+  const void *bias, *affine_scale, *affine_shift, *residual_scale, *residual_shift;
+  void* h;
+  uint8_t* bits;
+  int32_t rank, octets;  // octets: bytes of bits of a position and group
+  Type affine_type, saved_type;
+  Activation activation;
+  float low, high;
+  bool y_vector, residual_vector, along_positions;
+};
+
+// z = sum + shift + residual * scale, a number each a column, in shared memory behind the rows' tables. The affine's own scale is in
+// the packed kernel already, and the sums begin with the shift.
+struct Columns {
+  static constexpr int count = kColumns + kExtra;
+  DEVICE static Shared<float> shift() { return shared_array<float>(Stages::bytes, count); }
+  DEVICE static Shared<float> residual_scale() { return shared_array<float>(Stages::bytes + count * 4, count); }
+  static constexpr int bytes = count * 8;
+};
+
+DEVICE float optional(const void* values, Type type, int i, float otherwise) {
+  return values == nullptr ? otherwise : load_as_float(values, type, i);
+}
+
+template <class Element>
+DEVICE void write_column(const Forward& p, const Tile& tile) {
+  const int i = thread_index(), column = tile.column + i;
+  if (i >= Columns::count) return;
+  const bool own = inside(column < p.gemm.own);
+  const int output = tile.group * p.gemm.own + column;
+  float shift = 0.0f, scale = 1.0f;
+  if (own) {
+    shift = optional(p.bias, type_of<Element>, output, 0.0f) * optional(p.affine_scale, p.affine_type, output, 1.0f) +
+            optional(p.affine_shift, p.affine_type, output, 0.0f) + optional(p.residual_shift, p.affine_type, output, 0.0f);
+    scale = optional(p.residual_scale, p.affine_type, output, 1.0f);
+  }
+  Columns::shift().store(i, shift);
+  Columns::residual_scale().store(i, scale);
+}
+
+// y of one element, and whether the slope is 1 there; a NaN stays one and passes its gradient on.
+DEVICE float activate(const Forward& p, float z, bool& slope) {
+  if (p.activation == Activation::relu) {
+    slope = !(z <= 0.0f);
+    return slope ? z : 0.0f;
+  }
+  slope = !(z <= p.low) && !(z >= p.high);
+  return slope ? z : z <= p.low ? p.low : p.high;
+}
+
+template <class Element>
+DEVICE void write_octet(const Forward& p, const Tile& tile, int row, int octet) {
+  const Gemm& g = p.gemm;
+  const int position = tile.row + row, column = tile.column + octet * 8;
+  if (!inside(position < tile.rows)) return;
+  float v[8];
+  load_finished(v, row, octet);
+  const int64_t cell = static_cast<int64_t>(position) * g.groups.d + tile.group;
+  if (p.h != nullptr) {
+    UNROLL
+    for (int i = 0; i < 8; ++i) {
+      const int q = column + i - g.own;
+      store_float(p.h, p.saved_type, cell * p.rank + q, v[i], inside(q >= 0) && inside(q < p.rank));
+    }
+  }
+  const int outputs = g.own - column;  // of this octet, where it is less than 8
+  if (outputs <= 0) return;
+
+  const Place place(g, tile, position);
+  const int channel = tile.group * g.own + column;
+  if (p.residual != nullptr) {
+    const Strides& s = p.residual_strides;
+    float residual[8];
+    load_octet(residual, static_cast<const Element*>(p.residual),
+               place.sample * s.n + place.h * s.h + place.w * s.w + channel * s.c, s.c, outputs, p.residual_vector);
+    UNROLL
+    for (int i = 0; i < 8; ++i) {
+      v[i] += p.residual_scale == nullptr ? residual[i] : residual[i] * Columns::residual_scale().load(octet * 8 + i);
+    }
+  }
+  uint32_t bits = 0;
+  UNROLL
+  for (int i = 0; i < 8; ++i) {
+    if (p.activation != Activation::none) {
+      bool slope;
+      v[i] = activate(p, v[i], slope);
+      bits |= static_cast<uint32_t>(slope && inside(i < outputs)) << i;
+    }
+  }
+  if (p.bits != nullptr) store_global(p.bits, cell * p.octets + column / 8, static_cast<uint8_t>(bits));
+  const Strides& s = p.y_strides;
+  store_octet(static_cast<Element*>(p.y), place.sample * s.n + place.h * s.h + place.w * s.w + channel * s.c, s.c, v, outputs,
+              p.y_vector);
+}
+
+template <class Unit, Access access>
+KERNEL(kRows, 2) void tt_block_forward_kernel(const GRID_CONSTANT Forward p) {
+  using Element = typename Unit::Element;
+  const Tile tile(p.gemm);
+  const int row = tile.row + thread_index();
+  write_row(p.gemm, tile, Place(p.gemm, tile, row), row);
+  write_column<Element>(p, tile);
+  sync_block();
+  Sums<Unit> sums;
+  sums.begin(Columns::shift());
+  run_tiles<Unit, access>(p.gemm, tile, sums, true, 0, p.gemm.k_end[0], NoPrologue{}, [](int, int) {});
+  sync_block();  // the stages are read no more
+  sums.store(tile.extra);
+  sync_block();
+  for_each_octet(tile, p.along_positions, [&](int row, int octet) { write_octet<Element>(p, tile, row, octet); });
+}
+
+struct Launch {
+  const Forward& p;
+  int64_t blocks;
+  Stream stream;
+
+  template <class Unit, Access access>
+  const char* operator()() const {
+    return launch(tt_block_forward_kernel<Unit, access>, blocks, kRows, Stages::bytes + Columns::bytes, stream, p);
+  }
+};
+
+}  // namespace
+
+const char* conv_forward(const Problem& problem, const ForwardCall& call, Stream stream) {
+  const Conv& c = problem.conv;
+  Forward p{};
+  Gemm& g = p.gemm;
+  g.source = call.x, g.packed = call.packed, g.strides = call.x_strides;
+  g.source_h = c.in_h, g.source_w = c.in_w;
+  g.step_h = c.stride_h, g.step_w = c.stride_w, g.target_h = g.target_w = 1;
+  g.own = c.outputs / c.groups, g.shared_row = c.outputs;
+  g.h[0] = Axis{0, -c.pad_h, -c.dilation_h, Divider(c.out_h), Divider(c.kernel_h)};
+  g.w[0] = Axis{0, -c.pad_w, -c.dilation_w, Divider(c.out_w), Divider(c.kernel_w)};
+  g.phases_w = Divider(1);
+  g.pitch = packed_layout(c, Packing::forward, bytes_of(problem.type)).pitch;
+  set_tiles(g, c.batch, c.groups, c.channels / c.groups, g.own + (call.h != nullptr ? c.rank : 0));
+  g.k_end[0] = c.kernel_h * c.kernel_w * g.channels.d;
+  g.first_block[1] = blocks_of(g, 0, 0);
+
+  p.y = call.y, p.y_strides = call.y_strides;
+  p.residual = call.residual, p.residual_strides = call.residual_strides;
+  p.bias = call.bias, p.affine_scale = call.affine_scale, p.affine_shift = call.affine_shift;
+  p.residual_scale = call.residual_scale, p.residual_shift = call.residual_shift;
+  p.h = call.h, p.bits = static_cast<uint8_t*>(call.bits);
+  p.rank = c.rank, p.octets = (g.own + 7) / 8;
+  p.affine_type = problem.affine_type, p.saved_type = problem.saved_type;
+  p.activation = problem.activation, p.low = problem.low, p.high = problem.high;
+  p.y_vector = whole_octets(g.own) && in_vectors(call.y, call.y_strides, problem.type);
+  p.residual_vector = whole_octets(g.own) && in_vectors(call.residual, call.residual_strides, problem.type);
+  p.along_positions = call.y_strides.c != 1;
+  return with_kernel(problem, source_access(g, problem.type), Launch{p, g.first_block[1], stream});
+}
+
+}  // namespace lora_edge

@@ -1,0 +1,91 @@
+// The implicit GEMM that both directions of tt_conv and tt_block run: rows are positions, columns are channels, k runs over
+// (tap, channel of the group).
+//
+//   C[row, column] = sum_k A[row, k] * B[column, k]
+//   A   the source map (x forward, dy backward), gathered at the row's position and the tap's offset, zero outside
+//   B   the composed kernel `packed` (packing.h); forward, its last r1 columns are the suffix, and give h
+//
+// Tiles: a block of 128 threads makes 128 rows x 64 columns; a rest of up to 8 columns (the r1 rows of S) joins the last tile as
+// one extra n8 fragment. A k tile is 128 bytes of k: 32 float or 64 half.
+//
+//   tt_conv_gemm.cuh    this file: the sizes, the phases, and which tile a block makes
+//   tt_conv_stage.cuh   a k tile of A and B on its way into shared memory
+//   tt_conv_sums.cuh    the products of a k tile, by FP32 multiply-adds or tensor cores
+//   tt_conv.cuh         the loop over k tiles, and the finished tile's way out
+#pragma once
+
+#include "elements.cuh"
+#include "gpu.cuh"
+#include "packing.h"
+#include "problem.h"
+
+namespace lora_edge {
+
+constexpr int kRows = 128;    // rows of a tile, and threads of a block
+constexpr int kColumns = 64;  // columns of a tile, without the extra fragment
+constexpr int kExtra = 8;     // columns of the extra fragment
+constexpr int kWords = 32;    // 4-byte words of k in a k tile
+
+template <class Element>
+constexpr int kPack = 4 / static_cast<int>(sizeof(Element));  // elements of a word
+
+// One phase along one axis: rows u = low .. low + rows - 1, source position u * step + origin - j * advance for tap index j.
+struct Axis {
+  int32_t low, origin, advance;
+  Divider rows, taps;
+};
+
+struct Gemm {
+  const void *source, *packed;
+  Strides strides;              // of the source
+  int32_t source_h, source_w;
+  int32_t step_h, step_w;       // source positions from row to row: the stride forward, 1 backward
+  int32_t target_h, target_w;   // target positions from row to row: 1 forward, the stride backward
+  int32_t batch, columns, own, shared_row, pitch;  // columns of a group; the first `own` are its own rows of `packed`, the
+                                                   // others, the suffix, lie at shared_row for all groups
+  Divider channels;             // source channels of a group: k = tap * channels + channel
+  Divider groups, tiles_n, phases_w;
+  int32_t extra;
+  int32_t base[kMostPhases];    // first column of `packed` of each phase
+  int32_t k_end[kMostPhases];   // taps * channels of each phase
+  int32_t first_block[kMostPhases + 1];
+  Axis h[kMostStride], w[kMostStride];
+};
+
+// Which tile of which phase a block makes.
+struct Tile {
+  int phase, phase_h, phase_w, group, column, row, rows;  // first column, first row, rows of the phase in all
+  bool first, extra;                                      // the first column tile; with the extra fragment
+
+  DEVICE explicit Tile(const Gemm& g) {
+    phase = 0;
+    while (block_index() >= g.first_block[phase + 1]) ++phase;
+    phase_h = g.phases_w.quotient(phase);
+    phase_w = phase - phase_h * g.phases_w.d;
+    const int index = block_index() - g.first_block[phase];
+    const int rest = g.tiles_n.quotient(index);
+    const int tile_n = index - rest * g.tiles_n.d;
+    const int tile_m = g.groups.quotient(rest);
+    group = rest - tile_m * g.groups.d;
+    column = tile_n * kColumns;
+    row = tile_m * kRows;
+    rows = g.batch * g.h[phase_h].rows.d * g.w[phase_w].rows.d;
+    first = tile_n == 0;
+    extra = g.extra != 0 && tile_n == g.tiles_n.d - 1;
+  }
+};
+
+// The row's sample and its place among the rows of the phase, u.
+struct Place {
+  int sample, h, w;
+
+  DEVICE Place(const Gemm& g, const Tile& tile, int row) {
+    const Axis &axis_h = g.h[tile.phase_h], &axis_w = g.w[tile.phase_w];
+    const int line = axis_w.rows.quotient(row);
+    sample = axis_h.rows.quotient(line);
+    h = line - sample * axis_h.rows.d + axis_h.low;
+    w = row - line * axis_w.rows.d + axis_w.low;
+  }
+};
+
+}  // namespace lora_edge

@@ -1,0 +1,54 @@
+// What both directions' launchers share: how tiles are counted, how memory is read, and which kernel a problem takes.
+#pragma once
+
+#include <cstdint>
+
+#include "tt_conv.cuh"
+
+namespace lora_edge {
+
+// Whether 16-byte accesses along the channels stay aligned at every position.
+inline bool in_vectors(const void* data, const Strides& s, Type type) {
+  const int64_t whole = 16 / bytes_of(type);
+  return s.c == 1 && s.n % whole == 0 && s.h % whole == 0 && s.w % whole == 0 && reinterpret_cast<uintptr_t>(data) % 16 == 0;
+}
+
+inline bool whole_octets(int32_t channels) { return channels % 8 == 0; }
+
+inline Access source_access(const Gemm& g, Type type) {
+  if (g.channels.d % (16 / bytes_of(type)) == 0 && in_vectors(g.source, g.strides, type)) return Access::vector;
+  return g.strides.c == 1 ? Access::channels : Access::positions;
+}
+
+// Sets what every phase shares. A rest of up to one fragment's columns joins the last tile.
+inline void set_tiles(Gemm& g, int32_t batch, int32_t groups, int32_t channels, int32_t columns) {
+  const int32_t rest = columns % kColumns;
+  g.extra = columns > kColumns && rest > 0 && rest <= kExtra;
+  g.batch = batch, g.columns = columns;
+  g.channels = Divider(channels), g.groups = Divider(groups);
+  g.tiles_n = Divider(g.extra ? columns / kColumns : (columns + kColumns - 1) / kColumns);
+}
+
+inline int64_t row_tiles(const Gemm& g, int32_t phase_h, int32_t phase_w) {
+  return (static_cast<int64_t>(g.batch) * g.h[phase_h].rows.d * g.w[phase_w].rows.d + kRows - 1) / kRows;
+}
+
+inline int32_t blocks_of(const Gemm& g, int32_t phase_h, int32_t phase_w) {
+  return static_cast<int32_t>(row_tiles(g, phase_h, phase_w) * g.groups.d * g.tiles_n.d);
+}
+
+template <class Unit, class Launch>
+const char* with_access(Access access, const Launch& launch) {
+  if (access == Access::vector) return launch.template operator()<Unit, Access::vector>();
+  if (access == Access::channels) return launch.template operator()<Unit, Access::channels>();
+  return launch.template operator()<Unit, Access::positions>();
+}
+
+template <class Launch>
+const char* with_kernel(const Problem& problem, Access access, const Launch& launch) {
+  if (problem.type == Type::f16) return with_access<F16>(access, launch);
+  if (problem.type == Type::bf16) return with_access<Bf16>(access, launch);
+  return problem.precision == Precision::tf32 ? with_access<Tf32>(access, launch) : with_access<Fp32>(access, launch);
+}
+
+}  // namespace lora_edge
