@@ -1,4 +1,5 @@
-# `make demo` runs the main job, `make test` the tests, `make check` the linters. Each does its own set-up.
+# `make demo` runs the main job, `make test` the tests, `make check` the linters, `make mutate` the test of the kernels' tests.
+# Each does its own set-up.
 #
 # The virtual environment reuses a torch that python3 already has (as on a Jetson) and never replaces it; without one it
 # installs $(TORCH).
@@ -7,11 +8,13 @@ PYTHON ?= python3
 VENV ?= .venv
 TORCH ?= torch==2.13.0
 PERSON ?= 1
+# The CUDA kernels take minutes to compile: done where there is a device to run them. LORA_EDGE_CUDA=1 says to, anywhere.
+export LORA_EDGE_CUDA ?= $(if $(wildcard /dev/nvidiactl /dev/nvmap /dev/dxg),,0)
 
 BIN := $(VENV)/bin
 PIP := $(BIN)/python -m pip --disable-pip-version-check -q
 
-.PHONY: demo test check clean
+.PHONY: demo test check mutate clean
 .DELETE_ON_ERROR:
 
 demo: $(VENV)/har
@@ -24,6 +27,9 @@ check: $(VENV)/check
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy
+
+mutate: $(VENV)/test
+	$(BIN)/python tests/mutate.py
 
 # The torch that is there is written down as a constraint, so that no other package can replace it.
 $(VENV)/torch.txt:
@@ -39,5 +45,7 @@ $(VENV)/har $(VENV)/test $(VENV)/check: $(VENV)/%: $(VENV)/torch.txt pyproject.t
 	$(PIP) install -c $(VENV)/torch.txt -e ".[$*]"
 	@touch $@
 
+$(VENV)/har $(VENV)/test: setup.py $(wildcard csrc/*.*)
+
 clean:
-	rm -rf $(VENV) demo build *.egg-info
+	rm -rf $(VENV) demo build *.egg-info lora_edge/_C*.so

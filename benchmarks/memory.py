@@ -24,11 +24,12 @@ from rich.console import Console
 from rich.table import Table
 
 import lora_edge
-from benchmarks.workloads import WORKLOADS
 from lora_edge.har.adaptation import machine
 from lora_edge.memory import training_step_bytes
 
-RESULTS = Path(__file__).parent / "results"
+from . import RESULTS
+from .workloads import WORKLOADS
+
 RANK = 2
 VARIANTS = {
     "full": None,
@@ -90,15 +91,8 @@ def _peak_resident() -> int:
 
 
 def resident_in_a_fresh_process(workload: str, batch: int, variant: str) -> int:
-    arguments = [
-        sys.executable,
-        "-W",
-        "ignore",
-        "-m",
-        "benchmarks.memory",
-        "--resident",
-        json.dumps([workload, batch, variant]),
-    ]
+    case = json.dumps([workload, batch, variant])
+    arguments = [sys.executable, "-W", "ignore", "-m", f"{__package__}.memory", "--resident", case]
     return int(subprocess.run(arguments, check=True, capture_output=True, text=True).stdout)
 
 

@@ -22,7 +22,8 @@ from lora_edge.har.data import mirrored
 from lora_edge.har.train import macro_f1
 from lora_edge.methods import methods
 
-RESULTS = Path(__file__).parent / "results"
+from . import RESULTS
+
 COMPARED = ("head_only", "bn_only", "full", "lora_edge", "lora_edge_calibrated")
 FIELDS = (
     "device", "date", "lora_edge", "torch", "threads", "protocol", "person", "seed", "method", "lr", "steps", "trainable",
