@@ -18,6 +18,7 @@ from torch.nn.modules.conv import _ConvNd
 from lora_edge import blocks, calibration, lean
 from lora_edge.layers import ADAPTED_CLASS, LoRAEdgeConv, attach, check_adaptable, check_suffix, detach
 from lora_edge.ops import tt_fuse
+from lora_edge.ops.backends import require_backend
 from lora_edge.subspace import SCALINGS, weight_suffix
 from lora_edge.tt import check_rank
 
@@ -60,6 +61,7 @@ def adapt(
     train_head: bool = False,
     lean: bool = True,
     saved_dtype: str | torch.dtype | None = None,
+    backend: str = "auto",
 ) -> nn.Module:
     """Adapt a model's convolutions in place: freeze everything, give each convolution a trained core.
 
@@ -80,6 +82,7 @@ def adapt(
         lean: run ``conv → BN → (+ residual) → activation`` as one op and the other layers in lean form, so that next to
             nothing is saved for backward; ``summary`` shows what was fused. False leaves all other layers stock.
         saved_dtype: "float16" or "bfloat16" keeps ``h`` in half precision between forward and backward; None in its own.
+        backend: "auto", "torch", "cuda" or "triton" for the convolutions of this model; see :mod:`lora_edge.ops.backends`.
 
     Returns:
         The model.
@@ -87,13 +90,14 @@ def adapt(
     Raises:
         TypeError: ``rank`` is no integer, or ``model`` no module.
         ValueError: ``rank`` is below 1, an option is unknown, a name matches nothing, or a layer is not supported.
-        RuntimeError: the model is adapted already.
+        RuntimeError: the model is adapted already, or the named backend does not work here.
         All of them before anything is changed.
     """
     rank = check_rank(rank)
     _check_choice("scaling", scaling, SCALINGS)
     _check_choice("bn", bn, BN_MODES)
     saved = _saved_dtype(saved_dtype)
+    require_backend(backend, "adapt")
     names = select(model, targets, exclude)
     plans: dict[str, LayerPlan] = {}
     for name in names:
@@ -104,7 +108,7 @@ def adapt(
             raise ValueError(f"{name or 'model'}: {error}") from None
         plans[name] = LayerPlan(weight_suffix(conv.weight, rank, scaling), bond_cap=rank)  # type: ignore[arg-type]
     head = find_head(model) if train_head else None
-    return install(model, plans, scaling=scaling, bn=bn, head=head, lean_layers=lean, saved_dtype=saved)
+    return install(model, plans, scaling=scaling, bn=bn, head=head, lean_layers=lean, saved_dtype=saved, backend=backend)
 
 
 def install(
@@ -116,6 +120,7 @@ def install(
     head: str | None = None,
     lean_layers: bool = True,
     saved_dtype: torch.dtype | None = None,
+    backend: str = "auto",
 ) -> nn.Module:
     """Carry out :func:`adapt` for layers whose suffixes are known; ``load_adapter`` uses it as well."""
     if adapt_state(model) is not None or any(isinstance(m, LoRAEdgeConv) for m in model.modules()):
@@ -134,7 +139,7 @@ def install(
     for name, plan in plans.items():
         conv = model.get_submodule(name)
         conv.__class__ = ADAPTED_CLASS[type(conv)]
-        attach(conv, plan.frozen, plan.core, plan.scale, plan.bond_cap, scaling, saved_dtype)  # type: ignore[arg-type]
+        attach(conv, plan.frozen, plan.core, plan.scale, plan.bond_cap, scaling, saved_dtype, backend)  # type: ignore[arg-type]
     for _, norm in calibration.batch_norms(model):
         if bn == "frozen" and lean.why_not_frozen(norm) is None:
             lean.freeze_bn(norm, lean_layers)
@@ -145,7 +150,7 @@ def install(
         state.base_head = {n: p.detach().cpu().clone() for n, p in linear.named_parameters()}
         linear.requires_grad_(True)
     if lean_layers:
-        state.left_alone.update(lean.make_lean(model))
+        state.left_alone.update(lean.make_lean(model, backend))
         fused = blocks.fuse(model)
         state.blocks, state.not_fused = fused.blocks, fused.reasons
     model._lora_edge = state  # type: ignore[assignment]
@@ -166,7 +171,7 @@ def merge(model: nn.Module) -> nn.Module:
     """
     model, state, layers = require_adapted(model)
     with torch.no_grad():
-        fused = [tt_fuse(layer.weight, layer.core, layer.suffix, layer.scale) for layer in layers.values()]
+        fused = [tt_fuse(layer.weight, layer.core, layer.suffix, layer.scale, backend="torch") for layer in layers.values()]
         uses = Counter(id(layer.weight) for layer in layers.values())
         for layer, weight in zip(layers.values(), fused, strict=True):
             if uses[id(layer.weight)] == 1:

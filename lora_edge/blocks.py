@@ -46,12 +46,14 @@ class Plan:
         forward: the traced code, called as ``forward(module, x)``.
         blocks: name of each fused convolution with what was fused, such as "conv + bn + add + relu".
         reasons: name of each convolution that was not fused with the reason.
+        activations: name of each fused convolution with the activation at the block's end.
         layer: one adapted layer, if there is one; it tells whether the model is disabled for the moment.
     """
 
     forward: Callable[[nn.Module, Tensor], Tensor]
     blocks: dict[str, str]
     reasons: dict[str, str]
+    activations: dict[str, Activation | None]
     layer: LoRAEdgeConv | None
 
 
@@ -61,6 +63,7 @@ class Fused:
 
     blocks: dict[str, str] = field(default_factory=dict)
     reasons: dict[str, str] = field(default_factory=dict)
+    activations: dict[str, Activation | None] = field(default_factory=dict)
 
 
 class LeanModule(nn.Module):
@@ -146,6 +149,7 @@ def fused_block(
         x, weight, core, suffix, conv.bias, args, scale, None if bn is None else bn.scale_and_shift(), residual,
         None if residual_bn is None else residual_bn.scale_and_shift(), activation, saved_dtype,
         overwrite and conv.padding_mode == "zeros" and x.untyped_storage().nbytes() >= OVERWRITE_BYTES,
+        conv.backend if isinstance(conv, (LoRAEdgeConv, LeanConv)) else "auto",
     )  # fmt: skip
 
 
@@ -218,6 +222,7 @@ def describe(model: nn.Module) -> Fused:
         if isinstance(module, LeanModule) and (plan := _current_plan(module)) is not None:
             found.blocks.update({_join(name, conv): what for conv, what in plan.blocks.items()})
             found.reasons.update({_join(name, conv): reason for conv, reason in plan.reasons.items()})
+            found.activations.update({_join(name, conv): last for conv, last in plan.activations.items()})
     return found
 
 
@@ -287,12 +292,13 @@ def _make_plan(module: nn.Module) -> tuple[Plan | None, str]:
         random.setstate(random_state[1])
         return None, "its forward draws random numbers outside of layers, so it is run as it is"
     modules = dict(module.named_modules(remove_duplicate=False))
-    blocks, reasons = _Fuser(graph, modules).run()
+    fuser = _Fuser(graph, modules)
+    blocks, reasons = fuser.run()
     code = graph.python_code("self")
     scope = dict(code.globals)
     exec(code.src, scope)
     layer = next((m for m in module.modules() if isinstance(m, LoRAEdgeConv)), None)
-    return Plan(scope["forward"], blocks, reasons, layer), ""
+    return Plan(scope["forward"], blocks, reasons, fuser.activations, layer), ""
 
 
 def _restore(attributes: list[tuple[nn.Module, dict[str, Any]]]) -> bool:
@@ -318,6 +324,7 @@ class _Fuser:
         self.graph, self.modules = graph, modules
         self.order = {node: k for k, node in enumerate(graph.nodes)}
         self.claimed: set[fx.Node] = set()
+        self.activations: dict[str, Activation | None] = {}
 
     def run(self) -> tuple[dict[str, str], dict[str, str]]:
         blocks: dict[str, str] = {}
@@ -377,6 +384,7 @@ class _Fuser:
         if amounts is not None:
             chain.append(source)
         self.claimed.update(chain)
+        self.activations[str(node.target)] = call.get("activation")
         self.replace(chain, inner, call)
         return " + ".join(what), ""
 

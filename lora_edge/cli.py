@@ -1,4 +1,4 @@
-"""The ``lora-edge`` command: adapt, merge, info. Also ``python -m lora_edge``."""
+"""The ``lora-edge`` command: adapt, merge, info, check. Also ``python -m lora_edge``."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ def main(arguments: list[str] | None = None) -> int:
     options = _parser().parse_args(arguments)
     warnings.filterwarnings("ignore", message="Using padding='same' with even kernel")
     try:
-        options.run(options)
+        code = options.run(options)
     except (ValueError, TypeError, RuntimeError, KeyError, OSError) as error:
         text = str(error.args[0]) if isinstance(error, KeyError) and error.args else str(error)
         print(f"lora-edge: error: {text.splitlines()[0] if text else type(error).__name__}", file=sys.stderr)
@@ -31,7 +31,7 @@ def main(arguments: list[str] | None = None) -> int:
     except KeyboardInterrupt:
         print("lora-edge: interrupted; files written so far are whole", file=sys.stderr)
         return 130
-    return 0
+    return code or 0
 
 
 def _parser() -> argparse.ArgumentParser:
@@ -63,6 +63,11 @@ def _parser() -> argparse.ArgumentParser:
     info = commands.add_parser("info", help="show what an adapter file holds")
     info.add_argument("file", type=Path)
     info.set_defaults(run=_info)
+
+    check = commands.add_parser(
+        "check", help="show which backends work on this machine and test their ops; exit code 1 if one fails"
+    )
+    check.set_defaults(run=_check)
     return parser
 
 
@@ -116,6 +121,12 @@ def _info(options: argparse.Namespace) -> None:
     for name, value in adapter.changed().items():
         print(f"  {name}: changed, {'x'.join(map(str, value.shape)) or 'one number'}")
     print(f"{len(adapter.layers)} layers, {total:,} trained parameters in the cores")
+
+
+def _check(options: argparse.Namespace) -> int:
+    from lora_edge.check import check
+
+    return 0 if check() else 1
 
 
 def _positive(options: argparse.Namespace, *names: str) -> None:

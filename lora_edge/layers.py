@@ -33,6 +33,7 @@ class LoRAEdgeConv(nn.modules.conv._ConvNd):
     bond_cap: int  # the rank asked for, and with ``scaling`` what a renewed suffix is made with
     scaling: str
     saved_dtype: torch.dtype | None  # what ``h`` is kept in between forward and backward, None for its own
+    backend: str = "auto"  # what its ops are called with
     enabled: bool  # False inside lora_edge.disabled: the base convolution
     frozen_cores: list[Tensor] | None  # [G2, ..., Gd] on the CPU, None where the suffix did not come as cores
     base_replaced: bool  # load_state_dict brought another base weight since adapt
@@ -78,7 +79,7 @@ class LoRAEdgeConv(nn.modules.conv._ConvNd):
 
     def fused_weight(self) -> Tensor:
         """``W' = W + scale * core @ suffix``, shape and dtype of the weight."""
-        return tt_fuse(self.weight, self.core, self.suffix, self.scale)
+        return tt_fuse(self.weight, self.core, self.suffix, self.scale, backend=self.backend)
 
     def forward(self, x: Tensor) -> Tensor:
         if not self.enabled:
@@ -88,7 +89,7 @@ class LoRAEdgeConv(nn.modules.conv._ConvNd):
             x, padding = pad(x, self._reversed_padding_repeated_twice, self.padding_mode), 0  # type: ignore[assignment]
         return tt_conv(
             x, self.weight, self.core, self.suffix, self.bias, self.stride, padding, self.dilation, self.groups, self.scale,
-            saved_dtype=self.saved_dtype,
+            saved_dtype=self.saved_dtype, backend=self.backend,
         )  # fmt: skip
 
     def extra_repr(self) -> str:
@@ -193,6 +194,7 @@ def attach(
     bond_cap: int | None = None,
     scaling: str = "balanced",
     saved_dtype: torch.dtype | None = None,
+    backend: str = "auto",
 ) -> None:
     """Give a re-classed convolution its core (zero unless given) and suffix, in float32 for a half-precision weight."""
     weight = layer.weight
@@ -208,6 +210,7 @@ def attach(
     layer.bond_cap = suffix.shape[0] if bond_cap is None else bond_cap
     layer.scaling = scaling
     layer.saved_dtype = saved_dtype
+    layer.backend = backend
     layer.enabled = True
     layer.base_replaced = False
 
@@ -218,6 +221,7 @@ def detach(layer: LoRAEdgeConv) -> None:
         delattr(layer, name)
     for name in ("frozen_cores", "scale", "bond_cap", "scaling", "saved_dtype", "enabled", "base_replaced"):
         delattr(layer, name)
+    layer.__dict__.pop("backend", None)
     layer.__class__ = layer.stock  # type: ignore[assignment]
 
 

@@ -320,6 +320,8 @@ def _dropout_mask(like: Tensor, p: float, seed: int) -> Tensor:
 class LeanConv(LeanLayer, nn.modules.conv._ConvNd):
     """A convolution that is not adapted: saves nothing while its weight is frozen."""
 
+    backend: str = "auto"  # what its op is called with
+
     def forward(self, x: Tensor) -> Tensor:
         if (
             self.weight.requires_grad
@@ -332,7 +334,8 @@ class LeanConv(LeanLayer, nn.modules.conv._ConvNd):
         padding: Any = self.padding
         if self.padding_mode != "zeros":
             x, padding = pad(x, self._reversed_padding_repeated_twice, self.padding_mode), 0
-        return tt_block(x, self.weight, None, None, self.bias, self.stride, padding, self.dilation, self.groups)
+        fixed = (self.stride, padding, self.dilation, self.groups)
+        return tt_block(x, self.weight, None, None, self.bias, *fixed, backend=self.backend)
 
 
 class LeanConv1d(LeanConv, nn.Conv1d):
@@ -368,8 +371,11 @@ _SAVING = ("activation", "pooling", "dropout", "normalization", "instancenorm")
 _GLOBAL_POOL = (nn.AdaptiveAvgPool1d, nn.AdaptiveAvgPool2d, nn.AdaptiveAvgPool3d)  # to one position: a mean, saves nothing
 
 
-def make_lean(model: nn.Module) -> dict[str, str]:
-    """Re-class every stock layer that has a lean form; returns names and reasons of those that have none."""
+def make_lean(model: nn.Module, backend: str = "auto") -> dict[str, str]:
+    """Re-class every stock layer that has a lean form; returns names and reasons of those that have none.
+
+    ``backend`` is what the convolutions that are not adapted run on.
+    """
     left: dict[str, str] = {}
     for name, module in model.named_modules():
         kind = type(module)
@@ -378,6 +384,8 @@ def make_lean(model: nn.Module) -> dict[str, str]:
                 left[name] = why
             else:
                 module.__class__ = LEAN_CLASS[kind]  # type: ignore[assignment]
+                if isinstance(module, LeanConv):
+                    module.backend = backend
         elif (
             kind.__module__.rpartition(".")[2] in _SAVING
             and kind.__module__.startswith("torch.nn")
@@ -391,6 +399,7 @@ def make_stock(model: nn.Module) -> None:
     """Undo :func:`make_lean`."""
     for module in model.modules():
         if isinstance(module, LeanLayer):
+            module.__dict__.pop("backend", None)
             module.__class__ = module.stock  # type: ignore[assignment]
 
 

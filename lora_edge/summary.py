@@ -10,7 +10,11 @@ from torch import Tensor, nn
 from lora_edge.adapt import require_adapted
 from lora_edge.blocks import describe
 from lora_edge.layers import LoRAEdgeConv
+from lora_edge.ops import cuda, extension
+from lora_edge.ops.activation import Activation
+from lora_edge.ops.backends import AVAILABLE, backends, requested
 from lora_edge.ops.conv_args import conv_args
+from lora_edge.ops.cuda_plan import Epilogue
 from lora_edge.ops.route import choose_route, saved_channels_positions
 from lora_edge.training_flags import in_evaluation
 
@@ -18,6 +22,9 @@ from lora_edge.training_flags import in_evaluation
 @dataclass(frozen=True)
 class LayerSummary:
     """One adapted convolution. ``route`` and ``saved_bytes`` (``h`` or ``x``) are None where no example input was given.
+
+    ``backend`` is what a training step runs on, with the reason in brackets where a CUDA device's kernels do not take the call;
+    None where that depends on the input and no example was given.
 
     ``block`` is what runs as one op with it, such as "conv + bn + relu"; the reason in brackets where nothing does.
     """
@@ -30,6 +37,7 @@ class LayerSummary:
     trainable: int
     route: str | None
     saved_bytes: int | None
+    backend: str | None
     block: str
 
 
@@ -48,15 +56,16 @@ class Summary:
     saved_bytes: int | None
 
     def __str__(self) -> str:
-        head = ("layer", "kind", "weight", "rank", "parameters", "trainable", "route", "saved bytes", "block")
+        head = ("layer", "kind", "weight", "rank", "parameters", "trainable", "route", "saved bytes", "backend", "block")
         rows = [
             (r.name, r.kind, "x".join(map(str, r.weight_shape)), str(r.rank), f"{r.parameters:,}", f"{r.trainable:,}",
-             r.route or "-", "-" if r.saved_bytes is None else f"{r.saved_bytes:,}", r.block)
+             r.route or "-", "-" if r.saved_bytes is None else f"{r.saved_bytes:,}",
+             r.backend or "-", r.block)
             for r in self.layers
         ]  # fmt: skip
         share = 100 * self.trainable / self.parameters if self.parameters else 0.0
         saved = "-" if self.saved_bytes is None else f"{self.saved_bytes:,}"
-        rows.append(("total", "", "", "", f"{self.parameters:,}", f"{self.trainable:,} ({share:.2f} %)", "", saved, ""))
+        rows.append(("total", "", "", "", f"{self.parameters:,}", f"{self.trainable:,} ({share:.2f} %)", "", saved, "", ""))
         widths = [max(len(row[k]) for row in [head, *rows]) for k in range(len(head))]
         lines = ["  ".join(cell.ljust(w) for cell, w in zip(row, widths, strict=True)).rstrip() for row in [head, *rows]]
         return "\n".join(lines + [f"{name}: {why}" for name, why in self.left_alone.items()])
@@ -81,7 +90,10 @@ def summary(model: nn.Module, example: Tensor | None = None) -> Summary:
     now = describe(model)
     reasons = {**({} if state is None else state.not_fused), **now.reasons}
     blocks = {**{name: f"({why})" for name, why in reasons.items()}, **now.blocks}
-    rows = [_row(name, layer, inputs.get(name, []), blocks.get(name, "")) for name, layer in layers.items()]
+    rows = [
+        _row(name, layer, inputs.get(name, []), now.activations.get(name), blocks.get(name, ""))
+        for name, layer in layers.items()
+    ]
     added = sum(layer.core.numel() + layer.suffix.numel() for layer in layers.values())
     return Summary(
         layers=rows,
@@ -108,9 +120,10 @@ def _inputs(model: nn.Module, layers: dict[str, LoRAEdgeConv], example: Tensor) 
     return seen
 
 
-def _row(name: str, layer: LoRAEdgeConv, inputs: list[Tensor], block: str) -> LayerSummary:
+def _row(name: str, layer: LoRAEdgeConv, inputs: list[Tensor], activation: Activation | None, block: str) -> LayerSummary:
     weight = layer.weight
     routes: list[str] = []
+    runs_on = [] if inputs else [_backend(layer)]
     saved = 0
     for x in inputs:
         dims = weight.dim() - 2
@@ -125,6 +138,9 @@ def _row(name: str, layer: LoRAEdgeConv, inputs: list[Tensor], block: str) -> La
         route = choose_route(weight.shape, layer.rank, args, size, itemsize / x.element_size())
         samples = x.shape[0] if x.dim() == weight.dim() else 1
         routes.append(route)
+        batched = x.new_empty(x.shape[0] if x.dim() == weight.dim() else 1, x.shape[-dims - 1], *size)
+        epilogue = Epilogue(layer.scale, activation, layer.saved_dtype)
+        runs_on.append(_backend(layer, cuda.refusal(batched, weight, layer.core, layer.suffix, args, epilogue) or ""))
         elements = samples * saved_channels_positions(weight.shape, layer.rank, args, size, route)
         saved += elements * (itemsize if route == "factor" else x.element_size())
     return LayerSummary(
@@ -136,5 +152,22 @@ def _row(name: str, layer: LoRAEdgeConv, inputs: list[Tensor], block: str) -> La
         trainable=sum(p.numel() for p in layer.parameters() if p.requires_grad),
         route="/".join(dict.fromkeys(routes)) or None,
         saved_bytes=saved if inputs else None,
+        backend="/".join(dict.fromkeys(on for on in runs_on if on)) or None,
         block=block,
     )
+
+
+def _backend(layer: LoRAEdgeConv, refusal: str | None = None) -> str | None:
+    """What a layer's op runs on, by the rule of :mod:`lora_edge.ops.backends`; ``refusal`` is "" where the kernels take it."""
+    name, source = requested(layer.backend)
+    works = {**backends(), "auto": AVAILABLE}.get(name, "unknown")
+    if works != AVAILABLE:
+        return f"none ({name}{source} is {works})"
+    device = layer.weight.device
+    why = extension.reason(device)
+    if name == "torch" or (name == "auto" and why and device.type == "cpu"):
+        return "torch"
+    refusal = why or refusal
+    if refusal:
+        return f"none (cuda does not take it: {refusal})" if name == "cuda" else f"torch ({refusal})"
+    return None if refusal is None else "cuda"

@@ -96,7 +96,7 @@ def tt_contract(cores: Sequence[Tensor]) -> Tensor:
     Raises:
         ValueError: the cores are not 3-way, or neighbouring bonds do not match, or the outer bonds are not 1.
     """
-    _check_cores(cores, "tt_contract")
+    check_cores(cores, "tt_contract")
     if cores[0].shape[0] != 1:
         raise ValueError(f"tt_contract: the first core has shape {tuple(cores[0].shape)}; its first bond must be 1")
     return _contract(cores)[0]
@@ -108,8 +108,13 @@ def contract_suffix(cores: Sequence[Tensor]) -> Tensor:
     Raises:
         ValueError: as for :func:`tt_contract`, except that the first bond may be any ``r1``.
     """
-    _check_cores(cores, "suffix")
+    check_cores(cores, "suffix")
     return _contract(cores)
+
+
+def contracted(suffix: Tensor | Sequence[Tensor]) -> Tensor:
+    """A suffix given as one tensor or as the frozen cores, as one tensor."""
+    return suffix if isinstance(suffix, Tensor) else contract_suffix(suffix)
 
 
 def _contract(cores: Sequence[Tensor]) -> Tensor:
@@ -120,7 +125,8 @@ def _contract(cores: Sequence[Tensor]) -> Tensor:
     return out.squeeze(-1).to(dtype)
 
 
-def _check_cores(cores: Sequence[Tensor], name: str) -> None:
+def check_cores(cores: Sequence[Tensor], name: str) -> None:
+    """Raise ValueError unless the cores are 3-way, neighbouring bonds match and the last bond is 1."""
     if len(cores) == 0:
         raise ValueError(f"{name}: no cores; give at least one of shape (r_in, n, r_out)")
     for k, core in enumerate(cores):

@@ -1,8 +1,8 @@
 """The TT ops. Each has a plain-torch oracle of the same name in :mod:`lora_edge.ops.reference`."""
 
-from lora_edge.ops.backends import backends
+from lora_edge.ops.backends import backends, use_backend
 from lora_edge.ops.tt_block import tt_block
 from lora_edge.ops.tt_conv import tt_conv
 from lora_edge.ops.tt_fuse import tt_fuse
 
-__all__ = ["backends", "tt_block", "tt_conv", "tt_fuse"]
+__all__ = ["backends", "tt_block", "tt_conv", "tt_fuse", "use_backend"]

@@ -1,31 +1,77 @@
-"""Which backend runs an op: ``torch`` (this CPU or any device torch has), ``cuda`` and ``triton``."""
+"""Which backend runs an op: ``torch`` (any device torch has), ``cuda`` (the compiled extension) and ``triton``.
+
+A call's own ``backend=`` wins over :func:`use_backend`, that over the variable LORA_EDGE_BACKEND, that over "auto". "auto"
+takes the extension for tensors on a CUDA device where it works, by an explicit rule and never by a caught exception, else
+torch. Under ``torch.compile`` the choice is made when the call is traced.
+"""
 
 from __future__ import annotations
 
+import os
+from collections.abc import Iterator
+from contextlib import contextmanager
+from contextvars import ContextVar
+
+from lora_edge.ops import extension
+
 AVAILABLE = "available"
-_REASONS = {
-    "torch": AVAILABLE,
-    "cuda": "not part of this version: the compiled extension is not written yet",
-    "triton": "not part of this version: the Triton kernels are not written yet",
-}
+NAMES = ("auto", "cuda", "triton", "torch")
+VARIABLE = "LORA_EDGE_BACKEND"
+_NO_TRITON = "not part of this version: the Triton kernels are not written yet"
+_context: ContextVar[str | None] = ContextVar("lora_edge_backend", default=None)
 
 
 def backends() -> dict[str, str]:
     """Each backend's name with ``"available"`` or the reason why it does not work here."""
-    return dict(_REASONS)
+    return {"torch": AVAILABLE, "cuda": extension.reason() or AVAILABLE, "triton": _NO_TRITON}
 
 
-def choose_backend(backend: str, op: str) -> str:
-    """Resolve ``"auto"`` and refuse what is unknown or does not work here; never fall back silently.
+@contextmanager
+def use_backend(backend: str) -> Iterator[None]:
+    """Inside, calls that do not name a backend themselves use this one; safe with threads and asyncio.
+
+    Args:
+        backend: "auto", "cuda", "triton" or "torch".
 
     Raises:
         ValueError: ``backend`` is not a known name.
         RuntimeError: the named backend does not work here; the message says why.
     """
-    if backend == "auto":
-        return "torch"
-    if backend not in _REASONS:
-        raise ValueError(f'{op}: backend is {backend!r}; give one of "auto", {", ".join(map(repr, _REASONS))}')
-    if _REASONS[backend] != AVAILABLE:
-        raise RuntimeError(f'{op}: backend {backend!r} is {_REASONS[backend]}; use "torch" or "auto"')
+    require_backend(backend, "use_backend")
+    token = _context.set(backend)
+    try:
+        yield
+    finally:
+        _context.reset(token)
+
+
+@extension.constant_when_traced
+def choose_backend(backend: str, op: str) -> str:
+    """The backend a call asks for, by argument, context and environment: "auto" or one that works here.
+
+    Raises:
+        ValueError: a name is not known; the message says where it came from.
+        RuntimeError: the named backend does not work here; the message says why.
+    """
+    backend, source = requested(backend)
+    if backend not in ("auto", "torch"):
+        require_backend(backend, op, source)
     return backend
+
+
+def requested(backend: str) -> tuple[str, str]:
+    """The name asked for by argument, context and environment, and for a message where it came from."""
+    if backend == "auto":
+        backend = _context.get() or "auto"
+        if backend == "auto" and (wanted := os.environ.get(VARIABLE)):
+            return wanted, f" (from {VARIABLE})"
+    return backend, ""
+
+
+def require_backend(backend: str, op: str, source: str = "") -> None:
+    """Refuse a name that is unknown (ValueError) or does not work here (RuntimeError); never fall back silently."""
+    if backend not in NAMES:
+        raise ValueError(f"{op}: backend is {backend!r}{source}; give one of {', '.join(map(repr, NAMES))}")
+    reason = AVAILABLE if backend == "auto" else backends()[backend]
+    if reason != AVAILABLE:
+        raise RuntimeError(f'{op}: backend {backend!r}{source} is {reason}; or use "torch" or "auto"')

@@ -11,33 +11,38 @@ import torch
 from torch import Tensor
 
 from lora_edge.ops.conv_args import ConvArgs
-from lora_edge.tt import contract_suffix
+from lora_edge.tt import check_cores
 
 DTYPES = (torch.float32, torch.float16, torch.bfloat16, torch.float64)
 
 
-def check_factors(weight: Tensor, core: Tensor, suffix: Tensor | Sequence[Tensor], op: str) -> Tensor:
-    """Check weight ``(O, I/g, *K)``, core ``(O, r1)`` and suffix against each other; return the contracted suffix.
+def check_factors(weight: Tensor, core: Tensor, suffix: Tensor | Sequence[Tensor], op: str) -> None:
+    """Check weight ``(O, I/g, *K)``, core ``(O, r1)`` and suffix, contracted or as frozen cores, against each other.
 
     Raises:
         TypeError: something is not a tensor of a supported floating dtype.
         ValueError: shapes or devices do not fit together.
     """
-    if not isinstance(suffix, Tensor):
-        suffix = contract_suffix(list(suffix))
     check_weight(weight, op)
-    for name, tensor in (("core", core), ("suffix", suffix)):
-        _check_tensor(tensor, name, op)
+    _check_tensor(core, "core", op)
+    if isinstance(suffix, Tensor):
+        _check_tensor(suffix, "suffix", op)
+        shape, devices = tuple(suffix.shape), {suffix.device}
+    else:
+        for part in suffix:
+            _check_tensor(part, "suffix", op)
+        check_cores(suffix, "suffix")
+        shape, devices = (suffix[0].shape[0], *[part.shape[1] for part in suffix]), {part.device for part in suffix}
     if core.dim() != 2 or core.shape[0] != weight.shape[0]:
         raise ValueError(f"{op}: core has shape {tuple(core.shape)}; for this weight give ({weight.shape[0]}, r1)")
-    if suffix.shape != (core.shape[1], *weight.shape[1:]):
-        want = (core.shape[1], *weight.shape[1:])
-        raise ValueError(f"{op}: suffix has shape {tuple(suffix.shape)}; for this weight and core give {want}")
-    if not weight.device == core.device == suffix.device:
+    want = (core.shape[1], *weight.shape[1:])
+    if shape != want:
+        raise ValueError(f"{op}: suffix has shape {shape}; for this weight and core give {want}")
+    if weight.device != core.device or devices != {weight.device}:
         raise ValueError(
-            f"{op}: weight is on {weight.device}, core on {core.device}, suffix on {suffix.device}; put all on one device"
+            f"{op}: weight is on {weight.device}, core on {core.device}, suffix on {' and '.join(sorted(map(str, devices)))}; "
+            "put all on one device"
         )
-    return suffix
 
 
 def check_weight(weight: Tensor, op: str) -> None:
@@ -82,6 +87,18 @@ def check_conv(x: Tensor, weight: Tensor, bias: Tensor | None, groups: int, op: 
             raise TypeError(f"{op}: bias is {bias.dtype}, weight is {weight.dtype}; give both in one dtype")
 
 
+def check_output(x: Tensor, weight: Tensor, args: ConvArgs, op: str) -> None:
+    """Raise RuntimeError, as torch does, where the kernel is larger than the padded input."""
+    size, kernel, padding = x.shape[2 - weight.dim() :], weight.shape[2:], args.total_padding(weight.shape[2:])
+    for n, k, pad, dilation in zip(size, kernel, padding, args.dilation, strict=True):
+        if n + sum(pad) < dilation * (k - 1) + 1:
+            padded = tuple(n + sum(pad) for n, pad in zip(size, padding, strict=True))
+            extent = tuple(d * (k - 1) + 1 for d, k in zip(args.dilation, kernel, strict=True))
+            raise RuntimeError(
+                f"{op}: kernel size can't be greater than the padded input: the kernel spans {extent} of {padded}"
+            )
+
+
 def check_affine(affine: tuple[Tensor, Tensor] | None, weight: Tensor, name: str, op: str) -> None:
     """Check the scale and shift ``(O,)`` of a frozen BatchNorm.
 
@@ -111,7 +128,7 @@ def check_residual(
     args: ConvArgs,
     op: str,
 ) -> None:
-    """Check that the residual has the output's shape, dtype and device."""
+    """Check that the residual has the output's shape, device and dtype (under autocast the op casts)."""
     if residual is None:
         if residual_affine is not None:
             raise ValueError(f"{op}: residual_affine without a residual; give both or none")
@@ -120,7 +137,8 @@ def check_residual(
     want = (x.shape[0], weight.shape[0], *args.output_size(x.shape[2:], weight.shape[2:]))
     if residual.shape != want:
         raise ValueError(f"{op}: residual has shape {tuple(residual.shape)}; the output is {want}")
-    if residual.dtype != x.dtype or residual.device != x.device:
+    alike = residual.dtype == x.dtype or torch.is_autocast_enabled(x.device.type)
+    if not alike or residual.device != x.device:
         raise ValueError(
             f"{op}: residual is {residual.dtype} on {residual.device}; x is {x.dtype} on {x.device}; make them alike"
         )

@@ -17,22 +17,24 @@ import torch
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
-from lora_edge.ops import reference
+from lora_edge.ops import cuda, reference
 from lora_edge.ops.activation import Activation, apply, check_activation, inside, masked
-from lora_edge.ops.backends import choose_backend
 from lora_edge.ops.bits import memory_format, pack, unpack
 from lora_edge.ops.checks import (
     check_affine,
     check_conv,
     check_factors,
+    check_output,
     check_residual,
     check_saved_dtype,
     check_weight,
 )
 from lora_edge.ops.conv_args import ConvArgs, conv, conv_args, conv_input_grad, conv_weight_grad, symmetric
+from lora_edge.ops.cuda_plan import Epilogue
 from lora_edge.ops.route import choose_route
 from lora_edge.ops.tt_conv import factor_core_grad
 from lora_edge.ops.tt_fuse import core_grad, suffix_grad
+from lora_edge.tt import contracted
 
 SLICES = 16  # the batch is worked on in about so many slices, so that what lives inside a slice is small beside a map
 SLICE_BYTES = 1 << 19  # but no slice is made smaller than this
@@ -72,7 +74,7 @@ def tt_block(
         residual_affine: the same for the residual, where a frozen BatchNorm stands on the shortcut.
         activation: None, "relu", "relu6", or another :class:`lora_edge.ops.activation.Activation`.
         saved_dtype: dtype that ``h`` is kept in, None for its own.
-        backend: "auto", "torch", "cuda" or "triton".
+        backend: "auto", "torch", "cuda" or "triton"; see :mod:`lora_edge.ops.backends`.
 
     Returns:
         ``y (N, O, *L')``. Differentiable once in ``x``, ``core``, ``bias`` and ``residual``; gradients to a ``weight`` or
@@ -80,9 +82,9 @@ def tt_block(
 
     Raises:
         TypeError, ValueError: an argument has the wrong type, shape, dtype or device; the message names it.
-        RuntimeError: the named backend does not work here, or the kernel is larger than the padded input.
+        RuntimeError: the named backend does not work here or does not take this call, or the kernel is larger than the padded
+            input; the message says why.
     """
-    choose_backend(backend, "tt_block")
     activation = check_activation(activation, "tt_block")
     if core is None and suffix is None:
         check_weight(weight, "tt_block")
@@ -91,10 +93,10 @@ def tt_block(
             "tt_block: one of core and suffix is None; give both, or neither for a convolution that is not adapted"
         )
     else:
-        suffix = check_factors(weight, core, suffix, "tt_block")
+        check_factors(weight, core, suffix, "tt_block")
     args = conv_args(stride, padding, dilation, groups, weight.dim() - 2, "tt_block")
     return run_block(
-        x, weight, core, suffix, bias, args, scale, affine, residual, residual_affine, activation, saved_dtype
+        x, weight, core, suffix, bias, args, scale, affine, residual, residual_affine, activation, saved_dtype, backend=backend
     )  # fmt: skip
 
 
@@ -102,7 +104,7 @@ def run_block(
     x: Tensor,
     weight: Tensor,
     core: Tensor | None,
-    suffix: Tensor | None,
+    suffix: Tensor | Sequence[Tensor] | None,
     bias: Tensor | None,
     args: ConvArgs,
     scale: float,
@@ -112,17 +114,48 @@ def run_block(
     activation: Activation | None,
     saved_dtype: torch.dtype | None,
     overwrite: bool = False,
+    backend: str = "auto",
 ) -> Tensor:
     """:func:`tt_block` on normalised arguments; ``args`` may hold the padding of an ``F.pad``.
 
-    ``overwrite`` says that nobody else needs ``x``: a ``y`` of the same size then takes its place in memory, slice by slice.
+    ``overwrite`` says that nobody else needs ``x``: in torch a ``y`` of the same size then takes its place in memory, slice by
+    slice.
     """
     check_conv(x, weight, bias, args.groups, "tt_block", batched=True)
     check_affine(affine, weight, "affine", "tt_block")
     check_affine(residual_affine, weight, "residual_affine", "tt_block")
+    check_output(x, weight, args, "tt_block")
     check_residual(x, weight, residual, residual_affine, args, "tt_block")
     check_saved_dtype(saved_dtype, "tt_block")
-    epilogue = _Epilogue(activation, saved_dtype, float(scale), overwrite)
+    rest = (args, Epilogue(float(scale), activation, saved_dtype), affine, residual_affine)
+    if torch.is_autocast_enabled(x.device.type) and x.dtype != torch.float64:  # the kernel is cast where it is composed
+        dtype = torch.get_autocast_dtype(x.device.type)
+        bias, residual = (None if t is None else t.to(dtype) for t in (bias, residual))
+        with torch.autocast(x.device.type, enabled=False):
+            return _run_block(x.to(dtype), weight, core, suffix, bias, residual, *rest, False, backend)
+    return _run_block(x, weight, core, suffix, bias, residual, *rest, overwrite, backend)
+
+
+def _run_block(
+    x: Tensor,
+    weight: Tensor,
+    core: Tensor | None,
+    suffix: Tensor | Sequence[Tensor] | None,
+    bias: Tensor | None,
+    residual: Tensor | None,
+    args: ConvArgs,
+    fixed: Epilogue,
+    affine: tuple[Tensor, Tensor] | None,
+    residual_affine: tuple[Tensor, Tensor] | None,
+    overwrite: bool,
+    backend: str,
+) -> Tensor:
+    tensors = (x, weight, core, suffix, bias, residual)
+    y = cuda.try_block("tt_block", backend, *tensors, affine, residual_affine, args, fixed)
+    if y is not None:
+        return y
+    suffix = None if suffix is None else contracted(suffix)
+    epilogue = _Epilogue(fixed.activation, fixed.saved_dtype, fixed.scale, overwrite)
     tensors = (x, weight, core, suffix, bias, residual)
     if not (torch.is_grad_enabled() and any(t is not None and t.requires_grad for t in tensors)):
         return _forward(x, weight, core, suffix, bias, residual, affine, residual_affine, args, epilogue, False)[0]
@@ -156,7 +189,7 @@ def _forward(
     if residual_affine is not None:
         shift = residual_affine[1] if shift is None else shift + residual_affine[1]
     shift = None if shift is None else shift.to(x.dtype)
-    fused = _folded_weight(weight, core, suffix, None if affine is None else affine[0], epilogue.scale)
+    fused = _folded_weight(weight, core, suffix, None if affine is None else affine[0], epilogue.scale, x.dtype)
     fused, even = symmetric(fused, args)
 
     def before_activation(part: slice) -> Tensor:
@@ -224,7 +257,7 @@ class _TTBlock(torch.autograd.Function):
         if y is x:
             ctx.mark_dirty(x)
         ctx.save_for_backward(weight, core, suffix, saved, bits, a, residual_a)
-        ctx.args, ctx.epilogue = args, epilogue
+        ctx.args, ctx.epilogue, ctx.dtype = args, epilogue, x.dtype
         ctx.shape, ctx.format, ctx.y_shape, ctx.y_format = x.shape, memory_format(x), y.shape, memory_format(y)
         return y
 
@@ -237,7 +270,7 @@ class _TTBlock(torch.autograd.Function):
         dx = _empty(ctx.shape, dy, ctx.format) if needs_x else None
         dresidual = _empty(ctx.y_shape, dy, ctx.y_format) if needs_residual else None
         if dx is not None:
-            fused, even = symmetric(_folded_weight(weight, core, suffix, a, epilogue.scale), args)
+            fused, even = symmetric(_folded_weight(weight, core, suffix, a, epilogue.scale, dy.dtype), args)
         sums: dict[str, Tensor] = {}  # over the slices: "core" or "weight", and "bias"
 
         def add(name: str, value: Tensor) -> None:
@@ -257,10 +290,8 @@ class _TTBlock(torch.autograd.Function):
             if needs_core and ctx.route == "factor":
                 add("core", factor_core_grad(dz, saved[part].to(dz.dtype), core, args.groups, epilogue.scale))
             elif saved is not None:
-                add(
-                    "weight",
-                    conv_weight_grad(dz, saved[part], weight, args).to(torch.promote_types(weight.dtype, torch.float32)),
-                )
+                dw = conv_weight_grad(dz, saved[part], weight.to(dz.dtype), args)
+                add("weight", dw.to(torch.promote_types(weight.dtype, torch.float32)))
             if needs_bias:
                 add("bias", dz.sum(dim=[0, *range(2, dz.dim())], dtype=torch.promote_types(dz.dtype, torch.float32)))
             if dx is not None:
@@ -283,14 +314,16 @@ def _parameter_grads(
             dcore = core_grad(scaled["weight"], core, suffix, ctx.epilogue.scale) if needs_core else None
             dsuffix = suffix_grad(scaled["weight"], core, suffix, ctx.epilogue.scale) if needs_suffix else None
     if needs_bias:
-        dbias = scaled["bias"].to(weight.dtype)
+        dbias = scaled["bias"].to(ctx.dtype)
     return dweight, dcore, dsuffix, dbias
 
 
-def _folded_weight(weight: Tensor, core: Tensor | None, suffix: Tensor | None, a: Tensor | None, scale: float) -> Tensor:
-    """``a * (W + s B S)``, composed for one pass."""
+def _folded_weight(
+    weight: Tensor, core: Tensor | None, suffix: Tensor | None, a: Tensor | None, scale: float, dtype: torch.dtype
+) -> Tensor:
+    """``a * (W + s B S)`` in the dtype of the map (under autocast not the weight's own), composed for one pass."""
     fused = weight if core is None or suffix is None else reference.tt_fuse(weight, core, suffix, scale)
-    return fused if a is None else (fused * a.reshape(-1, *[1] * (weight.dim() - 1))).to(weight.dtype)
+    return (fused if a is None else fused * a.reshape(-1, *[1] * (weight.dim() - 1))).to(dtype)
 
 
 def _slices(y_shape: torch.Size, x_shape: torch.Size, itemsize: int) -> Iterator[slice]:

@@ -13,12 +13,13 @@ import torch
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
-from lora_edge.ops import reference
-from lora_edge.ops.backends import choose_backend
-from lora_edge.ops.checks import check_conv, check_factors, check_saved_dtype
+from lora_edge.ops import cuda, reference
+from lora_edge.ops.checks import check_conv, check_factors, check_output, check_saved_dtype
 from lora_edge.ops.conv_args import ConvArgs, conv, conv_args, conv_input_grad, conv_weight_grad
+from lora_edge.ops.cuda_plan import Epilogue
 from lora_edge.ops.route import ROUTES, choose_route
 from lora_edge.ops.tt_fuse import core_grad, suffix_grad
+from lora_edge.tt import contracted
 
 
 def tt_conv(
@@ -52,7 +53,7 @@ def tt_conv(
         scale: factor of the update.
         route: "auto" lets the cost model choose (:mod:`lora_edge.ops.route`), "factor" saves ``h``, "dense" saves ``x``.
         saved_dtype: dtype that ``h`` is kept in, None for its own.
-        backend: "auto", "torch", "cuda" or "triton".
+        backend: "auto", "torch", "cuda" or "triton"; see :mod:`lora_edge.ops.backends`.
 
     Returns:
         ``y (N, O, *L')``. Differentiable once in ``x``, ``core`` and ``bias``; gradients to a ``weight`` or ``suffix``
@@ -60,40 +61,48 @@ def tt_conv(
 
     Raises:
         TypeError, ValueError: an argument has the wrong type, shape, dtype or device; the message names it.
-        RuntimeError: the named backend does not work here, or the kernel is larger than the padded input.
+        RuntimeError: the named backend does not work here or does not take this call, or the kernel is larger than the padded
+            input; the message says why.
     """
-    choose_backend(backend, "tt_conv")
     check_saved_dtype(saved_dtype, "tt_conv")
-    suffix = check_factors(weight, core, suffix, "tt_conv")
+    check_factors(weight, core, suffix, "tt_conv")
     args = conv_args(stride, padding, dilation, groups, weight.dim() - 2, "tt_conv")
     if route not in ("auto", *ROUTES):
         raise ValueError(f'tt_conv: route is {route!r}; give "auto", "factor" or "dense"')
     check_conv(x, weight, bias, args.groups, "tt_conv")
+    check_output(x, weight, args, "tt_conv")
     autocast = torch.is_autocast_enabled(x.device.type) and x.dtype != torch.float64
     if autocast:  # the fused kernel is cast to the dtype of x where it is made
         dtype = torch.get_autocast_dtype(x.device.type)
         x, bias = x.to(dtype), None if bias is None else bias.to(dtype)
         with torch.autocast(x.device.type, enabled=False):
-            return _tt_conv(x, weight, core, suffix, bias, args, float(scale), route, saved_dtype)
-    return _tt_conv(x, weight, core, suffix, bias, args, float(scale), route, saved_dtype)
+            return _tt_conv(x, weight, core, suffix, bias, args, float(scale), route, saved_dtype, backend)
+    return _tt_conv(x, weight, core, suffix, bias, args, float(scale), route, saved_dtype, backend)
 
 
 def _tt_conv(
     x: Tensor,
     weight: Tensor,
     core: Tensor,
-    suffix: Tensor,
+    suffix: Tensor | Sequence[Tensor],
     bias: Tensor | None,
     args: ConvArgs,
     scale: float,
     route: str,
     saved_dtype: torch.dtype | None,
+    backend: str,
 ) -> Tensor:
+    if x.dim() == weight.dim() - 1:
+        x = x.unsqueeze(0)
+        return _tt_conv(x, weight, core, suffix, bias, args, scale, route, saved_dtype, backend).squeeze(0)
+    epilogue = Epilogue(scale, saved_dtype=saved_dtype)
+    y = cuda.try_block("tt_conv", backend, x, weight, core, suffix, bias, None, None, None, args, epilogue, route)
+    if y is not None:
+        return y
+    suffix = contracted(suffix)
     needs_grad = any(t is not None and t.requires_grad for t in (x, weight, core, suffix, bias))
     if not (torch.is_grad_enabled() and needs_grad):
         return conv(x, _fused(weight, core, suffix, scale, x.dtype), bias, args)
-    if x.dim() == weight.dim() - 1:
-        return _TTConv.apply(x.unsqueeze(0), weight, core, suffix, bias, args, scale, route, saved_dtype).squeeze(0)
     return _TTConv.apply(x, weight, core, suffix, bias, args, scale, route, saved_dtype)
 
 

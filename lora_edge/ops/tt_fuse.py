@@ -9,9 +9,9 @@ import torch
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
-from lora_edge.ops import reference
-from lora_edge.ops.backends import choose_backend
+from lora_edge.ops import cuda, reference
 from lora_edge.ops.checks import check_factors
+from lora_edge.tt import contracted
 
 
 def tt_fuse(
@@ -24,18 +24,20 @@ def tt_fuse(
         core: ``(O, r1)``, the trained output-side core.
         suffix: ``(r1, I/g, *K)``, or the frozen cores ``[G2, ..., Gd]`` that contract to it.
         scale: factor of the update.
-        backend: "auto", "torch", "cuda" or "triton".
+        backend: "auto", "torch", "cuda" or "triton"; see :mod:`lora_edge.ops.backends`.
 
     Returns:
         The fused kernel, shape and dtype of ``weight``; summed in float32 (float64 for float64), cast once.
 
     Raises:
         TypeError, ValueError: an argument has the wrong type, shape or device; the message names it.
-        RuntimeError: the named backend does not work here.
+        RuntimeError: the named backend does not work here or does not take this call; the message says why.
     """
-    choose_backend(backend, "tt_fuse")
-    suffix = check_factors(weight, core, suffix, "tt_fuse")
-    return _TTFuse.apply(weight, core, suffix, float(scale))
+    check_factors(weight, core, suffix, "tt_fuse")
+    out = cuda.try_fuse(backend, weight, core, suffix, float(scale))
+    if out is not None:
+        return out
+    return _TTFuse.apply(weight, core, contracted(suffix), float(scale))
 
 
 class _TTFuse(torch.autograd.Function):

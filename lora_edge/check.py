@@ -1,0 +1,215 @@
+"""``lora-edge check``: what is installed, which backends work here and why the others do not, and whether their ops are right.
+
+Every op of every working backend runs on this machine against :mod:`lora_edge.ops.reference` in float64, forward and backward.
+"""
+
+from __future__ import annotations
+
+import importlib.util
+import platform
+from collections.abc import Callable, Iterator
+from importlib.metadata import PackageNotFoundError, version
+from types import ModuleType
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor
+
+from lora_edge import _extension, ops
+from lora_edge._version import VERSION
+from lora_edge.ops import extension, reference
+from lora_edge.ops.backends import AVAILABLE, backends
+from lora_edge.tt import contract_suffix, tt_svd
+
+TOLERANCE = {torch.float32: 1e-5, torch.float16: 1e-2, torch.bfloat16: 1e-2}  # ||a - b|| / ||b||, of value and gradients
+TF32_TOLERANCE = 1e-3
+
+
+class Case(NamedTuple):
+    """``y = tt_block(x (N, I, *size), ...)`` and its parts."""
+
+    name: str
+    channels: int
+    outputs: int
+    kernel: tuple[int, ...]
+    size: tuple[int, ...]
+    stride: int = 1
+    padding: int | str = 0
+    groups: int = 1
+    rank: int = 2
+    batch: int = 3
+    channels_last: bool = False
+
+
+CASES = [
+    Case("1-D", 6, 24, (8,), (50,), padding="same"),  # T-ResNet's first layer
+    Case("1-D of 97 channels, stride 2", 97, 33, (5,), (40,), stride=2, padding=2),
+    Case("2-D", 16, 32, (3, 3), (17, 13), padding=1),
+    Case("2-D in channels-last, stride 2", 32, 64, (3, 3), (16, 16), stride=2, padding=1, rank=4, channels_last=True),
+    Case("1x1 in channels-last", 64, 40, (1, 1), (9, 11), channels_last=True),
+    Case("depthwise", 16, 16, (3, 3), (12, 10), padding=1, groups=16, rank=1),
+    Case("groups", 12, 18, (3, 3), (10, 9), padding=1, groups=3),
+]
+
+
+class Outcome(NamedTuple):
+    """The largest relative error over an op's value and gradients; or why the op was refused or failed."""
+
+    title: str
+    error: float
+    tolerance: float
+    text: str = ""
+
+    @property
+    def passed(self) -> bool:
+        return not self.text and self.error <= self.tolerance
+
+
+def check(show: Callable[[str], None] = print) -> bool:
+    """Show versions, devices and backends, then check every op; returns whether all of them passed."""
+    for line in about():
+        show(line)
+    found = backends()
+    passed = failed = 0
+    for name, state in found.items():
+        show(f"\nbackend {name}: {state}")
+        for outcome in check_backend(name) if state == AVAILABLE else ():
+            passed, failed = passed + outcome.passed, failed + (not outcome.passed)
+            measured = outcome.text or f"error {outcome.error:.1e}, at most {outcome.tolerance:.0e}"
+            show(f"  {'pass' if outcome.passed else 'FAIL'}  {outcome.title}: {measured}")
+    show(f"\n{passed} of {passed + failed} checks passed")
+    return failed == 0
+
+
+def about() -> Iterator[str]:
+    """Lines about versions, the driver, the devices and the build of the extension."""
+    yield f"lora_edge {VERSION}, Python {platform.python_version()}, {platform.platform()}"
+    cuda = "without CUDA" if torch.version.cuda is None else f"built with CUDA {torch.version.cuda}"
+    triton = importlib.util.find_spec("triton") and _version("triton")
+    yield f"torch {torch.__version__} {cuda}; triton {triton or 'missing'}"
+    if (why := _extension.reason()) is not None:
+        yield f"extension: {why}"
+        return
+    module = _extension.load()
+    build, found = module.build_info(), module.device_info()
+    made = f"CUDA {build['cuda']} for {build['architectures']}" if build["cuda"] else "no CUDA"
+    yield f"extension: built with {made}, {build['compiler']}"
+    yield f"driver: {'none' if found['driver'] is None else 'for CUDA up to ' + found['driver']}"
+    yield from ([] if found["error"] is None else [f"device: none; {found['error']}"])
+    for device in found["devices"]:
+        yield (
+            f"device: {device['name']}, capability {device['capability']}, {device['multiprocessors']} SMs, "
+            f"{device['memory'] / 2**30:.1f} GiB"
+        )
+    if build["cuda"] and found["driver"] and _numbers(found["driver"]) < _numbers(build["cuda"]):
+        yield (
+            f"hint: the driver is for CUDA {found['driver']}, the extension was built with {build['cuda']}; "
+            f"install lora_edge again with the toolkit of CUDA {found['driver']}, or update the driver"
+        )
+
+
+def check_backend(backend: str) -> Iterator[Outcome]:
+    """Every op on every case and dtype."""
+    device = torch.device("cpu")
+    found = extension.machine()
+    if backend == "cuda" and not isinstance(found, str):
+        device = torch.device(found.device_type)
+    elif torch.cuda.is_available():
+        device = torch.device("cuda")
+    dtypes: list[tuple[torch.dtype, bool]] = [(torch.float32, False), (torch.float16, False), (torch.bfloat16, False)]
+    if backend == "cuda":
+        dtypes.insert(1, (torch.float32, True))
+    for dtype, tf32 in dtypes:
+        unit = "tf32" if tf32 else str(dtype).removeprefix("torch.")
+        for case in CASES:
+            for op, run in (("tt_fuse", _fuse), ("tt_conv", _conv), ("tt_block", _block)):
+                yield _outcome(f"{op} {case.name}, {unit}", backend, case, device, dtype, tf32, run)
+
+
+def _outcome(
+    title: str, backend: str, case: Case, device: torch.device, dtype: torch.dtype, tf32: bool, run: Callable[..., Tensor]
+) -> Outcome:
+    tolerance = TF32_TOLERANCE if tf32 else TOLERANCE[dtype]
+    tensors = _tensors(case, device, dtype)
+    exact = {name: t.detach().double().requires_grad_(t.requires_grad) for name, t in tensors.items()}
+    want = run(reference, case, exact)
+    dy = torch.randn(want.shape, dtype=torch.float64, device=device)
+    if run is _block:  # at the corner of the activation a rounding turns a derivative
+        dy = dy.where(_block(reference, case, exact, activation=None).abs() > 0.1, 0.0)
+    allowed = torch.backends.cudnn.allow_tf32
+    torch.backends.cudnn.allow_tf32 = tf32
+    try:
+        y = run(ops, case, tensors, backend=backend)
+        inputs = [name for name, t in tensors.items() if t.requires_grad]
+        got = torch.autograd.grad(y, [tensors[name] for name in inputs], dy.to(dtype), allow_unused=True)
+    except RuntimeError as error:  # a launch that fails is what this command is there to find
+        return Outcome(title, float("inf"), tolerance, str(error).splitlines()[0])
+    finally:
+        torch.backends.cudnn.allow_tf32 = allowed
+    expected = torch.autograd.grad(want, [exact[name] for name in inputs], dy.to(dtype).double(), allow_unused=True)
+    pairs = [(y, want), *((a, b) for a, b in zip(got, expected, strict=True) if b is not None)]
+    return Outcome(title, max(_relative_error(a, b) for a, b in pairs), tolerance)
+
+
+def _tensors(case: Case, device: torch.device, dtype: torch.dtype) -> dict[str, Tensor]:
+    """Inputs of every op, the same on every machine; those that can be trained require a gradient."""
+    generator = torch.Generator().manual_seed(0)
+
+    def normal(*shape: int, size: float = 1.0) -> Tensor:
+        return size * torch.randn(shape, generator=generator)
+
+    taps = case.channels // case.groups
+    for k in case.kernel:
+        taps *= k
+    weight = normal(case.outputs, case.channels // case.groups, *case.kernel, size=taps**-0.5)
+    suffix = contract_suffix(tt_svd(weight, case.rank)[1:])
+    x = normal(case.batch, case.channels, *case.size)
+    core = normal(case.outputs, suffix.shape[0], size=0.3)
+    tensors = {
+        "x": x.to(memory_format=torch.channels_last) if case.channels_last else x,
+        "weight": weight,
+        "core": core,
+        "suffix": suffix,
+        "bias": normal(case.outputs),
+        "residual": normal(*reference.tt_conv(x, weight, core, suffix, **_conv_arguments(case)).shape),
+        "a": torch.rand(case.outputs, generator=generator) + 0.5,
+        "b": normal(case.outputs),
+    }
+    found = {name: t.to(device, dtype) for name, t in tensors.items()}
+    for name in ("x", "core", "bias", "residual"):
+        found[name].requires_grad_()
+    return found
+
+
+def _conv_arguments(case: Case) -> dict[str, Any]:
+    return {"stride": case.stride, "padding": case.padding, "groups": case.groups}
+
+
+def _fuse(ops: ModuleType, case: Case, t: dict[str, Tensor], **options: Any) -> Tensor:
+    return ops.tt_fuse(t["weight"], t["core"], t["suffix"], 0.7, **options)
+
+
+def _conv(ops: ModuleType, case: Case, t: dict[str, Tensor], **options: Any) -> Tensor:
+    arguments = (t["x"], t["weight"], t["core"], t["suffix"], t["bias"])
+    return ops.tt_conv(*arguments, scale=0.7, **_conv_arguments(case), **options)
+
+
+def _block(ops: ModuleType, case: Case, t: dict[str, Tensor], **options: Any) -> Tensor:
+    arguments = (t["x"], t["weight"], t["core"], t["suffix"], t["bias"])
+    epilogue = {"affine": (t["a"], t["b"]), "residual": t["residual"], "activation": "relu", **options}
+    return ops.tt_block(*arguments, scale=0.7, **_conv_arguments(case), **epilogue)
+
+
+def _relative_error(a: Tensor, b: Tensor) -> float:
+    return float((a.detach().double() - b.detach()).norm() / b.detach().norm().clamp_min(1e-300))
+
+
+def _version(package: str) -> str:
+    try:
+        return version(package)
+    except PackageNotFoundError:
+        return "of unknown version"
+
+
+def _numbers(text: str) -> tuple[int, ...]:
+    return tuple(map(int, text.split(".")))

@@ -1,0 +1,151 @@
+"""One launch of the compiled kernels: outputs and scratch from torch's allocator, addresses and strides as a tuple of ints.
+
+The tuples follow the order of csrc/fields.h. Nothing waits for the device and nothing is allocated elsewhere, so a CUDA graph
+captures a launch. What backward needs beside the layer's own tensors is one buffer of bytes: ``h``, then the packed bits.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from lora_edge.ops import extension
+from lora_edge.ops.cuda_plan import BlockPlan, FusePlan, Saves
+
+_ABSENT = (0, 0, 0, 0)
+
+
+def block_forward(
+    plan: BlockPlan,
+    x: Tensor,
+    weight: Tensor,
+    core: Tensor | None,
+    bias: Tensor | None,
+    residual: Tensor | None,
+    factors: Sequence[Tensor],
+    a: Tensor | None,
+    b: Tensor | None,
+    residual_a: Tensor | None,
+    residual_b: Tensor | None,
+) -> tuple[Tensor, Tensor | None]:
+    """``y``, and what backward needs as one buffer of bytes, None where it needs nothing."""
+    y = x.new_empty_strided(plan.y_shape, plan.y_stride)
+    saved = x.new_empty(plan.saved_bytes, dtype=torch.uint8) if plan.saved_bytes else None
+    if plan.y_shape[0] == 0:
+        return y, saved
+    held = [_dense(t) for t in (weight, core, bias, a, b, residual_a, residual_b)]
+    at_weight, at_core, at_bias, at_a, at_b, at_residual_a, at_residual_b = map(_address, held)
+    factors = [t.contiguous() for t in factors]
+    packed = x.new_empty(plan.packed_forward, dtype=torch.uint8)
+    at_saved = _address(saved)
+    found, index = extension.machine(), x.device.index or 0
+    plan.native.tt_block_forward(
+        (
+            at_weight, at_core, *_addresses(factors),
+            x.data_ptr(), *_strides(x), at_bias, at_a, at_b,
+            _address(residual), *_strides(residual), at_residual_a, at_residual_b,
+            y.data_ptr(), *_strides(y),
+            at_saved if plan.saves.h else 0, at_saved + plan.bits_at if plan.saves.bits else 0, packed.data_ptr(),
+        ),
+        index,
+        found.stream(index),  # type: ignore[union-attr]
+    )  # fmt: skip
+    return y, saved
+
+
+def block_backward(
+    plan: BlockPlan,
+    dy: Tensor,
+    saved: Tensor | None,
+    weight: Tensor,
+    core: Tensor | None,
+    factors: Sequence[Tensor],
+    a: Tensor | None,
+    residual_a: Tensor | None,
+    needs: Sequence[bool],
+) -> tuple[Tensor | None, Tensor | None, Tensor | None, Tensor | None]:
+    """Gradients of x, core, bias and residual, each None where ``needs`` says so. ``dy`` may have any strides."""
+    needs_x, needs_core, needs_bias, needs_residual = needs
+    empty = plan.y_shape[0] == 0
+    dx = dy.new_empty_strided(plan.dx_shape, plan.dx_stride) if needs_x else None
+    dcore = None if core is None or not needs_core else core.new_zeros(core.shape) if empty else core.new_empty(core.shape)
+    outputs = plan.y_shape[1]
+    dbias = None if not needs_bias else dy.new_zeros(outputs) if empty else dy.new_empty(outputs)
+    dresidual = dy.new_empty_strided(plan.y_shape, plan.y_stride) if needs_residual else None
+    if empty:
+        return dx, dcore, dbias, dresidual
+    held = [_dense(t) for t in (weight, core, a, residual_a)]
+    at_weight, at_core, at_a, at_residual_a = map(_address, held)
+    factors = [t.contiguous() for t in factors]
+    packed_bytes = plan.packed_backward if needs_x else 0
+    scratch = dy.new_empty(packed_bytes + (plan.partial if needs_core or needs_bias else 0), dtype=torch.uint8)
+    at_saved, at_scratch = _address(saved), scratch.data_ptr()
+    found, index = extension.machine(), dy.device.index or 0
+    plan.native.tt_block_backward(
+        (
+            at_weight, at_core, *_addresses(factors),
+            dy.data_ptr(), *_strides(dy),
+            at_saved if plan.saves.h else 0, at_saved + plan.bits_at if plan.saves.bits else 0, at_a, at_residual_a,
+            _address(dx), *_strides(dx), _address(dresidual), *_strides(dresidual),
+            _address(dcore), _address(dbias), at_scratch, at_scratch + packed_bytes,
+        ),
+        index,
+        found.stream(index),  # type: ignore[union-attr]
+    )  # fmt: skip
+    return dx, dcore, dbias, dresidual
+
+
+def fuse_forward(plan: FusePlan, weight: Tensor, core: Tensor, factors: Sequence[Tensor]) -> Tensor:
+    """``W + scale * B S``, dense."""
+    weight, core, factors = weight.contiguous(), core.contiguous(), [t.contiguous() for t in factors]
+    out = weight.new_empty(weight.shape)
+    found, index = extension.machine(), weight.device.index or 0
+    args = (weight.data_ptr(), core.data_ptr(), *_addresses(factors), out.data_ptr())
+    plan.native.tt_fuse_forward(args, index, found.stream(index))  # type: ignore[union-attr]
+    return out
+
+
+def fuse_backward(plan: FusePlan, dout: Tensor, core: Tensor, factors: Sequence[Tensor]) -> Tensor:
+    """``scale * dW' S^T``, the gradient of the core."""
+    dout, factors = dout.contiguous(), [t.contiguous() for t in factors]
+    dcore = core.new_empty(core.shape)
+    partial = dout.new_empty(plan.partial, dtype=torch.uint8)
+    found, index = extension.machine(), dout.device.index or 0
+    args = (dout.data_ptr(), *_addresses(factors), dcore.data_ptr(), partial.data_ptr())
+    plan.native.tt_fuse_backward(args, index, found.stream(index))  # type: ignore[union-attr]
+    return dcore
+
+
+def is_passed_on(saves: Saves, residual_a: Tensor | None) -> bool:
+    """Whether the residual's gradient is ``dy`` itself."""
+    return not saves.bits and residual_a is None
+
+
+def extension_module() -> Any:
+    return extension.machine().module  # type: ignore[union-attr]
+
+
+def _dense(tensor: Tensor | None) -> Tensor | None:
+    return tensor if tensor is None or tensor.is_contiguous() else tensor.contiguous()
+
+
+def _address(tensor: Tensor | None) -> int:
+    return 0 if tensor is None else tensor.data_ptr()
+
+
+def _addresses(factors: Sequence[Tensor]) -> tuple[int, ...]:
+    """suffix, core2, core3, core4."""
+    if len(factors) < 2:
+        return (factors[0].data_ptr(), 0, 0, 0) if factors else _ABSENT
+    return (0, factors[0].data_ptr(), factors[1].data_ptr(), factors[2].data_ptr() if len(factors) == 3 else 0)
+
+
+def _strides(tensor: Tensor | None) -> tuple[int, ...]:
+    """Strides of ``(N, C, H, W)``; a 1-D map has height 1."""
+    if tensor is None:
+        return _ABSENT
+    stride = tensor.stride()
+    return stride if len(stride) == 4 else (stride[0], stride[1], stride[2] * tensor.shape[2], stride[2])

@@ -1,0 +1,325 @@
+"""Which calls the compiled kernels take, and everything about a call that its sizes decide, in a bounded cache.
+
+The rule is explicit: :func:`rule` gives the name of what the kernels do not take, the extension itself adds the limits of its
+tiles (``refusal`` in csrc/plan.h). Nothing is tried first and caught afterwards.
+"""
+
+from __future__ import annotations
+
+import functools
+import math
+from collections.abc import Sequence
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor
+
+from lora_edge.ops import extension
+from lora_edge.ops.activation import Activation
+from lora_edge.ops.conv_args import ConvArgs
+from lora_edge.ops.route import choose_route
+
+PLANS = 1024
+MOST_ELEMENTS = 2**31 - 1
+TYPES = {torch.float32: 0, torch.float16: 1, torch.bfloat16: 2}  # enum Type of csrc/problem.h
+FP32, TF32, HALF = range(3)  # enum Precision
+ACTIVATIONS = {None: 0, "relu": 1, "relu6": 2, "hardtanh": 2}  # enum Activation
+_CONV = getattr(torch.backends.cudnn, "conv", None)  # newer torch has a precision an operation
+
+
+class Sizes(NamedTuple):
+    """Sizes and dtypes of a call's tensors. ``factors`` are the contracted suffix or the frozen cores, none if not adapted."""
+
+    x: Sequence[int]
+    dtype: torch.dtype
+    channels_last: bool
+    weight: Sequence[int]
+    weight_dtype: torch.dtype
+    core_dtype: torch.dtype | None
+    factors: tuple[Sequence[int], ...]
+    factor_dtypes: tuple[torch.dtype, ...]
+    affine_dtypes: tuple[torch.dtype, ...]
+
+    @property
+    def rank(self) -> int:
+        return self.factors[0][0] if self.factors else 0
+
+
+class Epilogue(NamedTuple):
+    """What is fixed for a layer beside its convolution's arguments."""
+
+    scale: float
+    activation: Activation | None = None
+    saved_dtype: torch.dtype | None = None
+
+
+class Saves(NamedTuple):
+    """What backward will need: ``h`` where the core is trained, bits where the activation lies on a gradient's way."""
+
+    h: bool
+    bits: bool
+
+
+class BlockPlan(NamedTuple):
+    """A call of the convolution kernels, ready but for its addresses."""
+
+    native: Any
+    y_shape: tuple[int, ...]
+    y_stride: tuple[int, ...]
+    dx_shape: tuple[int, ...]
+    dx_stride: tuple[int, ...]
+    saves: Saves
+    bits_at: int  # byte of the saved buffer at which the bits begin, behind h
+    saved_bytes: int
+    packed_forward: int  # bytes of scratch, as what follows
+    packed_backward: int
+    partial: int
+
+
+class FusePlan(NamedTuple):
+    """A call of the fusing kernels, ready but for its addresses."""
+
+    native: Any
+    partial: int  # bytes of scratch
+
+
+def sizes_of(
+    x: Tensor, weight: Tensor, core: Tensor | None, factors: Sequence[Tensor], affines: Sequence[Tensor | None]
+) -> Sizes:
+    """The sizes of a call's tensors."""
+    return Sizes(
+        x.shape,
+        x.dtype,
+        is_channels_last(x) or is_channels_last(weight),
+        weight.shape,
+        weight.dtype,
+        None if core is None else core.dtype,
+        tuple([t.shape for t in factors]),
+        tuple([t.dtype for t in factors]),
+        tuple([t.dtype for t in affines if t is not None]),
+    )
+
+
+def is_channels_last(x: Tensor) -> bool:
+    """Whether neighbours in memory are channels. If so in x or the weight, the outputs are laid out so as well, in 1-D too."""
+    return not x.is_contiguous() and x.stride(1) == 1 and x.shape[1] > 1
+
+
+def rule(sizes: Sizes, args: ConvArgs, epilogue: Epilogue, saves: Saves, route: str) -> str | None:
+    """The name of what the kernels do not take, None where they may take the call. Plain Python, so that it can be traced."""
+    if len(sizes.weight) == 5:
+        return "a 3-D convolution; the kernels take 1-D and 2-D"
+    named = [("weight", sizes.weight_dtype), ("x", sizes.dtype), ("core", sizes.core_dtype)]
+    named += [("suffix", dtype) for dtype in sizes.factor_dtypes] + [("affine", dtype) for dtype in sizes.affine_dtypes]
+    named += [("saved_dtype", epilogue.saved_dtype)]
+    for name, dtype in named:
+        if dtype is not None and dtype not in TYPES:
+            return f"{name} is {dtype}; the kernels take float32, float16 and bfloat16"
+    if any(dtype != sizes.factor_dtypes[0] for dtype in sizes.factor_dtypes):
+        return "frozen cores of several dtypes; the kernels take one"
+    if any(dtype != sizes.affine_dtypes[0] for dtype in sizes.affine_dtypes):
+        return "affines of several dtypes; the kernels take one"
+    if epilogue.activation is not None and epilogue.activation.name not in ACTIVATIONS:
+        return f"activation {epilogue.activation.name}; the kernels take relu, relu6 and hardtanh"
+    if any(n == 0 for n in sizes.x[1:]):
+        return "an input without channels or positions"
+    if saves.h:
+        if route == "auto":
+            itemsize = (epilogue.saved_dtype or sizes.dtype).itemsize
+            route = choose_route(sizes.weight, sizes.rank, args, sizes.x[2:], itemsize / sizes.dtype.itemsize)
+        if route == "dense":
+            return "the dense route of the core's gradient, by choice or by the cost model; the kernels take the factor route"
+    y_shape = output_shape(sizes, args)
+    h = y_shape[0] * math.prod(y_shape[2:]) * args.groups * sizes.rank
+    for name, elements in (("x", math.prod(sizes.x)), ("y", math.prod(y_shape)), ("h", h), ("weight", math.prod(sizes.weight))):
+        if elements > MOST_ELEMENTS:
+            return f"{name} has {elements} elements; the kernels take fewer than 2**31"
+    return None
+
+
+def trained(weight: Tensor, factors: Sequence[Tensor]) -> str | None:
+    """The name of a tensor that requires a gradient which the convolution kernels do not compute."""
+    if torch.is_grad_enabled():
+        if weight.requires_grad:
+            return "weight requires a gradient; the kernels compute it for x, core, bias and residual"
+        if any(t.requires_grad for t in factors):
+            return "suffix requires a gradient; the kernels compute it for x, core, bias and residual"
+    return None
+
+
+def precision(dtype: torch.dtype) -> int:
+    """The unit that multiplies, as torch's own setting for convolutions has it; read at every call."""
+    if dtype != torch.float32:
+        return HALF
+    tf32 = torch.backends.cudnn.allow_tf32 if _CONV is None else _CONV.fp32_precision == "tf32"
+    return TF32 if tf32 else FP32
+
+
+@functools.lru_cache(maxsize=PLANS)
+def block_plan(
+    module: Any, sizes: Sizes, args: ConvArgs, epilogue: Epilogue, saves: Saves, route: str, precision: int
+) -> BlockPlan | str:
+    """The plan of ``tt_conv`` or ``tt_block``, or the name of what the kernels do not take."""
+    why = rule(sizes, args, epilogue, saves, route)
+    if why is not None:
+        return why
+    native = module.Plan(**_fields(sizes, args, epilogue, precision))
+    why = native.refusal("tt_block")
+    if why is not None:
+        return why
+    scratch = native.scratch()
+    y_shape, y_stride = output_layout(sizes, args)
+    bits_at, saved_bytes = saved_layout(sizes, args, epilogue, saves)
+    dx_stride = dense_stride(sizes.x, sizes.channels_last)
+    return BlockPlan(
+        native, y_shape, y_stride, tuple(sizes.x), dx_stride, saves, bits_at, saved_bytes,
+        scratch["packed_forward"], scratch["packed_backward"], scratch["partial"],
+    )  # fmt: skip
+
+
+@functools.lru_cache(maxsize=PLANS)
+def fuse_plan(
+    module: Any,
+    weight: Sequence[int],
+    weight_dtype: torch.dtype,
+    core_dtype: torch.dtype,
+    factors: tuple[Sequence[int], ...],
+    factor_dtypes: tuple[torch.dtype, ...],
+    scale: float,
+) -> FusePlan | str:
+    """The plan of ``tt_fuse``, or the name of what the kernels do not take."""
+    why = fuse_rule(weight, weight_dtype, core_dtype, factors, factor_dtypes)
+    if why is not None:
+        return why
+    native = module.Plan(**_fuse_fields(weight, weight_dtype, core_dtype, factors, factor_dtypes, scale))
+    return native.refusal("tt_fuse") or FusePlan(native, native.scratch()["fuse_partial"])
+
+
+def fuse_rule(
+    weight: Sequence[int],
+    weight_dtype: torch.dtype,
+    core_dtype: torch.dtype,
+    factors: tuple[Sequence[int], ...],
+    factor_dtypes: tuple[torch.dtype, ...],
+) -> str | None:
+    """As :func:`rule`, for ``tt_fuse``."""
+    sizes, args = _one_position(weight, weight_dtype, core_dtype, factors, factor_dtypes)
+    return rule(sizes, args, Epilogue(1.0), Saves(False, False), "factor")
+
+
+@extension.constant_when_traced
+def refused_when_traced(
+    weight: tuple[int, ...],
+    dtypes: tuple[torch.dtype, torch.dtype, torch.dtype | None],
+    factors: tuple[tuple[int, ...], ...],
+    factor_dtypes: tuple[torch.dtype, ...],
+    args: tuple[Any, ...],
+    op: str,
+) -> str | None:
+    """The extension's own refusal for a layer under ``torch.compile``, where the sizes of ``x`` may be symbols.
+
+    It is asked about one position; the extension's limits are on the layer, and :func:`rule` has those on sizes.
+    """
+    found = extension.machine()
+    assert not isinstance(found, str)
+    weight_dtype, x_dtype, core_dtype = dtypes
+    sizes, _ = _one_position(weight, weight_dtype, core_dtype, factors, factor_dtypes)
+    stride, padding, dilation, groups = args
+    extent = [d * (k - 1) + 1 for d, k in zip(dilation, weight[2:], strict=True)]
+    sizes = sizes._replace(x=(1, weight[1] * groups, *extent), dtype=x_dtype)
+    fields = _fields(sizes, ConvArgs(stride, padding, dilation, groups), Epilogue(1.0), precision(x_dtype))
+    return found.module.Plan(**fields).refusal(op)
+
+
+def output_shape(sizes: Sizes, args: ConvArgs) -> tuple[int, ...]:
+    """Shape of ``y``."""
+    return (sizes.x[0], sizes.weight[0], *args.output_size(sizes.x[2:], sizes.weight[2:]))
+
+
+def output_layout(sizes: Sizes, args: ConvArgs) -> tuple[tuple[int, ...], tuple[int, ...]]:
+    """Shape and stride of ``y``."""
+    shape = output_shape(sizes, args)
+    return shape, dense_stride(shape, sizes.channels_last)
+
+
+def dense_stride(shape: Sequence[int], channels_last: bool) -> tuple[int, ...]:
+    """Strides of a dense ``(N, C, *L)``, by channels last or first."""
+    order = [0, *range(2, len(shape)), 1] if channels_last else list(range(len(shape)))
+    stride = [0] * len(shape)
+    step = 1
+    for way in reversed(order):
+        stride[way] = step
+        step *= shape[way]
+    return tuple(stride)
+
+
+def saved_layout(sizes: Sizes, args: ConvArgs, epilogue: Epilogue, saves: Saves) -> tuple[int, int]:
+    """Where the bits begin in the saved buffer, and its bytes: ``h (N, *L', g * r1)``, then the bits of csrc/problem.h."""
+    y_shape = output_shape(sizes, args)
+    positions = y_shape[0] * math.prod(y_shape[2:])
+    h = positions * args.groups * sizes.rank * (epilogue.saved_dtype or sizes.dtype).itemsize if saves.h else 0
+    bits_at = (h + 15) // 16 * 16 if saves.bits else h
+    bits = positions * args.groups * ((y_shape[1] // args.groups + 7) // 8) if saves.bits else 0
+    return bits_at, bits_at + bits
+
+
+def _one_position(
+    weight: Sequence[int],
+    weight_dtype: torch.dtype,
+    core_dtype: torch.dtype | None,
+    factors: tuple[Sequence[int], ...],
+    factor_dtypes: tuple[torch.dtype, ...],
+) -> tuple[Sizes, ConvArgs]:
+    """Sizes of an ungrouped convolution with this kernel at one position, for what depends on the kernel alone."""
+    dims = len(weight) - 2
+    x = (1, *weight[1:])
+    sizes = Sizes(x, weight_dtype, False, weight, weight_dtype, core_dtype, factors, factor_dtypes, ())
+    return sizes, ConvArgs((1,) * dims, (0,) * dims, (1,) * dims, 1)
+
+
+def _fuse_fields(
+    weight: Sequence[int],
+    weight_dtype: torch.dtype,
+    core_dtype: torch.dtype,
+    factors: tuple[Sequence[int], ...],
+    factor_dtypes: tuple[torch.dtype, ...],
+    scale: float,
+) -> dict[str, int | float]:
+    sizes, args = _one_position(weight, weight_dtype, core_dtype, factors, factor_dtypes)
+    return _fields(sizes, args, Epilogue(scale), HALF if weight_dtype != torch.float32 else FP32)
+
+
+def _fields(sizes: Sizes, args: ConvArgs, epilogue: Epilogue, precision: int) -> dict[str, int | float]:
+    """The fields of ``Problem`` in csrc/problem.h. A 1-D convolution has height 1."""
+    kernel = sizes.weight[2:]
+    flat = len(kernel) == 1
+
+    def pair(name: str, values: Sequence[int], height: int) -> dict[str, int]:
+        h, w = (height, values[0]) if flat else values
+        return {f"{name}_h": int(h), f"{name}_w": int(w)}
+
+    activation = epilogue.activation
+    name = None if activation is None else activation.name
+    bounds = {"relu6": (0.0, 6.0), "hardtanh": () if activation is None else activation.numbers}.get(name or "", (0.0, 0.0))
+    cores = len(sizes.factors) if len(sizes.factors) > 1 else 0
+    return {
+        "batch": sizes.x[0], "channels": sizes.x[1], "outputs": sizes.weight[0], "groups": args.groups, "rank": sizes.rank,
+        **pair("in", sizes.x[2:], 1),
+        **pair("out", output_shape(sizes, args)[2:], 1),
+        **pair("kernel", kernel, 1),
+        **pair("stride", args.stride, 1),
+        **pair("pad", [low for low, _ in args.total_padding(kernel)], 0),
+        **pair("dilation", args.dilation, 1),
+        "type": TYPES[sizes.dtype],
+        "weight_type": TYPES[sizes.weight_dtype],
+        "core_type": TYPES[sizes.core_dtype or sizes.weight_dtype],
+        "suffix_type": TYPES[sizes.factor_dtypes[0] if sizes.factors else sizes.weight_dtype],
+        "saved_type": TYPES[epilogue.saved_dtype or sizes.dtype],
+        "affine_type": TYPES[sizes.affine_dtypes[0] if sizes.affine_dtypes else sizes.weight_dtype],
+        "precision": precision,
+        "activation": ACTIVATIONS[name], "low": bounds[0], "high": bounds[1],
+        "scale": epilogue.scale,
+        "cores": cores,
+        "bond2": sizes.factors[0][2] if cores else 0,
+        "bond3": sizes.factors[1][2] if cores else 0,
+    }  # fmt: skip
