@@ -197,6 +197,7 @@ KERNEL(kRows, 2) void tt_block_backward_kernel(const GRID_CONSTANT Backward p) {
   using Element = typename Unit::Element;
   const Gemm& g = p.gemm;
   const Tile tile(g);
+  if (tile.row >= tile.rows) return;
   const bool wants_dx = p.dx != nullptr, wants_sums = p.partial != nullptr && at_star(p, tile);
   write_tables(p, tile);
   sync_block();
@@ -279,6 +280,7 @@ const char* conv_backward(const Problem& problem, const BackwardCall& call, Stre
   const bool wants_sums = call.dcore != nullptr || call.dbias != nullptr;
   const Stars star(c, call.dx == nullptr);
   const bool needs_star = wants_sums || call.dresidual != nullptr;
+  if (call.dx == nullptr && !needs_star) return nullptr;
   const PackedLayout layout = packed_layout(c, Packing::backward, bytes_of(problem.type));
   Backward p{};
   Gemm& g = p.gemm;
@@ -297,15 +299,16 @@ const char* conv_backward(const Problem& problem, const BackwardCall& call, Stre
   p.star_phase = star.h.phase * c.stride_w + star.w.phase;
   p.star_tap = star.h.index * layout.taps_w[star.w.phase].count + star.w.index;
   if (call.dx == nullptr) g.extra = 0, g.tiles_n = Divider(1);
-  const int32_t phases = c.stride_h * c.stride_w;
-  for (int32_t phase = 0; phase < phases; ++phase) {
+  int32_t runs = 0;
+  for (int32_t phase = 0; phase < c.stride_h * c.stride_w; ++phase) {
     const int32_t h = phase / c.stride_w, w = phase % c.stride_w;
     g.base[phase] = layout.base[phase];
     g.k_end[phase] = layout.taps_h[h].count * layout.taps_w[w].count * g.channels.d;
     const bool reached = positions_of(c.in_h, h, c.stride_h) > 0 && positions_of(c.in_w, w, c.stride_w) > 0;
-    const bool runs = (call.dx != nullptr && reached) || (needs_star && phase == p.star_phase);
-    g.first_block[phase + 1] = g.first_block[phase] + (runs ? blocks_of(g, h, w) : 0);
+    if ((call.dx != nullptr && reached) || (needs_star && phase == p.star_phase)) g.run[runs++] = phase;
   }
+  g.phases = Divider(runs);
+  const int64_t blocks = set_blocks(g, int64_t{c.batch} * c.outputs * c.out_h * c.out_w, int64_t{layout.rows} * layout.pitch);
 
   p.bits = static_cast<const uint8_t*>(call.bits), p.octets = (g.channels.d + 7) / 8;
   p.dx = call.dx, p.dx_strides = call.dx_strides, p.dx_h = c.in_h, p.dx_w = c.in_w;
@@ -318,9 +321,9 @@ const char* conv_backward(const Problem& problem, const BackwardCall& call, Stre
   p.dx_vector = whole_octets(g.own) && in_vectors(call.dx, call.dx_strides, problem.type);
   p.dresidual_vector = call.residual_scale == nullptr && in_vectors(call.dresidual, call.dresidual_strides, problem.type);
   p.along_positions = call.dx_strides.c != 1;
-  const char* error = with_kernel(problem, source_access(g, problem.type), Launch{p, g.first_block[phases], stream});
+  const char* error = with_kernel(problem, source_access(g, problem.type), Launch{p, blocks, stream});
   if (error != nullptr || !wants_sums) return error;
-  const int32_t tiles = static_cast<int32_t>(row_tiles(g, star.h.phase, star.w.phase));
+  const int32_t tiles = static_cast<int32_t>(row_tiles(g, p.star_phase));
   return sum_partials(p.partial, tiles, c.outputs, p.rank, call.dcore, problem.core_type, problem.scale, call.dbias, problem.type,
                       call.affine_scale, problem.affine_type, stream);
 }

@@ -152,11 +152,12 @@ const char* conv_forward(const Problem& problem, const ForwardCall& call, Stream
   g.own = c.outputs / c.groups, g.shared_row = c.outputs;
   g.h[0] = Axis{0, -c.pad_h, -c.dilation_h, Divider(c.out_h), Divider(c.kernel_h)};
   g.w[0] = Axis{0, -c.pad_w, -c.dilation_w, Divider(c.out_w), Divider(c.kernel_w)};
-  g.phases_w = Divider(1);
-  g.pitch = packed_layout(c, Packing::forward, bytes_of(problem.type)).pitch;
+  g.phases = g.phases_w = Divider(1);
+  const PackedLayout layout = packed_layout(c, Packing::forward, bytes_of(problem.type));
+  g.pitch = layout.pitch;
   set_tiles(g, c.batch, c.groups, c.channels / c.groups, g.own + (call.h != nullptr ? c.rank : 0));
   g.k_end[0] = c.kernel_h * c.kernel_w * g.channels.d;
-  g.first_block[1] = blocks_of(g, 0, 0);
+  const int64_t blocks = set_blocks(g, int64_t{c.batch} * c.channels * c.in_h * c.in_w, int64_t{layout.rows} * layout.pitch);
 
   p.y = call.y, p.y_strides = call.y_strides;
   p.residual = call.residual, p.residual_strides = call.residual_strides;
@@ -169,7 +170,7 @@ const char* conv_forward(const Problem& problem, const ForwardCall& call, Stream
   p.y_vector = whole_octets(g.own) && in_vectors(call.y, call.y_strides, problem.type);
   p.residual_vector = whole_octets(g.own) && in_vectors(call.residual, call.residual_strides, problem.type);
   p.along_positions = call.y_strides.c != 1;
-  return with_kernel(problem, source_access(g, problem.type), Launch{p, g.first_block[1], stream});
+  return with_kernel(problem, source_access(g, problem.type), Launch{p, blocks, stream});
 }
 
 }  // namespace lora_edge

@@ -45,28 +45,33 @@ struct Gemm {
                                                    // others, the suffix, lie at shared_row for all groups
   Divider channels;             // source channels of a group: k = tap * channels + channel
   Divider groups, tiles_n, phases_w;
+  Divider phases;               // that are run
+  Divider tiles_m;              // row tiles of the phase that has the most
+  int32_t rows_first;           // neighbouring blocks make the row tiles of the same columns, not the other way round
   int32_t extra;
+  int32_t run[kMostPhases];     // which they are
   int32_t base[kMostPhases];    // first column of `packed` of each phase
   int32_t k_end[kMostPhases];   // taps * channels of each phase
-  int32_t first_block[kMostPhases + 1];
   Axis h[kMostStride], w[kMostStride];
 };
 
-// Which tile of which phase a block makes.
+// Which tile of which phase a block makes. Blocks that run together share in the L2 what is larger: the source's rows, where they
+// make the column tiles, groups and phases of the same row tile, or `packed`, where they make the row tiles of the same columns.
+// A phase may have fewer rows than another: then there are tiles without any.
 struct Tile {
   int phase, phase_h, phase_w, group, column, row, rows;  // first column, first row, rows of the phase in all
   bool first, extra;                                      // the first column tile; with the extra fragment
 
   DEVICE explicit Tile(const Gemm& g) {
-    phase = 0;
-    while (block_index() >= g.first_block[phase + 1]) ++phase;
+    const int block = block_index(), across = g.tiles_n.d * g.groups.d * g.phases.d;
+    const int tile_m = g.rows_first ? block - g.tiles_m.quotient(block) * g.tiles_m.d : block / across;
+    const int place = g.rows_first ? g.tiles_m.quotient(block) : block - tile_m * across;
+    const int rest = g.tiles_n.quotient(place), tile_n = place - rest * g.tiles_n.d;
+    const int nth_phase = g.groups.quotient(rest);
+    group = rest - nth_phase * g.groups.d;
+    phase = g.run[nth_phase];
     phase_h = g.phases_w.quotient(phase);
     phase_w = phase - phase_h * g.phases_w.d;
-    const int index = block_index() - g.first_block[phase];
-    const int rest = g.tiles_n.quotient(index);
-    const int tile_n = index - rest * g.tiles_n.d;
-    const int tile_m = g.groups.quotient(rest);
-    group = rest - tile_m * g.groups.d;
     column = tile_n * kColumns;
     row = tile_m * kRows;
     rows = g.batch * g.h[phase_h].rows.d * g.w[phase_w].rows.d;

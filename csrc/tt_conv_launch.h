@@ -1,6 +1,7 @@
 // What both directions' launchers share: how tiles are counted, how memory is read, and which kernel a problem takes.
 #pragma once
 
+#include <algorithm>
 #include <cstdint>
 
 #include "tt_conv.cuh"
@@ -29,12 +30,18 @@ inline void set_tiles(Gemm& g, int32_t batch, int32_t groups, int32_t channels, 
   g.tiles_n = Divider(g.extra ? columns / kColumns : (columns + kColumns - 1) / kColumns);
 }
 
-inline int64_t row_tiles(const Gemm& g, int32_t phase_h, int32_t phase_w) {
-  return (static_cast<int64_t>(g.batch) * g.h[phase_h].rows.d * g.w[phase_w].rows.d + kRows - 1) / kRows;
+inline int64_t row_tiles(const Gemm& g, int32_t phase) {
+  const int32_t h = phase / g.phases_w.d, w = phase % g.phases_w.d;
+  return (static_cast<int64_t>(g.batch) * g.h[h].rows.d * g.w[w].rows.d + kRows - 1) / kRows;
 }
 
-inline int32_t blocks_of(const Gemm& g, int32_t phase_h, int32_t phase_w) {
-  return static_cast<int32_t>(row_tiles(g, phase_h, phase_w) * g.groups.d * g.tiles_n.d);
+// Sets the order of the blocks once the phases are there, and returns how many there are.
+inline int64_t set_blocks(Gemm& g, int64_t source_elements, int64_t packed_elements) {
+  int64_t most = 0;
+  for (int32_t i = 0; i < g.phases.d; ++i) most = std::max(most, row_tiles(g, g.run[i]));
+  g.tiles_m = Divider(static_cast<int32_t>(most));
+  g.rows_first = packed_elements > source_elements;
+  return most * g.phases.d * g.groups.d * g.tiles_n.d;
 }
 
 template <class Unit, class Launch>
