@@ -412,7 +412,7 @@ DEVICE void sum_tile(const Backward& p, int tile, const Octet<vectors>& outputs,
     UNROLL
     for (int i = 0; i < kSumsAtOnce; ++i) {
       const int q = first + i;
-      if (q >= p.rank) break;
+      if (!inside(q < p.rank)) break;
       UNROLL
       for (int j = 0; j < kOctet; ++j) {
         const int channel = vectors ? outputs.first + j : p.multiplier.quotient(outputs.first + j);

@@ -32,7 +32,7 @@ KERNEL(kWarps * kSums, 4) void sum_tiles(const GRID_CONSTANT SumPartials p) {
   }
   of_warps.store(thread_index(), sum);
   sync_block();
-  if (warp_index() != 0 || !ok) return;
+  if (!inside(warp_index() == 0) || !ok) return;
   UNROLL
   for (int warp = 1; warp < kWarps; ++warp) sum += of_warps.load(warp * kSums + lane_index());
   const int row = p.columns.quotient(i), column = i - row * p.columns.d;

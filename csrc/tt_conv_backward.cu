@@ -159,7 +159,7 @@ DEVICE void sum_core(const Backward& p, const Tile& tile, int buffer, int k, int
     for (int n = 0; n < count; ++n) {
       float sum = sums[e][n] + shuffle_xor(sums[e][n], 8);
       sum += shuffle_xor(sum, 16);
-      if (rows > 0) continue;
+      if (!inside(rows == 0)) continue;
       const int64_t to = static_cast<int64_t>(tile.group * g.channels.d + output) * p.sums + first_sum + n;
       store_global(partial, to, sum, inside(output >= 0) && inside(output < g.channels.d));
     }
@@ -197,7 +197,7 @@ KERNEL(kRows, 2) void tt_block_backward_kernel(const GRID_CONSTANT Backward p) {
   using Element = typename Unit::Element;
   const Gemm& g = p.gemm;
   const Tile tile(g);
-  if (tile.row >= tile.rows) return;
+  if (!inside(tile.row < tile.rows)) return;
   const bool wants_dx = p.dx != nullptr, wants_sums = p.partial != nullptr && at_star(p, tile);
   write_tables(p, tile);
   sync_block();

@@ -44,7 +44,7 @@ DEVICE float optional(const void* values, Type type, int i, float otherwise) {
 template <class Element>
 DEVICE void write_column(const Forward& p, const Tile& tile) {
   const int i = thread_index(), column = tile.column + i;
-  if (i >= Columns::count) return;
+  if (!inside(i < Columns::count)) return;
   const bool own = inside(column < p.gemm.own);
   const int output = tile.group * p.gemm.own + column;
   float shift = 0.0f, scale = 1.0f;
@@ -83,7 +83,7 @@ DEVICE void write_octet(const Forward& p, const Tile& tile, int row, int octet) 
     }
   }
   const int outputs = g.own - column;  // of this octet, where it is less than 8
-  if (outputs <= 0) return;
+  if (!inside(outputs > 0)) return;
 
   const Place place(g, tile, position);
   const int channel = tile.group * g.own + column;

@@ -370,7 +370,7 @@ KERNEL(kThreads, 4) void fuse_core_grad(const GRID_CONSTANT CoreGrad p) {
         sum[0] += shuffle_xor(sum[0], mask);
         sum[1] += shuffle_xor(sum[1], mask);
       }
-      if (lane_index() >= 2) continue;
+      if (!inside(lane_index() < 2)) continue;
       const bool ok = inside(first + lane_index() < tile.height);
       const int64_t at = static_cast<int64_t>(tile.row + first + lane_index()) * rank + q;
       const float total = lane_index() == 0 ? sum[0] : sum[1];

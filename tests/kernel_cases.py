@@ -397,6 +397,7 @@ _TILES = [
     ConvCase(
         "depthwise of 24: an octet lane without channels", inputs=24, outputs=24, groups=24, padding=1, size=(5, 6), **_LAST
     ),
+    ConvCase("a phase of fewer row tiles", dims=1, inputs=4, outputs=4, stride=2, padding=1, dilation=2, size=(257,), batch=1),
     ConvCase("two channel tiles to pack", inputs=60, outputs=8, size=(4, 5), padding=1),
     ConvCase(
         "1-D depthwise, channels-last", dims=1, inputs=8, outputs=8, groups=8, kernel=5, padding="same", size=(11,), **_LAST
