@@ -17,7 +17,7 @@ namespace {
 constexpr int32_t kMostRank = 16;                 // of a block; more would not fit the backward tables beside the stages
 constexpr int32_t kMostFuseRank = 64;
 constexpr int64_t kMostElements = INT32_MAX - 4096;  // tiles round up in 32 bits
-constexpr int64_t kMostPosition = 1 << 14;        // along an axis; tables have 16 bits for it and for what lies outside
+constexpr int64_t kMostPosition = (1 << 14) - 1;  // along an axis; places have half a word for it and for what lies outside
 
 bool depthwise(const Conv& c) { return c.channels == c.groups; }
 

@@ -38,16 +38,27 @@ struct Backward {
   bool dx_vector, dresidual_vector, along_positions;
 };
 
-// Behind the rows' own tables: each row's position in dy and its offset in dresidual, both with the tap at (0, 0), and h at the dy
-// position that the star takes it to.
+// Behind the stages: each row's position in dy and its offset in dresidual, both with the tap at (0, 0); where it stands in dx; and h at
+// the dy position that the star takes it to.
 struct Tables {
   DEVICE static Shared<int32_t> positions() { return shared_array<int32_t>(Stages::bytes, kRows); }
   DEVICE static Shared<uint32_t> residual() { return shared_array<uint32_t>(Stages::bytes + kRows * 4, kRows); }
-  DEVICE static Shared<float> h(const Backward& p) { return shared_array<float>(Stages::bytes + kRows * 8, kRows * p.sums_pitch); }
-  static int bytes(const Backward& p) { return kRows * 8 + kRows * p.sums_pitch * 4; }
+  DEVICE static Shared<uint32_t> dx() { return shared_array<uint32_t>(Stages::bytes + kRows * 8, kRows); }
+  DEVICE static Shared<float> h(const Backward& p) { return shared_array<float>(Stages::bytes + kRows * 12, kRows * p.sums_pitch); }
+  static int bytes(const Backward& p) { return Stages::bytes + kRows * 12 + kRows * p.sums_pitch * 4; }
 };
 
+constexpr uint32_t kNowhere = 0xffffffffu;
+
 DEVICE bool at_star(const Backward& p, const Tile& tile) { return tile.first && tile.phase == p.star_phase; }
+
+// The first channel of a row in dx, or nowhere: rows may be more than dx has.
+DEVICE uint32_t dx_offset(const Backward& p, const Tile& tile, const Place& place, int row) {
+  const int h = place.h * p.gemm.target_h + tile.phase_h, w = place.w * p.gemm.target_w + tile.phase_w;
+  const bool ok = inside(row < tile.rows) && inside(static_cast<uint32_t>(h) < static_cast<uint32_t>(p.dx_h)) &&
+                  inside(static_cast<uint32_t>(w) < static_cast<uint32_t>(p.dx_w));
+  return ok ? offset_of(p.dx_strides, place.sample, tile.group * p.gemm.columns + tile.column, h, w) : kNowhere;
+}
 
 // Writes this thread's row of the tables. The column behind h is 1, so that dbias is summed like dcore.
 DEVICE void write_tables(const Backward& p, const Tile& tile) {
@@ -58,11 +69,11 @@ DEVICE void write_tables(const Backward& p, const Tile& tile) {
   int h = place.h + g.h[tile.phase_h].origin, w = place.w + g.w[tile.phase_w].origin;
   Tables::positions().store(thread, (place.sample * g.source_h + h) * g.source_w + w);
   Tables::residual().store(thread, offset_of(p.dresidual_strides, place.sample, tile.group * g.channels.d, h, w));
+  Tables::dx().store(thread, dx_offset(p, tile, place, row));
   if (p.partial == nullptr || !at_star(p, tile)) return;
   const Step star(g, tile, p.star_tap * g.channels.d, g.k_end[tile.phase]);
+  const bool ok = in_source(Stages::places().load(thread), star);  // this thread's own
   h += star.h, w += star.w;
-  const bool ok = inside(row < tile.rows) && inside(static_cast<uint32_t>(h) < static_cast<uint32_t>(g.source_h)) &&
-                  inside(static_cast<uint32_t>(w) < static_cast<uint32_t>(g.source_w));
   const int64_t position = (place.sample * g.source_h + h) * g.source_w + w;
   const int64_t from = (position * g.groups.d + tile.group) * p.rank;
   for (int q = 0; q < p.sums; ++q) {
@@ -178,18 +189,13 @@ DEVICE void sum_core(const Backward& p, const Tile& tile, int buffer, int k) {
 
 template <class Element>
 DEVICE void write_octet(const Backward& p, const Tile& tile, int row, int octet) {
-  const Gemm& g = p.gemm;
-  const int column = tile.column + octet * 8;
-  if (!inside(tile.row + row < tile.rows) || !inside(column < g.columns)) return;
-  const Place place(g, tile, tile.row + row);
-  const int h = place.h * g.target_h + tile.phase_h, w = place.w * g.target_w + tile.phase_w;
-  if (!inside(static_cast<uint32_t>(h) < static_cast<uint32_t>(p.dx_h))) return;
-  if (!inside(static_cast<uint32_t>(w) < static_cast<uint32_t>(p.dx_w))) return;
+  const uint32_t first = Tables::dx().load(row);
+  const int left = p.gemm.columns - tile.column - octet * 8;
+  if (first == kNowhere || !inside(left > 0)) return;
   float v[8];
   load_finished(v, row, octet);
-  const Strides& s = p.dx_strides;
-  const int64_t to = place.sample * s.n + h * s.h + w * s.w + static_cast<int64_t>(tile.group * g.columns + column) * s.c;
-  store_octet(static_cast<Element*>(p.dx), to, s.c, v, g.columns - column, p.dx_vector);
+  const uint32_t at = first + offset_of(p.dx_strides, 0, octet * 8, 0, 0);
+  store_octet(static_cast<Element*>(p.dx), at, p.dx_strides.c, v, left, p.dx_vector);
 }
 
 template <class Unit, Access access>
@@ -223,7 +229,7 @@ struct Launch {
 
   template <class Unit, Access access>
   const char* operator()() const {
-    return launch(tt_block_backward_kernel<Unit, access>, blocks, kRows, Stages::bytes + Tables::bytes(p), stream, p);
+    return launch(tt_block_backward_kernel<Unit, access>, blocks, kRows, Tables::bytes(p), stream, p);
   }
 };
 

@@ -28,14 +28,22 @@ struct Forward {
   bool y_vector, residual_vector, along_positions;
 };
 
-// z = sum + shift + residual * scale, a number each a column, in shared memory behind the rows' tables. The affine's own scale is in
-// the packed kernel already, and the sums begin with the shift.
-struct Columns {
-  static constexpr int count = kColumns + kExtra;
-  DEVICE static Shared<float> shift() { return shared_array<float>(Stages::bytes, count); }
-  DEVICE static Shared<float> residual_scale() { return shared_array<float>(Stages::bytes + count * 4, count); }
-  static constexpr int bytes = count * 8;
+// Behind the stages: where each row stands in y and in the residual; and for each column of z = sum + shift + residual * scale its two
+// numbers. The affine's own scale is in the packed kernel already, and the sums begin with the shift.
+struct Tables {
+  static constexpr int columns = kColumns + kExtra, columns_at = Stages::bytes + kRows * 8;
+  DEVICE static Shared<uint32_t> y() { return shared_array<uint32_t>(Stages::bytes, kRows); }
+  DEVICE static Shared<uint32_t> residual() { return shared_array<uint32_t>(Stages::bytes + kRows * 4, kRows); }
+  DEVICE static Shared<float> shift() { return shared_array<float>(columns_at, columns); }
+  DEVICE static Shared<float> residual_scale() { return shared_array<float>(columns_at + columns * 4, columns); }
+  static constexpr int bytes = columns_at + columns * 8;
 };
+
+DEVICE void write_target(const Forward& p, const Tile& tile, const Place& place) {
+  const int channel = tile.group * p.gemm.own + tile.column;
+  Tables::y().store(thread_index(), offset_of(p.y_strides, place.sample, channel, place.h, place.w));
+  Tables::residual().store(thread_index(), offset_of(p.residual_strides, place.sample, channel, place.h, place.w));
+}
 
 DEVICE float optional(const void* values, Type type, int i, float otherwise) {
   return values == nullptr ? otherwise : load_as_float(values, type, i);
@@ -44,7 +52,7 @@ DEVICE float optional(const void* values, Type type, int i, float otherwise) {
 template <class Element>
 DEVICE void write_column(const Forward& p, const Tile& tile) {
   const int i = thread_index(), column = tile.column + i;
-  if (!inside(i < Columns::count)) return;
+  if (!inside(i < Tables::columns)) return;
   const bool own = inside(column < p.gemm.own);
   const int output = tile.group * p.gemm.own + column;
   float shift = 0.0f, scale = 1.0f;
@@ -53,8 +61,8 @@ DEVICE void write_column(const Forward& p, const Tile& tile) {
             optional(p.affine_shift, p.affine_type, output, 0.0f) + optional(p.residual_shift, p.affine_type, output, 0.0f);
     scale = optional(p.residual_scale, p.affine_type, output, 1.0f);
   }
-  Columns::shift().store(i, shift);
-  Columns::residual_scale().store(i, scale);
+  Tables::shift().store(i, shift);
+  Tables::residual_scale().store(i, scale);
 }
 
 // y of one element, and whether the slope is 1 there; a NaN stays one and passes its gradient on.
@@ -75,7 +83,7 @@ DEVICE void write_octet(const Forward& p, const Tile& tile, int row, int octet) 
   float v[8];
   load_finished(v, row, octet);
   const int64_t cell = static_cast<int64_t>(position) * g.groups.d + tile.group;
-  if (p.h != nullptr) {
+  if (p.h != nullptr && column + 8 > g.own) {
     UNROLL
     for (int i = 0; i < 8; ++i) {
       const int q = column + i - g.own;
@@ -85,16 +93,13 @@ DEVICE void write_octet(const Forward& p, const Tile& tile, int row, int octet) 
   const int outputs = g.own - column;  // of this octet, where it is less than 8
   if (!inside(outputs > 0)) return;
 
-  const Place place(g, tile, position);
-  const int channel = tile.group * g.own + column;
   if (p.residual != nullptr) {
-    const Strides& s = p.residual_strides;
     float residual[8];
-    load_octet(residual, static_cast<const Element*>(p.residual),
-               place.sample * s.n + place.h * s.h + place.w * s.w + channel * s.c, s.c, outputs, p.residual_vector);
+    const uint32_t at = Tables::residual().load(row) + offset_of(p.residual_strides, 0, octet * 8, 0, 0);
+    load_octet(residual, static_cast<const Element*>(p.residual), at, p.residual_strides.c, outputs, p.residual_vector);
     UNROLL
     for (int i = 0; i < 8; ++i) {
-      v[i] += p.residual_scale == nullptr ? residual[i] : residual[i] * Columns::residual_scale().load(octet * 8 + i);
+      v[i] += p.residual_scale == nullptr ? residual[i] : residual[i] * Tables::residual_scale().load(octet * 8 + i);
     }
   }
   uint32_t bits = 0;
@@ -107,9 +112,8 @@ DEVICE void write_octet(const Forward& p, const Tile& tile, int row, int octet) 
     }
   }
   if (p.bits != nullptr) store_global(p.bits, cell * p.octets + column / 8, static_cast<uint8_t>(bits));
-  const Strides& s = p.y_strides;
-  store_octet(static_cast<Element*>(p.y), place.sample * s.n + place.h * s.h + place.w * s.w + channel * s.c, s.c, v, outputs,
-              p.y_vector);
+  const uint32_t at = Tables::y().load(row) + offset_of(p.y_strides, 0, octet * 8, 0, 0);
+  store_octet(static_cast<Element*>(p.y), at, p.y_strides.c, v, outputs, p.y_vector);
 }
 
 template <class Unit, Access access>
@@ -117,11 +121,13 @@ KERNEL(kRows, 2) void tt_block_forward_kernel(const GRID_CONSTANT Forward p) {
   using Element = typename Unit::Element;
   const Tile tile(p.gemm);
   const int row = tile.row + thread_index();
-  write_row(p.gemm, tile, Place(p.gemm, tile, row), row);
+  const Place place(p.gemm, tile, row);
+  write_row(p.gemm, tile, place, row);
+  write_target(p, tile, place);
   write_column<Element>(p, tile);
   sync_block();
   Sums<Unit> sums;
-  sums.begin(Columns::shift());
+  sums.begin(Tables::shift());
   run_tiles<Unit, access>(p.gemm, tile, sums, true, 0, p.gemm.k_end[0], NoPrologue{}, [](int, int) {});
   sync_block();  // the stages are read no more
   sums.store(tile.extra);
@@ -136,7 +142,7 @@ struct Launch {
 
   template <class Unit, Access access>
   const char* operator()() const {
-    return launch(tt_block_forward_kernel<Unit, access>, blocks, kRows, Stages::bytes + Columns::bytes, stream, p);
+    return launch(tt_block_forward_kernel<Unit, access>, blocks, kRows, Tables::bytes, stream, p);
   }
 };
 

@@ -10,8 +10,6 @@ namespace lora_edge {
 constexpr int kPitch = 36;                 // words from one shared row to the next
 constexpr int kChunks = 8;                 // 16-byte chunks of a row in a k tile
 constexpr int kOutPitch = kColumns + kExtra;  // floats between rows of the finished tile, on its way out
-constexpr int kFarTap = -(1 << 29);        // where a tap that does not exist stands, and a row: out of any map
-constexpr uint32_t kFarRow = 0x80000000u;  // h = -2^15
 constexpr int kStageBytes = (kRows + kColumns + kExtra) * kPitch * 4;
 
 // How the source is read: 16 bytes of channels at once, or single words with neighbouring lanes along channels or positions.
@@ -30,12 +28,11 @@ struct Stages {
 };
 static_assert(kRows * kOutPitch * 4 <= 2 * kStageBytes, "the finished tile takes the stages' place");
 
-// Where a row stands in the source with the tap at (0, 0), as 16 bits an axis, and as an offset. Offsets count modulo 2^32: where a
-// row and a step meet inside of the source, their sum is the element's place among at most 2^31.
-DEVICE uint32_t place_of(int h, int w) { return static_cast<uint32_t>(h) << 16 | (static_cast<uint32_t>(w) & 0xffffu); }
-DEVICE int height_of(uint32_t place) { return static_cast<int16_t>(place >> 16); }
-DEVICE int width_of(uint32_t place) { return static_cast<int16_t>(place & 0xffffu); }
+// Where something stands, an axis in each half of a word, as integers that add: 2^14 more than its position, so that neither half
+// leaves [0, 2^15) for positions within 2^14 of the origin. Zero is out of reach of any step.
+DEVICE uint32_t place_of(int h, int w) { return (static_cast<uint32_t>(h) << 16) + static_cast<uint32_t>(w) + 0x40004000u; }
 
+// Offsets count modulo 2^32: where a row and a step meet inside of the source, their sum is the element's place among at most 2^31.
 DEVICE uint32_t offset_of(const Strides& s, int n, int c, int h, int w) {
   return static_cast<uint32_t>(n * s.n + c * s.c + h * s.h + w * s.w);
 }
@@ -44,12 +41,13 @@ DEVICE uint32_t offset_of(const Strides& s, int n, int c, int h, int w) {
 DEVICE void write_row(const Gemm& g, const Tile& tile, const Place& place, int row) {
   const int h = place.h * g.step_h + g.h[tile.phase_h].origin, w = place.w * g.step_w + g.w[tile.phase_w].origin;
   Stages::offsets().store(thread_index(), offset_of(g.strides, place.sample, tile.group * g.channels.d, h, w));
-  Stages::places().store(thread_index(), inside(row < tile.rows) ? place_of(h, w) : kFarRow);
+  Stages::places().store(thread_index(), inside(row < tile.rows) ? place_of(h, w) : 0);
 }
 
-// One k: its tap's offset from a row and its channel in the group.
+// One k: its tap's offset from a row and its channel in the group. A row's place plus `low` has the high bit of a half set where
+// that axis is not below the source, plus `high` where it is behind it.
 struct Step {
-  uint32_t offset;
+  uint32_t offset, low, high;
   int h, w, tap, channel;
 
   DEVICE Step(const Gemm& g, const Tile& tile, int k, int k_end) {
@@ -60,13 +58,15 @@ struct Step {
     h = -tap_h * axis_h.advance;
     w = -(tap - tap_h * axis_w.taps.d) * axis_w.advance;
     offset = offset_of(g.strides, 0, channel, h, w);
-    h = inside(k < k_end) ? h : kFarTap;
+    low = inside(k < k_end) ? place_of(h, w) : 0;
+    high = place_of(h - g.source_h, w - g.source_w);
   }
 };
 
-DEVICE bool in_source(const Gemm& g, uint32_t place, const Step& step) {
-  return inside(static_cast<uint32_t>(height_of(place) + step.h) < static_cast<uint32_t>(g.source_h)) &&
-         inside(static_cast<uint32_t>(width_of(place) + step.w) < static_cast<uint32_t>(g.source_w));
+constexpr uint32_t kHighBits = 0x80008000u;
+
+DEVICE bool in_source(uint32_t place, const Step& step) {
+  return inside(((place + step.low) & ~(place + step.high) & kHighBits) == kHighBits);
 }
 
 // What is done to each element of A on its way: nothing.
@@ -106,7 +106,7 @@ struct Staged {
         const Step step(g, tile, k + word_of(j) * pack + e, k_end);
         UNROLL
         for (int i = 0; i < rows; ++i) {
-          const bool ok = in_source(g, places[i], step);
+          const bool ok = in_source(places[i], step);
           const int64_t at = offsets[i] + step.offset;
           if constexpr (access == Access::vector) {
             words[i] = load_global16(source, at, ok);

@@ -1,8 +1,10 @@
-"""The ``lora-edge`` command: adapt, merge, info, check. Also ``python -m lora_edge``."""
+"""The ``lora-edge`` command: adapt, merge, info, check, bench. Also ``python -m lora_edge``."""
 
 from __future__ import annotations
 
 import argparse
+import importlib
+import importlib.util
 import sys
 import warnings
 from pathlib import Path
@@ -20,7 +22,10 @@ class _OneLineParser(argparse.ArgumentParser):
 
 def main(arguments: list[str] | None = None) -> int:
     """Run the command line; returns the exit code, 2 for bad input with one line on standard error."""
-    options = _parser().parse_args(arguments)
+    parser = _parser()
+    options, options.rest = parser.parse_known_args(arguments)
+    if options.rest and options.run is not _bench:
+        parser.error(f"unrecognized arguments: {' '.join(options.rest)}")
     warnings.filterwarnings("ignore", message="Using padding='same' with even kernel")
     try:
         code = options.run(options)
@@ -68,6 +73,9 @@ def _parser() -> argparse.ArgumentParser:
         "check", help="show which backends work on this machine and test their ops; exit code 1 if one fails"
     )
     check.set_defaults(run=_check)
+
+    bench = commands.add_parser("bench", help="time every op of every backend on this machine, layer by layer", add_help=False)
+    bench.set_defaults(run=_bench)
     return parser
 
 
@@ -80,7 +88,7 @@ def _adapt(options: argparse.Namespace) -> None:
     from lora_edge.har.adaptation import Settings, run
     from lora_edge.har.report import draw, print_table
 
-    fields = {name: value for name, value in vars(options).items() if name != "run"}
+    fields = {name: value for name, value in vars(options).items() if name not in ("run", "rest")}
     columns: list[Any] = [TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn()]
     with Progress(*columns) as bar:
         tasks: dict[str, TaskID] = {}
@@ -127,6 +135,13 @@ def _check(options: argparse.Namespace) -> int:
     from lora_edge.check import check
 
     return 0 if check() else 1
+
+
+def _bench(options: argparse.Namespace) -> int:
+    # In a clone that is not installed the folder is its own package.
+    installed = importlib.util.find_spec("lora_edge.benchmarks") is not None
+    kernels = importlib.import_module("lora_edge.benchmarks.kernels" if installed else "benchmarks.kernels")
+    return kernels.main(options.rest)
 
 
 def _positive(options: argparse.Namespace, *names: str) -> None:

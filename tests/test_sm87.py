@@ -8,7 +8,8 @@ import shutil
 import numpy as np
 import pytest
 
-from benchmarks import layers, orin, sass, tiles
+from benchmarks import layers
+from benchmarks.sm87 import orin, sass, tiles
 
 SASS = """
 	code for sm_87
@@ -184,14 +185,14 @@ def test_workload_layers():
 
 
 def stream(first: int, count: int, written: bool = False, tensor: int = 0):
-    from benchmarks.l2 import Touches
+    from benchmarks.sm87.l2 import Touches
 
     return Touches(np.arange(first, first + count), np.full(count, written), np.full(count, tensor, np.int32))
 
 
 @pytest.mark.skipif(shutil.which("g++") is None, reason="no g++")
 def test_l2_traffic():
-    from benchmarks.l2 import dram_sectors
+    from benchmarks.sm87.l2 import dram_sectors
 
     one = np.zeros(1, np.int32)
     still = np.zeros((4, 1), np.int64)
@@ -212,7 +213,7 @@ def test_l2_traffic():
 
 
 def test_executed_instructions():
-    from benchmarks.executed import executed, executions
+    from benchmarks.sm87.executed import executed, executions
 
     code = sass.parse(SASS)["_ZN9lora_edge4gemmINS_4Tf32ELi128EEEvPKf"]
     # a prologue of 2, rounds of 7 without the loop of 2 in them, an end of 2; or straight out by 0xd0

@@ -220,6 +220,7 @@ def test_a_core_that_was_changed_before_backward_is_an_error():
         ({"affine": (torch.ones(8), torch.ones(3))}, ValueError, r"affine has shape \(3,\) on cpu; give \(8,\) on cpu"),
         ({"affine": (torch.ones(8, requires_grad=True), torch.ones(8))}, ValueError, "the affine is frozen"),
         ({"activation": "gelu"}, ValueError, "activation is 'gelu'; give None or one of 'relu'"),
+        ({"activation": "hardtanh"}, ValueError, r"give Activation\('hardtanh', \(low, high\)\)"),
         ({"saved_dtype": torch.int8}, ValueError, "saved_dtype is torch.int8"),
         ({"core": None}, ValueError, "one of core and suffix is None"),
         ({"backend": "triton"}, RuntimeError, "backend 'triton' is"),

@@ -34,6 +34,8 @@ struct Warp {
 
 struct Totals {
   int64_t read_sectors, write_sectors, wavefronts, wavefronts_ideal, mma_tf32, mma_f16, mma_bf16, barriers;
+  int64_t matrices, shuffles;
+  int64_t bytes[4], wide[4];  // of a lane, and accesses of 16 bytes, by space
 };
 
 constexpr uint64_t kBarrier = ~uint64_t{0};
@@ -96,6 +98,8 @@ void count_shared(const Access& access) {
 }
 
 void count(const Access& access) {
+  totals.bytes[static_cast<int>(access.space)] += access.bytes;
+  totals.wide[static_cast<int>(access.space)] += access.bytes == 16;
   const bool global = access.space == Space::global_read || access.space == Space::global_write;
   global ? count_global(access) : count_shared(access);
 }
@@ -152,13 +156,20 @@ void trace_end_block() {
                "{\"launch\": %lld, \"block\": %lld, \"global_read_sectors\": %lld, \"global_write_sectors\": %lld, "
                "\"global_read_distinct\": %zu, \"shared_wavefronts\": %lld, \"shared_wavefronts_ideal\": %lld, "
                "\"mma_tf32\": %lld, \"mma_f16\": %lld, \"mma_bf16\": %lld, \"barriers\": %lld, "
-               "\"sectors_begin\": %lld, \"sectors\": %zu}\n",
+               "\"sectors_begin\": %lld, \"sectors\": %zu",
                static_cast<long long>(launch_number - 1), static_cast<long long>(traced_block),
                static_cast<long long>(totals.read_sectors), static_cast<long long>(totals.write_sectors), distinct_reads.size(),
                static_cast<long long>(totals.wavefronts), static_cast<long long>(totals.wavefronts_ideal),
                static_cast<long long>(totals.mma_tf32), static_cast<long long>(totals.mma_f16),
                static_cast<long long>(totals.mma_bf16), static_cast<long long>(totals.barriers),
                static_cast<long long>(records_written), records.size());
+  const char* const spaces[] = {"read_global", "write_global", "read_shared", "write_shared"};
+  for (size_t i = 0; i < 4; ++i) {
+    std::fprintf(trace_plan.lines, ", \"%s_bytes\": %lld, \"%s_wide\": %lld", spaces[i],
+                 static_cast<long long>(totals.bytes[i]), spaces[i], static_cast<long long>(totals.wide[i]));
+  }
+  std::fprintf(trace_plan.lines, ", \"load_matrix\": %lld, \"shuffle_xor\": %lld}\n",
+               static_cast<long long>(totals.matrices), static_cast<long long>(totals.shuffles));
   if (trace_plan.sectors != nullptr) std::fwrite(records.data(), sizeof(uint64_t), records.size(), trace_plan.sectors);
   records_written += static_cast<int64_t>(records.size());
 }
@@ -174,6 +185,7 @@ void trace_matrix(const int (&row_bytes)[8]) {
   for (const int begin : row_bytes) {
     for (int i = 0; i < 4; ++i) words.push_back(static_cast<uint64_t>(begin / 4 + i));
   }
+  ++totals.matrices;
   count_words(words);
 }
 
@@ -185,6 +197,7 @@ void trace_collective(Kind kind, int warp) {
     return;
   }
   flush(warps[warp]);
+  totals.shuffles += kind == Kind::shuffle_xor;
   totals.mma_tf32 += kind == Kind::mma_tf32;
   totals.mma_f16 += kind == Kind::mma_f16;
   totals.mma_bf16 += kind == Kind::mma_bf16;

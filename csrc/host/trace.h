@@ -6,6 +6,9 @@
 //   global_read_distinct                        different sectors that the block reads: the same with a perfect L1
 //   shared_wavefronts, shared_wavefronts_ideal  passes over the 32 banks, with and without conflicts
 //   mma, barriers, sectors_begin, sectors       mma by type; sync_block; this block's records in the file of sectors
+//   read_global_bytes, read_global_wide, ...    also write_global, read_shared, write_shared: bytes of a lane, accesses of 16
+//                                               bytes, summed over warp instructions, those that are masked off included
+//   load_matrix, shuffle_xor                    matrices loaded, and shuffles, of all warps
 // The file of sectors holds one little-endian uint64 a record in program order: buffer << 56 | write << 55 | sector of the
 // buffer; all ones is a barrier of the block.
 #pragma once

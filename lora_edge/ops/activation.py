@@ -36,6 +36,7 @@ class _Rule(NamedTuple):
 _SIXTH = torch.tensor(1 / 6, dtype=torch.float32).item()  # torch's backward uses this rounding in every dtype
 
 # "not below or equal" instead of "above": a NaN passes its gradient on, as torch's own backward does
+_NUMBERS = {"hardtanh": ("low", "high"), "leaky_relu": ("slope",)}
 _RULES = {
     "relu": _Rule(F.relu, F.relu_, lambda x: x.le(0).logical_not_(), lambda: (1.0, 0.0)),
     "relu6": _Rule(F.relu6, lambda x: F.relu6(x, inplace=True), lambda x: _between(x, 0.0, 6.0), lambda: (1.0, 0.0)),
@@ -48,13 +49,16 @@ _RULES = {
 
 
 def check_activation(activation: Activation | str | None, op: str) -> Activation | None:
-    """Return the activation as an :class:`Activation`; ValueError if it has no lean form."""
+    """Return the activation as an :class:`Activation`; ValueError if it has no lean form or not its numbers."""
     if activation is None:
         return None
     if isinstance(activation, str):
         activation = Activation(activation)
     if activation.name not in _RULES:
         raise ValueError(f"{op}: activation is {activation.name!r}; give None or one of {', '.join(map(repr, _RULES))}")
+    numbers = _NUMBERS.get(activation.name, ())
+    if len(activation.numbers) != len(numbers):
+        raise ValueError(f"{op}: activation is {activation}; give Activation({activation.name!r}, ({', '.join(numbers)}))")
     return activation
 
 

@@ -16,6 +16,7 @@ from lora_edge.ops import extension
 from lora_edge.ops.cuda_plan import BlockPlan, FusePlan, Saves
 
 _ABSENT = (0, 0, 0, 0)
+_MOST_APART = 2**31 - 1
 
 
 def block_forward(
@@ -36,6 +37,7 @@ def block_forward(
     saved = x.new_empty(plan.saved_bytes, dtype=torch.uint8) if plan.saved_bytes else None
     if plan.y_shape[0] == 0:
         return y, saved
+    x, residual = _near(x), None if residual is None else _near(residual)
     held = [_dense(t) for t in (weight, core, bias, a, b, residual_a, residual_b)]
     at_weight, at_core, at_bias, at_a, at_b, at_residual_a, at_residual_b = map(_address, held)
     factors = [t.contiguous() for t in factors]
@@ -77,6 +79,7 @@ def block_backward(
     dresidual = dy.new_empty_strided(plan.y_shape, plan.y_stride) if needs_residual else None
     if empty:
         return dx, dcore, dbias, dresidual
+    dy = _near(dy)
     held = [_dense(t) for t in (weight, core, a, residual_a)]
     at_weight, at_core, at_a, at_residual_a = map(_address, held)
     factors = [t.contiguous() for t in factors]
@@ -126,6 +129,14 @@ def is_passed_on(saves: Saves, residual_a: Tensor | None) -> bool:
 
 def extension_module() -> Any:
     return extension.machine().module  # type: ignore[union-attr]
+
+
+def _near(tensor: Tensor) -> Tensor:
+    """``tensor``, or a dense copy of a view whose elements lie further apart than the kernels count: 32 bits."""
+    if tensor.is_contiguous():
+        return tensor
+    span = sum([(size - 1) * stride for size, stride in zip(tensor.shape, tensor.stride(), strict=True)])
+    return tensor if span <= _MOST_APART else tensor.contiguous()
 
 
 def _dense(tensor: Tensor | None) -> Tensor | None:

@@ -259,7 +259,8 @@ def saved_layout(sizes: Sizes, args: ConvArgs, epilogue: Epilogue, saves: Saves)
     positions = y_shape[0] * math.prod(y_shape[2:])
     h = positions * args.groups * sizes.rank * (epilogue.saved_dtype or sizes.dtype).itemsize if saves.h else 0
     bits_at = (h + 15) // 16 * 16 if saves.bits else h
-    bits = positions * args.groups * ((y_shape[1] // args.groups + 7) // 8) if saves.bits else 0
+    groups = 1 if sizes.weight[1] == 1 else args.groups  # a depthwise position has its bits without gaps
+    bits = positions * groups * ((y_shape[1] // groups + 7) // 8) if saves.bits else 0
     return bits_at, bits_at + bits
 
 

@@ -1,0 +1,213 @@
+"""``python -m benchmarks.kernels``, also ``lora-edge bench``: each op on each layer of the workloads, backend beside backend.
+
+On a CUDA device the torch backend is cuDNN's convolution with everything else around it. The backends take turns in rounds
+within one process; a row has p20, p50 and p80 in microseconds, the median over rounds of the ratio to torch, and how far the
+median is above the floor of DESIGN, section 5, at the bandwidth and the matrix product's rate that this device reached first.
+A backend is timed only where it agrees with torch. Rows go to ``results/<device>/kernels.csv``.
+"""
+
+from __future__ import annotations
+
+import argparse
+import csv
+import re
+import sys
+import time
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from lora_edge.har.adaptation import machine
+from lora_edge.ops import backends, tt_fuse
+from lora_edge.ops.activation import Activation
+from lora_edge.ops.backends import AVAILABLE
+from lora_edge.ops.conv_args import ConvArgs
+from lora_edge.ops.tt_block import run_block
+
+from . import RESULTS
+from .layers import BATCH, Layer, layers_of
+from .workloads import WORKLOADS
+
+DTYPES = {"fp32": torch.float32, "tf32": torch.float32, "half": torch.float16}
+LAYOUTS = {"channels-last": torch.channels_last, "channels-first": torch.contiguous_format}
+AGREE = {"fp32": 1e-4, "tf32": 3e-3, "half": 2e-2}  # ||a - b|| / ||b||
+OPS = ("tt_fuse_forward", "tt_block_forward", "tt_block_backward")
+
+Call = Callable[[], Sequence[Tensor]]
+
+
+class Timer:
+    """Seconds of a call on a device; a CUDA device's own clock where there is one."""
+
+    def __init__(self, device: torch.device) -> None:
+        self.cuda = device.type == "cuda"
+
+    def __call__(self, call: Callable[[], Any]) -> float:
+        if not self.cuda:
+            begin = time.perf_counter()
+            call()
+            return time.perf_counter() - begin
+        events = [torch.cuda.Event(enable_timing=True) for _ in range(2)]
+        events[0].record()
+        call()
+        events[1].record()
+        events[1].synchronize()
+        return events[0].elapsed_time(events[1]) / 1e3
+
+
+def rates(device: torch.device, precision: str, size: int) -> tuple[float, float]:
+    """Bytes a second of a copy, and multiply-adds a second of a ``size x size`` matrix product, each the best of ten."""
+    timer, dtype = Timer(device), DTYPES[precision]
+    a = torch.randn(size, size, device=device).to(dtype)
+    b = torch.empty_like(a)
+    copy = min(timer(lambda: b.copy_(a)) for _ in range(10))
+    product = min(timer(lambda: torch.mm(a, a, out=b)) for _ in range(10))
+    return 2 * a.numel() * a.element_size() / copy, size**3 / product
+
+
+def calls(layer: Layer, precision: str, layout: str, device: torch.device) -> dict[str, Callable[[str], Call]]:
+    """For each op what makes its call on a backend; the call returns the tensors that must agree."""
+    dtype = DTYPES[precision]
+
+    def normal(*shape: int) -> Tensor:
+        return torch.randn(*shape, device=device).to(dtype)
+
+    def one_map(channels: int, size: tuple[int, int]) -> Tensor:
+        return normal(layer.batch, channels, *size).contiguous(memory_format=LAYOUTS[layout])
+
+    fan_in = layer.channels // layer.groups * layer.kernel[0] * layer.kernel[1]
+    weight = normal(layer.outputs, layer.channels // layer.groups, *layer.kernel) / fan_in**0.5
+    adapted = layer.rank > 0
+    core = (normal(layer.outputs, layer.rank) / 4).requires_grad_() if adapted else None
+    suffix = normal(layer.rank, *weight.shape[1:]) / fan_in**0.5 if adapted else None
+    x = one_map(layer.channels, layer.in_size).requires_grad_(layer.needs_dx)
+    affine = (torch.ones(layer.outputs, device=device), torch.zeros(layer.outputs, device=device)) if layer.has_affine else None
+    residual = one_map(layer.outputs, layer.out_size).requires_grad_(layer.needs_dresidual) if layer.has_residual else None
+    high = [
+        (n - 1) * s + d * (k - 1) + 1 - i - p
+        for n, s, d, k, i, p in zip(
+            layer.out_size, layer.stride, layer.dilation, layer.kernel, layer.in_size, layer.pad, strict=True
+        )
+    ]
+    padding = tuple((p, max(0, h)) for p, h in zip(layer.pad, high, strict=True))
+    args = ConvArgs(layer.stride, padding, layer.dilation, layer.groups)
+    activation = None if layer.activation is None else Activation(layer.activation)
+    dy = one_map(layer.outputs, layer.out_size)
+
+    def block(backend: str) -> Tensor:
+        return run_block(
+            x, weight, core, suffix, None, args, 1.0, affine, residual, None, activation, None, backend=backend
+        )  # fmt: skip
+
+    def forward(backend: str) -> Call:
+        return lambda: [block(backend)]
+
+    def backward(backend: str) -> Call:
+        y = block(backend)
+        wanted = [t for t in (x, core, residual) if t is not None and t.requires_grad]
+        return lambda: torch.autograd.grad(y, wanted, dy, retain_graph=True)
+
+    found: dict[str, Callable[[str], Call]] = {"tt_block_forward": forward}
+    if layer.needs_backward:
+        found["tt_block_backward"] = backward
+    if core is not None and suffix is not None:
+        found["tt_fuse_forward"] = lambda backend: lambda: [tt_fuse(weight, core, suffix, backend=backend)]
+    return found
+
+
+def floor(layer: Layer, op: str, itemsize: int, bandwidth: float, multiply_adds: float) -> float:
+    """Seconds: DESIGN, section 5."""
+    if op == "tt_fuse_forward":
+        return layer.fuse_bytes(itemsize, op) / bandwidth
+    if op == "tt_block_forward":
+        return max(layer.multiply_adds / multiply_adds, layer.forward_bytes(itemsize) / bandwidth)
+    return max(layer.backward_multiply_adds() / multiply_adds, layer.backward_bytes(itemsize) / bandwidth)
+
+
+def agree(got: Sequence[Tensor], want: Sequence[Tensor], tolerance: float) -> bool:
+    return all((a - b).float().norm() <= tolerance * b.float().norm() for a, b in zip(got, want, strict=True))
+
+
+def rounds(by_backend: dict[str, Call], timer: Timer, count: int) -> dict[str, list[float]]:
+    """Seconds of each backend's call, ``count`` of them in interleaved rounds after two that do not count."""
+    seconds: dict[str, list[float]] = {name: [] for name in by_backend}
+    for _ in range(count + 2):
+        for name, call in by_backend.items():
+            seconds[name].append(timer(call))
+    return {name: values[2:] for name, values in seconds.items()}
+
+
+def rows_of(
+    workload: str, name: str, layer: Layer, op: str, make: Callable[[str], Call], names: Sequence[str], fixed: dict[str, Any],
+    timer: Timer, count: int, least: float,
+) -> list[dict[str, Any]]:  # fmt: skip
+    """The rows of one op on one layer: a backend each."""
+    by_backend = {backend: make(backend) for backend in names}
+    want = [t.detach().clone() for t in by_backend["torch"]()]
+    wrong = [b for b, call in by_backend.items() if not agree(call(), want, AGREE[fixed["precision"]])]
+    seconds = rounds({b: call for b, call in by_backend.items() if b not in wrong}, timer, count)
+    rows = []
+    for backend in names:
+        row = {**fixed, "workload": workload, "layer": name, "op": op, "backend": backend, "agrees": backend not in wrong}
+        if backend in seconds:
+            p20, p50, p80 = np.percentile(seconds[backend], [20, 50, 80]) * 1e6
+            ratio = np.median(np.array(seconds[backend]) / np.array(seconds["torch"]))
+            row |= {"us_p20": round(p20, 2), "us_p50": round(p50, 2), "us_p80": round(p80, 2), "over_torch": round(ratio, 3)}
+            row |= {"floor_us": round(least * 1e6, 2), "over_floor": round(p50 / (least * 1e6), 2)}
+        rows.append(row)
+    return rows
+
+
+FIELDS = (
+    "device", "lora_edge", "torch", "date", "precision", "layout", "batch", "workload", "layer", "op", "backend", "agrees",
+    "us_p20", "us_p50", "us_p80", "over_torch", "floor_us", "over_floor",
+)  # fmt: skip
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """Measure and write the table; 1 where a backend does not agree with torch."""
+    parser = argparse.ArgumentParser(prog="lora-edge bench", description=__doc__)
+    parser.add_argument("--workload", nargs="+", choices=list(WORKLOADS), default=list(WORKLOADS))
+    parser.add_argument("--precision", nargs="+", choices=list(DTYPES), default=list(DTYPES))
+    parser.add_argument("--layout", nargs="+", choices=list(LAYOUTS), default=["channels-last"])
+    parser.add_argument("--layer", nargs="+", help="only these layers, by name")
+    parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu", help="torch's name of the device")
+    parser.add_argument("--rounds", type=int, default=30)
+    parser.add_argument("--size", type=int, default=4096, help="of the matrices that measure the device's rates")
+    parser.add_argument("--out", type=Path, help="the table; default results/<device>/kernels.csv")
+    options = parser.parse_args(arguments)
+    device = torch.device(options.device)
+    timer = Timer(device)
+    title = torch.cuda.get_device_name(device) if device.type == "cuda" else "cpu"
+    names = ["torch", *(b for b, state in backends().items() if b != "torch" and state == AVAILABLE)]
+    about = {key: machine()[key] for key in ("lora_edge", "torch", "date")}
+    rows: list[dict[str, Any]] = []
+    for precision in options.precision:
+        torch.backends.cudnn.allow_tf32 = torch.backends.cuda.matmul.allow_tf32 = precision == "tf32"
+        bandwidth, multiply_adds = rates(device, precision, options.size)
+        for workload in options.workload:
+            for name, layer in layers_of(workload).items():
+                if options.layer and name not in options.layer:
+                    continue
+                for layout in options.layout:
+                    fixed = {"device": title, **about, "precision": precision, "layout": layout, "batch": BATCH}
+                    for op, make in calls(layer, precision, layout, device).items():
+                        least = floor(layer, op, DTYPES[precision].itemsize, bandwidth, multiply_adds)
+                        rows += rows_of(workload, name, layer, op, make, names, fixed, timer, options.rounds, least)
+                        print(*(f"{r['backend']} {r.get('us_p50', 'wrong')}" for r in rows[-len(names) :]), workload, name, op)
+    path = options.out or RESULTS / re.sub(r"\W+", "_", title).strip("_").lower() / "kernels.csv"
+    path.parent.mkdir(parents=True, exist_ok=True)
+    with path.open("w", newline="") as file:
+        writer = csv.DictWriter(file, FIELDS)
+        writer.writeheader()
+        writer.writerows(rows)
+    print(f"{len(rows)} rows in {path}")
+    return 0 if all(row["agrees"] for row in rows) else 1
+
+
+if __name__ == "__main__":
+    sys.exit(main())
