@@ -2,9 +2,9 @@
 //
 // plain     (O + r1, I/g, Kh, Kw) float32, the depthwise kernels'; rows O.. are the suffix
 // forward   (O + r1, pitch): column = tap * I/g + channel; the GEMM's k runs over taps, then channels
-// backward  (g * I/g, pitch): row = input channel, column = base[phase] + (tap's index in the phase) * O/g + output in its group.
-//           A strided input gradient falls into stride_h * stride_w phases: input position i = phase + stride * u is reached only
-//           by the taps with (phase + pad - tap * dilation) % stride == 0, and each phase is a GEMM of its own.
+// backward  (g * I/g, pitch): row = input channel, column = base[phase] + (index of the tap in the phase) * O/g + output.
+//           A strided input gradient falls into stride_h * stride_w phases: input position i = phase + stride * u is reached
+//           only by the taps with (phase + pad - tap * dilation) % stride == 0, and each phase is a GEMM of its own.
 // Rows are padded to 16 bytes (a phase's segment too), and what pads them is zero.
 #pragma once
 

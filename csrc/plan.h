@@ -15,7 +15,8 @@ const char* tt_fuse_backward(const Problem&, const FuseBackwardCall&, Stream);
 const char* tt_block_forward(const Problem&, const ForwardCall&, Stream);
 const char* tt_block_backward(const Problem&, const BackwardCall&, Stream);
 
-// Why the kernels do not take this problem, as "stride (5, 1): the kernels take up to 4", or null. `op` is "tt_fuse" or "tt_block".
+// Why the kernels do not take this problem, as "stride (5, 1): the kernels take up to 4", or null. `op` is "tt_fuse" or
+// "tt_block".
 const char* refusal(const Problem&, const char* op);
 
 struct Scratch {  // bytes; all but fuse_partial are 0 where a block is refused

@@ -7,8 +7,8 @@
 
 namespace lora_edge {
 
-// Runs over the k tiles in [k_first, k_end) with two buffers and one barrier a tile. `each` is called with the buffer and its first
-// k while they can be read; without `wanted` only that happens.
+// Runs over the k tiles in [k_first, k_end) with two buffers and one barrier a tile. `each` is called with the buffer and its
+// first k while they can be read; without `wanted` only that happens.
 template <class Unit, Access access, class Prologue, class Each>
 DEVICE void run_tiles(const Gemm& g, const Tile& tile, Sums<Unit>& sums, bool wanted, int k_first, int k_end,
                       const Prologue& prologue, const Each& each) {

@@ -1,10 +1,11 @@
 // tt_block backward: with dz = dy where the bit is set, else 0,
-//   dresidual = ra * dz      dx = conv^T(dz, a * W')      dcore[o, q] = s a[o] sum of dz[o] h[q]      dbias[o] = a[o] sum of dz[o]
+//   dresidual = ra * dz                          dx = conv^T(dz, a * W')
+//   dcore[o, q] = s a[o] sum of dz[o] h[q]       dbias[o] = a[o] sum of dz[o]
 // from one pass over dy. tt_conv is the same without bits and residual.
 //
-// Tiles: the implicit GEMM of tt_conv.cuh, rows = input positions, columns = the group's I/g inputs, k over (tap, output). A strided
-// dx falls into phases (packing.h), each a GEMM over the taps that reach it. The bits are applied as dy is staged; the affine is in
-// the packed kernel already.
+// Tiles: the implicit GEMM of tt_conv_gemm.cuh, rows = input positions, columns = the group's I/g inputs, k over (tap, output).
+// A strided dx falls into phases (packing.h), each a GEMM over the taps that reach it. The bits are applied as dy is staged;
+// the affine is in the packed kernel already.
 // One tap, the star, is met by every dy position at exactly one row: the first column tile sums dz h^T over the star's k tiles
 // while they lie in shared memory, and writes dresidual there. Rows are added where padding hides dy positions from dx's own.
 // Sums are in two stages, by row tile and then over the tiles in order: deterministic, no atomics.
@@ -38,13 +39,15 @@ struct Backward {
   bool dx_vector, dresidual_vector, along_positions;
 };
 
-// Behind the stages: each row's position in dy and its offset in dresidual, both with the tap at (0, 0); where it stands in dx; and h at
-// the dy position that the star takes it to.
+// Behind the stages: each row's position in dy and its offset in dresidual, both with the tap at (0, 0); where it stands in dx;
+// and h at the dy position that the star takes it to.
 struct Tables {
   DEVICE static Shared<int32_t> positions() { return shared_array<int32_t>(Stages::bytes, kRows); }
   DEVICE static Shared<uint32_t> residual() { return shared_array<uint32_t>(Stages::bytes + kRows * 4, kRows); }
   DEVICE static Shared<uint32_t> dx() { return shared_array<uint32_t>(Stages::bytes + kRows * 8, kRows); }
-  DEVICE static Shared<float> h(const Backward& p) { return shared_array<float>(Stages::bytes + kRows * 12, kRows * p.sums_pitch); }
+  DEVICE static Shared<float> h(const Backward& p) {
+    return shared_array<float>(Stages::bytes + kRows * 12, kRows * p.sums_pitch);
+  }
   static int bytes(const Backward& p) { return Stages::bytes + kRows * 12 + kRows * p.sums_pitch * 4; }
 };
 
@@ -140,8 +143,9 @@ struct Mask {
   }
 };
 
-// The first stage of dcore and dbias, for the outputs whose star lies in this k tile, and `count` sums of each. A warp takes 8 words
-// of k; its lanes are 8 words x 4 row groups, whose rows 2 apart keep the 32 lanes in 32 banks, and which are added by shuffles.
+// The first stage of dcore and dbias, for the outputs whose star lies in this k tile, and `count` sums of each. A warp takes 8
+// words of k; its lanes are 8 words x 4 row groups, whose rows 2 apart keep the 32 lanes in 32 banks, and which are added by
+// shuffles.
 template <class Element, int count>
 DEVICE void sum_core(const Backward& p, const Tile& tile, int buffer, int k, int first_sum) {
   const Gemm& g = p.gemm;
@@ -330,8 +334,8 @@ const char* conv_backward(const Problem& problem, const BackwardCall& call, Stre
   const char* error = with_kernel(problem, source_access(g, problem.type), Launch{p, blocks, stream});
   if (error != nullptr || !wants_sums) return error;
   const int32_t tiles = static_cast<int32_t>(row_tiles(g, p.star_phase));
-  return sum_partials(p.partial, tiles, c.outputs, p.rank, call.dcore, problem.core_type, problem.scale, call.dbias, problem.type,
-                      call.affine_scale, problem.affine_type, stream);
+  return sum_partials(p.partial, tiles, c.outputs, p.rank, call.dcore, problem.core_type, problem.scale, call.dbias,
+                      problem.type, call.affine_scale, problem.affine_type, stream);
 }
 
 }  // namespace lora_edge

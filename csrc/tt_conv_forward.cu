@@ -1,8 +1,9 @@
 // tt_block forward: y = act(a * (conv(x, W') + bias) + b + ra * residual + rb), h = conv(x, S) and one bit an element where the
 // activation's slope is 1, in one pass over x. tt_conv is the same without a, b, residual and activation.
 //
-// Tiles: the implicit GEMM of tt_conv.cuh, rows = output positions, columns = the group's O/g outputs, then the r1 rows of S.
-// The finished tile goes through shared memory, so that y, the residual and the bits are read and written 8 channels at a time.
+// Tiles: the implicit GEMM of tt_conv_gemm.cuh, rows = output positions, columns = the group's O/g outputs, then the r1 rows of
+// S. The finished tile goes through shared memory, so that y, the residual and the bits are read and written 8 channels at a
+// time.
 // Floor: max(2 N L (O + r1) (I/g) K multiply-add operations / peak, bytes of x, W', S, residual, y, h and bits / bandwidth).
 #include "tt_conv_forward.cuh"
 
@@ -28,8 +29,8 @@ struct Forward {
   bool y_vector, residual_vector, along_positions;
 };
 
-// Behind the stages: where each row stands in y and in the residual; and for each column of z = sum + shift + residual * scale its two
-// numbers. The affine's own scale is in the packed kernel already, and the sums begin with the shift.
+// Behind the stages: where each row stands in y and in the residual; and for each column of z = sum + shift + residual * scale
+// its two numbers. The affine's own scale is in the packed kernel already, and the sums begin with the shift.
 struct Tables {
   static constexpr int columns = kColumns + kExtra, columns_at = Stages::bytes + kRows * 8;
   DEVICE static Shared<uint32_t> y() { return shared_array<uint32_t>(Stages::bytes, kRows); }

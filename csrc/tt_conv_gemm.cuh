@@ -5,8 +5,8 @@
 //   A   the source map (x forward, dy backward), gathered at the row's position and the tap's offset, zero outside
 //   B   the composed kernel `packed` (packing.h); forward, its last r1 columns are the suffix, and give h
 //
-// Tiles: a block of 128 threads makes 128 rows x 64 columns; a rest of up to 8 columns (the r1 rows of S) joins the last tile as
-// one extra n8 fragment. A k tile is 128 bytes of k: 32 float or 64 half.
+// Tiles: a block of 128 threads makes 128 rows x 64 columns; a rest of up to 8 columns (the r1 rows of S) joins the last tile
+// as one extra n8 fragment. A k tile is 128 bytes of k: 32 float or 64 half.
 //
 //   tt_conv_gemm.cuh    this file: the sizes, the phases, and which tile a block makes
 //   tt_conv_stage.cuh   a k tile of A and B on its way into shared memory
@@ -55,8 +55,9 @@ struct Gemm {
   Axis h[kMostStride], w[kMostStride];
 };
 
-// Which tile of which phase a block makes. Blocks that run together share in the L2 what is larger: the source's rows, where they
-// make the column tiles, groups and phases of the same row tile, or `packed`, where they make the row tiles of the same columns.
+// Which tile of which phase a block makes. Blocks that run together share in the L2 what is larger: the source's rows, where
+// they make the column tiles, groups and phases of the same row tile, or `packed`, where they make the row tiles of the same
+// columns.
 // A phase may have fewer rows than another: then there are tiles without any.
 struct Tile {
   int phase, phase_h, phase_w, group, column, row, rows;  // first column, first row, rows of the phase in all

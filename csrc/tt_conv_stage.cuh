@@ -1,5 +1,5 @@
-// A k tile on its way into shared memory. A passes through registers, where zeros stand for what lies outside and a prologue may
-// mask; B is copied asynchronously.
+// A k tile on its way into shared memory. A passes through registers, where zeros stand for what lies outside and a prologue
+// may mask; B is copied asynchronously.
 // Shared rows are 144 bytes apart, so that eight rows' 16-byte words fall into different banks: no conflicts in the inner loop.
 #pragma once
 
@@ -7,8 +7,8 @@
 
 namespace lora_edge {
 
-constexpr int kPitch = 36;                 // words from one shared row to the next
-constexpr int kChunks = 8;                 // 16-byte chunks of a row in a k tile
+constexpr int kPitch = 36;                    // words from one shared row to the next
+constexpr int kChunks = 8;                    // 16-byte chunks of a row in a k tile
 constexpr int kOutPitch = kColumns + kExtra;  // floats between rows of the finished tile, on its way out
 constexpr int kStageBytes = (kRows + kColumns + kExtra) * kPitch * 4;
 
@@ -28,11 +28,12 @@ struct Stages {
 };
 static_assert(kRows * kOutPitch * 4 <= 2 * kStageBytes, "the finished tile takes the stages' place");
 
-// Where something stands, an axis in each half of a word, as integers that add: 2^14 more than its position, so that neither half
-// leaves [0, 2^15) for positions within 2^14 of the origin. Zero is out of reach of any step.
+// Where something stands, an axis in each half of a word, as integers that add: 2^14 more than its position, so that neither
+// half leaves [0, 2^15) for positions within 2^14 of the origin. Zero is out of reach of any step.
 DEVICE uint32_t place_of(int h, int w) { return (static_cast<uint32_t>(h) << 16) + static_cast<uint32_t>(w) + 0x40004000u; }
 
-// Offsets count modulo 2^32: where a row and a step meet inside of the source, their sum is the element's place among at most 2^31.
+// Offsets count modulo 2^32: where a row and a step meet inside of the source, their sum is the element's place among at most
+// 2^31.
 DEVICE uint32_t offset_of(const Strides& s, int n, int c, int h, int w) {
   return static_cast<uint32_t>(n * s.n + c * s.c + h * s.h + w * s.w);
 }
@@ -44,8 +45,8 @@ DEVICE void write_row(const Gemm& g, const Tile& tile, const Place& place, int r
   Stages::places().store(thread_index(), inside(row < tile.rows) ? place_of(h, w) : 0);
 }
 
-// One k: its tap's offset from a row and its channel in the group. A row's place plus `low` has the high bit of a half set where
-// that axis is not below the source, plus `high` where it is behind it.
+// One k: its tap's offset from a row and its channel in the group. A row's place plus `low` has the high bit of a half set
+// where that axis is not below the source, plus `high` where it is behind it.
 struct Step {
   uint32_t offset, low, high;
   int h, w, tap, channel;
@@ -76,12 +77,12 @@ struct NoPrologue {
   DEVICE void element(Element&, int, const Step&, bool) const {}
 };
 
-// This thread's part of a k tile of A: `rows` rows of `columns` words, or of one 16-byte chunk. A warp's words along channels are 16
-// of two rows that lie 16 banks apart; along positions 4 of eight rows, which are 32-byte sectors.
+// This thread's part of a k tile of A: `rows` rows of `columns` words, or of one 16-byte chunk. A warp's words along channels
+// are 16 of two rows that lie 16 banks apart; along positions 4 of eight rows, which are 32-byte sectors.
 template <class Element, Access access>
 struct Staged {
   static constexpr int pack = kPack<Element>;
-  static constexpr int columns = access == Access::vector ? 1 : access == Access::channels ? 2 : 8;
+  static constexpr int columns = access == Access::vector ? 1 : 2;
   static constexpr int rows = access == Access::vector ? kChunks : kWords / columns;
 
   Word4 words[kChunks];
@@ -140,11 +141,11 @@ struct Staged {
  private:
   DEVICE static int word_of(int j) {
     if (access == Access::vector) return thread_index() % kChunks * 4;
-    return access == Access::channels ? thread_index() % 16 + 16 * j : lane_index() / 8 + 4 * j;
+    return access == Access::channels ? thread_index() % 16 + 16 * j : warp_index() * 8 + lane_index() / 8 + 4 * j;
   }
   DEVICE static int row_of(int i) {
     if (access == Access::vector) return thread_index() / kChunks + i * (kRows / kChunks);
-    return access == Access::channels ? warp_index() + lane_index() / 16 * 4 + 8 * i : lane_index() % 8 + 8 * warp_index() + 32 * i;
+    return access == Access::channels ? warp_index() + lane_index() / 16 * 4 + 8 * i : lane_index() % 8 + 8 * i;
   }
   DEVICE uint32_t get(int i) const {
     const Word4& w = words[i / 4];
@@ -173,7 +174,8 @@ DEVICE void copy_b(const Gemm& g, const Tile& tile, int buffer, int k, int k_end
     const int column = tile.column + i / kChunks, at = k + i % kChunks * whole;
     const int64_t row = column < g.own ? tile.group * g.own + column : g.shared_row + column - g.own;
     const bool ok = inside(column < g.columns) && inside(at < k_end);
-    async_copy16(b, i / kChunks * kPitch + i % kChunks * 4, packed, (row * g.pitch + g.base[tile.phase] + at) / kPack<Element>, ok);
+    const int64_t from = (row * g.pitch + g.base[tile.phase] + at) / kPack<Element>;
+    async_copy16(b, i / kChunks * kPitch + i % kChunks * 4, packed, from, ok);
   }
 }
 

@@ -1,6 +1,6 @@
 // The products of a k tile: each thread's 72 sums of the tile.
-// Work of a k tile, for a warp: FP32 8 x 8 micro tiles a thread, 16 shared loads of 16 bytes for 256 multiply-adds; tensor cores
-// 32 rows x 64 columns, 6 ldmatrix for 16 mma. The extra fragment adds one column to the one, two mma to the other.
+// Work of a k tile, for a warp: FP32 8 x 8 micro tiles a thread, 16 shared loads of 16 bytes for 256 multiply-adds; tensor
+// cores 32 rows x 64 columns, 6 ldmatrix for 16 mma. The extra fragment adds one column to the one, two mma to the other.
 #pragma once
 
 #include "tt_conv_stage.cuh"
@@ -78,7 +78,9 @@ struct Sums {
         }
       } else {
         UNROLL
-        for (int i = 0; i < 8; ++i) out.store((thread_index() / 8 + 16 * i) * kOutPitch + thread_index() % 8 + 8 * j, v[i * 9 + j]);
+        for (int i = 0; i < 8; ++i) {
+          out.store((thread_index() / 8 + 16 * i) * kOutPitch + thread_index() % 8 + 8 * j, v[i * 9 + j]);
+        }
       }
     }
   }

@@ -23,9 +23,10 @@ class _OneLineParser(argparse.ArgumentParser):
 def main(arguments: list[str] | None = None) -> int:
     """Run the command line; returns the exit code, 2 for bad input with one line on standard error."""
     parser = _parser()
-    options, options.rest = parser.parse_known_args(arguments)
-    if options.rest and options.run is not _bench:
-        parser.error(f"unrecognized arguments: {' '.join(options.rest)}")
+    options, rest = parser.parse_known_args(arguments)
+    if rest and options.run is not _bench:
+        parser.error(f"unrecognized arguments: {' '.join(rest)}")
+    options.rest = rest
     warnings.filterwarnings("ignore", message="Using padding='same' with even kernel")
     try:
         code = options.run(options)

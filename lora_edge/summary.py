@@ -138,7 +138,7 @@ def _row(name: str, layer: LoRAEdgeConv, inputs: list[Tensor], activation: Activ
         route = choose_route(weight.shape, layer.rank, args, size, itemsize / x.element_size())
         samples = x.shape[0] if x.dim() == weight.dim() else 1
         routes.append(route)
-        batched = x.new_empty(x.shape[0] if x.dim() == weight.dim() else 1, x.shape[-dims - 1], *size)
+        batched = x.new_empty(samples, x.shape[-dims - 1], *size, device="meta")
         epilogue = Epilogue(layer.scale, activation, layer.saved_dtype)
         runs_on.append(_backend(layer, cuda.refusal(batched, weight, layer.core, layer.suffix, args, epilogue) or ""))
         elements = samples * saved_channels_positions(weight.shape, layer.rank, args, size, route)

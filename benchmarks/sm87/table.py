@@ -298,7 +298,9 @@ def write_csv(path: Path, rows: Sequence[Mapping[str, Any]]) -> None:
 def main() -> int:
     parser = argparse.ArgumentParser(prog="python -m benchmarks.sm87", description=__doc__)
     parser.add_argument("--workload", nargs="+", choices=list(WORKLOADS), default=list(WORKLOADS))
-    parser.add_argument("--layout", nargs="+", choices=["channels-last", "channels-first"], default=["channels-last", "channels-first"])
+    parser.add_argument(
+        "--layout", nargs="+", choices=["channels-last", "channels-first"], default=["channels-last", "channels-first"]
+    )
     parser.add_argument("--layer", nargs="+", help="only these layers, by name")
     parser.add_argument("--out", type=Path, default=RESULTS / "sm87", help="folder of the results")
     options = parser.parse_args()
