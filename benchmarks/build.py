@@ -7,7 +7,6 @@ largest process's; with one job nothing else of size runs beside it.
 from __future__ import annotations
 
 import argparse
-import csv
 import os
 import resource
 import shutil
@@ -18,7 +17,7 @@ import time
 from datetime import date
 from pathlib import Path
 
-from . import RESULTS
+from . import RESULTS, write_rows
 
 ROOT = Path(__file__).resolve().parents[1]
 MOST_SECONDS = 300
@@ -53,11 +52,7 @@ def main() -> int:
         "peak_bytes": peak,
     }
     path = RESULTS / options.device / "build.csv"
-    path.parent.mkdir(parents=True, exist_ok=True)
-    with path.open("w", newline="") as file:
-        writer = csv.DictWriter(file, row)
-        writer.writeheader()
-        writer.writerow(row)
+    write_rows(path, list(row), [row])
     print(f"{seconds:.0f} s (at most {MOST_SECONDS}), {peak / 1e9:.2f} GB (at most {MOST_BYTES / 1e9:.0f}); row in {path}")
     return 0 if seconds <= MOST_SECONDS and peak <= MOST_BYTES else 1
 

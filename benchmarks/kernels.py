@@ -9,7 +9,6 @@ A backend is timed only where it agrees with torch. Rows go to ``results/<device
 from __future__ import annotations
 
 import argparse
-import csv
 import re
 import sys
 import time
@@ -28,7 +27,7 @@ from lora_edge.ops.backends import AVAILABLE
 from lora_edge.ops.conv_args import ConvArgs
 from lora_edge.ops.tt_block import run_block
 
-from . import RESULTS
+from . import RESULTS, write_rows
 from .layers import BATCH, Layer, layers_of
 from .workloads import WORKLOADS
 
@@ -200,11 +199,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
                         rows += rows_of(workload, name, layer, op, make, names, fixed, timer, options.rounds, least)
                         print(*(f"{r['backend']} {r.get('us_p50', 'wrong')}" for r in rows[-len(names) :]), workload, name, op)
     path = options.out or RESULTS / re.sub(r"\W+", "_", title).strip("_").lower() / "kernels.csv"
-    path.parent.mkdir(parents=True, exist_ok=True)
-    with path.open("w", newline="") as file:
-        writer = csv.DictWriter(file, FIELDS)
-        writer.writeheader()
-        writer.writerows(rows)
+    write_rows(path, FIELDS, rows)
     print(f"{len(rows)} rows in {path}")
     return 0 if all(row["agrees"] for row in rows) else 1
 

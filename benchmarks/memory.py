@@ -12,7 +12,6 @@ Writes ``results/<device>/memory.csv`` and fails where a bound of ANCHORS is mis
 from __future__ import annotations
 
 import argparse
-import csv
 import json
 import subprocess
 import sys
@@ -27,7 +26,7 @@ import lora_edge
 from lora_edge.har.adaptation import machine
 from lora_edge.memory import training_step_bytes
 
-from . import RESULTS
+from . import RESULTS, write_rows
 from .workloads import WORKLOADS
 
 RANK = 2
@@ -137,11 +136,7 @@ def main() -> int:
                 row = {**about, **found, "rank": RANK, "resident": kept}
                 rows.append({key: row[key] for key in FIELDS})
     path = RESULTS / options.device / "memory.csv"
-    path.parent.mkdir(parents=True, exist_ok=True)
-    with path.open("w", newline="") as file:
-        writer = csv.DictWriter(file, FIELDS)
-        writer.writeheader()
-        writer.writerows(rows)
+    write_rows(path, FIELDS, rows)
     table = Table(title="bytes of a training step, MB")
     for column in ("workload", "batch", "variant", *MEASURES, "resident"):
         table.add_column(column, justify="right")

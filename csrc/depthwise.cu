@@ -18,6 +18,7 @@
 // operations, 2 N L O K, are 18 for the 8 bytes of an element with a 3x3 kernel in float32: below the ridge.
 #include "depthwise.cuh"
 
+#include "activation.cuh"
 #include "elements.cuh"
 #include "sum_partials.cuh"
 #include "tt_fuse.cuh"
@@ -136,8 +137,7 @@ struct Forward {
   void* h;
   uint8_t* bits;
   Type type, affine_type, saved_type;
-  Activation activation;
-  float low, high;
+  Bounds bounds;
 
   DEVICE Shared<float> suffix() const { return shared_array<float>(suffix_at, rank * taps.d); }
 };
@@ -201,16 +201,6 @@ DEVICE void convolve(float (&sum)[kForwardEach][kOctet], const Forward& p, const
   }
 }
 
-// y of one z, and whether the slope is 1 there; a NaN stays one and passes its gradient on.
-DEVICE float activate(const Forward& p, float z, bool& slope) {
-  if (p.activation == Activation::relu) {
-    slope = !(z <= 0.0f);
-    return slope ? z : 0.0f;
-  }
-  slope = !(z <= p.low) && !(z >= p.high);
-  return slope ? z : z <= p.low ? p.low : p.high;
-}
-
 template <class T, bool vectors>
 DEVICE void finish(const Forward& p, float (&z)[kOctet], const Octet<vectors>& octet, int position) {
   const Place at(p.out, position);
@@ -227,12 +217,12 @@ DEVICE void finish(const Forward& p, float (&z)[kOctet], const Octet<vectors>& o
     UNROLL
     for (int j = 0; j < kOctet; ++j) z[j] += residual[j] * factor[j];
   }
-  if (p.activation != Activation::none) {
+  if (p.bounds.activation != Activation::none) {
     uint32_t bits = 0;
     UNROLL
     for (int j = 0; j < kOctet; ++j) {
       bool slope;
-      z[j] = activate(p, z[j], slope);
+      z[j] = activate(p.bounds, z[j], slope);
       bits |= static_cast<uint32_t>(slope && octet.exists(j)) << j;
     }
     if (p.bits != nullptr) {
@@ -523,7 +513,7 @@ Forward forward_of(const Problem& problem, const ForwardCall& call, int32_t& sha
   p.residual_scale = call.residual_scale, p.residual_shift = call.residual_shift;
   p.y = call.y, p.y_strides = call.y_strides, p.h = call.h, p.bits = static_cast<uint8_t*>(call.bits);
   p.type = problem.type, p.affine_type = problem.affine_type, p.saved_type = problem.saved_type;
-  p.activation = problem.activation, p.low = problem.low, p.high = problem.high;
+  p.bounds = Bounds{problem.activation, problem.low, problem.high};
   p.table = OctetTable{0, p.taps.d + kConstants, p.lanes.octets.d};
   p.suffix_at = p.table.rows * p.table.lanes * kOctet * 4;
   shared_bytes = p.suffix_at + p.rank * p.taps.d * 4;

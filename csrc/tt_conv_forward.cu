@@ -7,6 +7,7 @@
 // Floor: max(2 N L (O + r1) (I/g) K multiply-add operations / peak, bytes of x, W', S, residual, y, h and bits / bandwidth).
 #include "tt_conv_forward.cuh"
 
+#include "activation.cuh"
 #include "tt_conv.cuh"
 #include "tt_conv_launch.h"
 
@@ -24,8 +25,7 @@ struct Forward {
   uint8_t* bits;
   int32_t rank, octets;  // octets: bytes of bits of a position and group
   Type affine_type, saved_type;
-  Activation activation;
-  float low, high;
+  Bounds bounds;
   bool y_vector, residual_vector, along_positions;
 };
 
@@ -66,16 +66,6 @@ DEVICE void write_column(const Forward& p, const Tile& tile) {
   Tables::residual_scale().store(i, scale);
 }
 
-// y of one element, and whether the slope is 1 there; a NaN stays one and passes its gradient on.
-DEVICE float activate(const Forward& p, float z, bool& slope) {
-  if (p.activation == Activation::relu) {
-    slope = !(z <= 0.0f);
-    return slope ? z : 0.0f;
-  }
-  slope = !(z <= p.low) && !(z >= p.high);
-  return slope ? z : z <= p.low ? p.low : p.high;
-}
-
 template <class Element>
 DEVICE void write_octet(const Forward& p, const Tile& tile, int row, int octet) {
   const Gemm& g = p.gemm;
@@ -106,9 +96,9 @@ DEVICE void write_octet(const Forward& p, const Tile& tile, int row, int octet) 
   uint32_t bits = 0;
   UNROLL
   for (int i = 0; i < 8; ++i) {
-    if (p.activation != Activation::none) {
+    if (p.bounds.activation != Activation::none) {
       bool slope;
-      v[i] = activate(p, v[i], slope);
+      v[i] = activate(p.bounds, v[i], slope);
       bits |= static_cast<uint32_t>(slope && inside(i < outputs)) << i;
     }
   }
@@ -173,7 +163,7 @@ const char* conv_forward(const Problem& problem, const ForwardCall& call, Stream
   p.h = call.h, p.bits = static_cast<uint8_t*>(call.bits);
   p.rank = c.rank, p.octets = (g.own + 7) / 8;
   p.affine_type = problem.affine_type, p.saved_type = problem.saved_type;
-  p.activation = problem.activation, p.low = problem.low, p.high = problem.high;
+  p.bounds = Bounds{problem.activation, problem.low, problem.high};
   p.y_vector = whole_octets(g.own) && in_vectors(call.y, call.y_strides, problem.type);
   p.residual_vector = whole_octets(g.own) && in_vectors(call.residual, call.residual_strides, problem.type);
   p.along_positions = call.y_strides.c != 1;

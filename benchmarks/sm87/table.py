@@ -9,7 +9,6 @@ bound on the predicted time over the floor is missed; the files are written all 
 from __future__ import annotations
 
 import argparse
-import csv
 import dataclasses
 import hashlib
 import os
@@ -26,7 +25,7 @@ from typing import Any
 
 from lora_edge.har.adaptation import machine, write_text
 
-from .. import RESULTS
+from .. import RESULTS, write_rows
 from ..layers import Layer, layers_of
 from ..workloads import WORKLOADS
 from . import orin, sass
@@ -288,11 +287,7 @@ def write_csv(path: Path, rows: Sequence[Mapping[str, Any]]) -> None:
     """Rows with what they were made with."""
     about = {"device": "sm_87 model", **{key: machine()[key] for key in ("date", "lora_edge")}}
     fields = list(dict.fromkeys([*about, *(key for row in rows for key in row)]))
-    path.parent.mkdir(parents=True, exist_ok=True)
-    with path.open("w", newline="") as file:
-        writer = csv.DictWriter(file, fields)
-        writer.writeheader()
-        writer.writerows({**about, **row} for row in rows)
+    write_rows(path, fields, ({**about, **row} for row in rows))
 
 
 def main() -> int:
