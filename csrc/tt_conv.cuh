@@ -9,17 +9,17 @@ namespace lora_edge {
 
 // Runs over the k tiles in [k_first, k_end) with two buffers and one barrier a tile. `each` is called with the buffer and its
 // first k while they can be read; without `wanted` only that happens.
-template <class Unit, Access access, class Prologue, class Each>
+template <class Unit, Access access, class Mask, class Each>
 DEVICE void run_tiles(const Gemm& g, const Tile& tile, Sums<Unit>& sums, bool wanted, int k_first, int k_end,
-                      const Prologue& prologue, const Each& each) {
+                      const Mask& mask, const Each& each) {
   using Element = typename Unit::Element;
   constexpr int step = kWords * kPack<Element>;
   if (k_first >= k_end) return;
-  Staged<Element, access> staged;
+  Staged<Element, access> staged(g, tile, k_first);
   if (wanted) copy_b<Element>(g, tile, 0, k_first, k_end);
   async_commit();
-  staged.load(g, tile, k_first, k_end, prologue);
-  staged.store(0);
+  staged.load(g, tile, k_first, k_end, mask);
+  staged.store(0, mask);
   int buffer = 0;
   for (int k = k_first; k < k_end; k += step) {
     async_wait<0>();
@@ -28,13 +28,13 @@ DEVICE void run_tiles(const Gemm& g, const Tile& tile, Sums<Unit>& sums, bool wa
     if (more && wanted) copy_b<Element>(g, tile, 1 - buffer, k + step, k_end);
     async_commit();
     each(buffer, k);
-    if (more) staged.load(g, tile, k + step, k_end, prologue);
+    if (more) staged.load(g, tile, k + step, k_end, mask);
     if (wanted) {
       const int left = (k_end - k + kPack<Element> - 1) / kPack<Element>;
       sums.add(buffer, left < kWords ? left : kWords, tile.extra);
     }
     buffer = 1 - buffer;
-    if (more) staged.store(buffer);
+    if (more) staged.store(buffer, mask);
   }
 }
 

@@ -4,7 +4,7 @@
 // from one pass over dy. tt_conv is the same without bits and residual.
 //
 // Tiles: the implicit GEMM of tt_conv_gemm.cuh, rows = input positions, columns = the group's I/g inputs, k over (tap, output).
-// A strided dx falls into phases (packing.h), each a GEMM over the taps that reach it. The bits are applied as dy is staged;
+// A strided dx falls into phases (packing.h), each a GEMM over the taps that reach it. The bits mask dy as it is staged;
 // the affine is in the packed kernel already.
 // One tap, the star, is met by every dy position at exactly one row: the first column tile sums dz h^T over the star's k tiles
 // while they lie in shared memory, and writes dresidual there. Rows are added where padding hides dy positions from dx's own.
@@ -36,11 +36,11 @@ struct Backward {
   int32_t rank, sums, sums_pitch;  // sums: r1, and one more for dbias
   int32_t star_phase, star_tap;
   Type affine_type, saved_type;
-  bool dx_vector, dresidual_vector, along_positions;
+  bool bits_words, dx_vector, dresidual_vector, along_positions;  // bits_words: 32 channels' bits are an aligned word
 };
 
-// Behind the stages: each row's position in dy and its offset in dresidual, both with the tap at (0, 0); where it stands in dx;
-// and h at the dy position that the star takes it to.
+// Behind the stages: each row's position in dy with the tap at (0, 0); its offset in dx; and at the dy position that the star
+// takes it to, its offset in dresidual and its h.
 struct Tables {
   DEVICE static Shared<int32_t> positions() { return shared_array<int32_t>(Stages::bytes, kRows); }
   DEVICE static Shared<uint32_t> residual() { return shared_array<uint32_t>(Stages::bytes + kRows * 4, kRows); }
@@ -71,12 +71,14 @@ DEVICE void write_tables(const Backward& p, const Tile& tile) {
   write_row(g, tile, place, row);
   int h = place.h + g.h[tile.phase_h].origin, w = place.w + g.w[tile.phase_w].origin;
   Tables::positions().store(thread, (place.sample * g.source_h + h) * g.source_w + w);
-  Tables::residual().store(thread, offset_of(p.dresidual_strides, place.sample, tile.group * g.channels.d, h, w));
   Tables::dx().store(thread, dx_offset(p, tile, place, row));
-  if (p.partial == nullptr || !at_star(p, tile)) return;
+  if (!at_star(p, tile)) return;
   const Step star(g, tile, p.star_tap * g.channels.d, g.k_end[tile.phase]);
   const bool ok = in_source(Stages::places().load(thread), star);  // this thread's own
   h += star.h, w += star.w;
+  const uint32_t first = offset_of(p.dresidual_strides, place.sample, tile.group * g.channels.d, h, w);
+  Tables::residual().store(thread, ok ? first : kNowhere);
+  if (p.partial == nullptr) return;
   const int64_t position = (place.sample * g.source_h + h) * g.source_w + w;
   const int64_t from = (position * g.groups.d + tile.group) * p.rank;
   for (int q = 0; q < p.sums; ++q) {
@@ -85,63 +87,57 @@ DEVICE void write_tables(const Backward& p, const Tile& tile) {
   }
 }
 
-// Masks dy by its bits as it is staged, and writes the masked dy out where the star meets it.
-template <class Element>
+// The bits of dy, which mask it as it is staged.
 struct Mask {
   const Backward& p;
   const Tile& tile;
-  const bool writes;  // dresidual
 
-  DEVICE Mask(const Backward& p, const Tile& tile) : p(p), tile(tile), writes(p.dresidual != nullptr && at_star(p, tile)) {}
+  DEVICE bool any() const { return p.bits != nullptr; }
+  DEVICE bool words() const { return p.bits_words; }
+  DEVICE uint32_t bits(int row, int h, int w, int channel) const {
+    const int64_t position = Tables::positions().load(row) + h * p.gemm.source_w + w;
+    const int64_t at = (position * p.gemm.groups.d + tile.group) * p.octets + channel / 8;
+    if (p.bits_words) return load_global(reinterpret_cast<const uint32_t*>(p.bits), at / 4) >> channel % 32;
+    return static_cast<uint32_t>(load_global(p.bits, at)) >> channel % 8;
+  }
+};
 
-  DEVICE void vector(Word4& words, int r, const Step& step, bool ok) const {
-    if (!ok) return;
-    if (p.bits != nullptr) {
-      const uint32_t bits = bits_at(r, step);
-      words = Word4{words.x & mask(bits, 0), words.y & mask(bits, 1), words.z & mask(bits, 2), words.w & mask(bits, 3)};
-    }
-    if (!writes || step.tap != p.star_tap) return;
-    const int64_t to = residual_at(r, step);
+// Whether a k tile has channels of the star.
+template <class Element>
+DEVICE bool has_star(const Backward& p, int k) {
+  const int first = p.star_tap * p.gemm.channels.d;
+  return k + kWords * kPack<Element> > first && k < first + p.gemm.channels.d;
+}
+
+// Writes the masked dy of the star's channels in this k tile to dresidual, lanes along channels or positions, as it lies.
+template <class Element>
+DEVICE void write_residual(const Backward& p, const Tile& tile, int buffer, int k) {
+  const int channels = p.gemm.channels.d, thread = thread_index();
+  const Shared<uint32_t> a = Stages::a(buffer);
+  const bool along_channels = p.dresidual_strides.c == 1;
+  Element* dresidual = static_cast<Element*>(p.dresidual);
+  for (int i = 0; i < kChunks; ++i) {
+    const int row = along_channels ? thread / kChunks + i * (kRows / kChunks) : thread;
+    const int chunk = along_channels ? thread % kChunks : i;
+    const uint32_t to = Tables::residual().load(row);
+    if (to == kNowhere) continue;
+    const Word4 words = a.load16(row * kPitch + chunk * 4);
+    const int channel = k + chunk * kWhole<Element> - p.star_tap * channels;
     if (p.dresidual_vector) {
-      store_global16(static_cast<Element*>(p.dresidual), to, words);
-      return;
+      store_global16(dresidual, to + channel, words, inside(channel >= 0) && inside(channel < channels));
+      continue;
     }
     float v[kWhole<Element>];
     unpack<Element>(v, words);
     UNROLL
-    for (int i = 0; i < kWhole<Element>; ++i) write(to + i * p.dresidual_strides.c, step.channel + i, v[i]);
+    for (int e = 0; e < kWhole<Element>; ++e) {
+      if (!(inside(channel + e >= 0) && inside(channel + e < channels))) continue;
+      const int output = tile.group * channels + channel + e;
+      if (p.residual_scale != nullptr) v[e] *= load_as_float(p.residual_scale, p.affine_type, output);
+      store_global(dresidual, to + offset_of(p.dresidual_strides, 0, channel + e, 0, 0), from_float<Element>(v[e]));
+    }
   }
-
-  DEVICE void element(Element& value, int r, const Step& step, bool ok) const {
-    if (!ok) return;
-    if (p.bits != nullptr && (bits_at(r, step) & 1) == 0) value = Element{};
-    if (writes && step.tap == p.star_tap) write(residual_at(r, step), step.channel, to_float(value));
-  }
-
- private:
-  // The bits from this channel on.
-  DEVICE uint32_t bits_at(int r, const Step& step) const {
-    const Gemm& g = p.gemm;
-    const int64_t position = Tables::positions().load(r) + step.h * g.source_w + step.w;
-    const int64_t at = (position * g.groups.d + tile.group) * p.octets + step.channel / 8;
-    return static_cast<uint32_t>(load_global(p.bits, at)) >> step.channel % 8;
-  }
-
-  DEVICE static uint32_t mask(uint32_t bits, int word) {
-    if constexpr (kPack<Element> == 1) return bits >> word & 1 ? 0xffffffffu : 0u;
-    return (bits >> 2 * word & 1 ? 0x0000ffffu : 0u) | (bits >> (2 * word + 1) & 1 ? 0xffff0000u : 0u);
-  }
-
-  DEVICE int64_t residual_at(int r, const Step& step) const {
-    return Tables::residual().load(r) + offset_of(p.dresidual_strides, 0, step.channel, step.h, step.w);
-  }
-
-  DEVICE void write(int64_t to, int channel, float value) const {
-    const int output = tile.group * p.gemm.channels.d + channel;
-    if (p.residual_scale != nullptr) value *= load_as_float(p.residual_scale, p.affine_type, output);
-    store_global(static_cast<Element*>(p.dresidual), to, from_float<Element>(value));
-  }
-};
+}
 
 // The first stage of dcore and dbias, for the outputs whose star lies in this k tile, and `count` sums of each. A warp takes 8
 // words of k; its lanes are 8 words x 4 row groups, whose rows 2 apart keep the 32 lanes in 32 banks, and which are added by
@@ -183,8 +179,6 @@ DEVICE void sum_core(const Backward& p, const Tile& tile, int buffer, int k, int
 
 template <class Element>
 DEVICE void sum_core(const Backward& p, const Tile& tile, int buffer, int k) {
-  const int first = p.star_tap * p.gemm.channels.d;
-  if (k + kWords * kPack<Element> <= first || k >= first + p.gemm.channels.d) return;
   int sum = 0;
   for (; sum + 4 <= p.sums; sum += 4) sum_core<Element, 4>(p, tile, buffer, k, sum);
   if (p.sums - sum >= 2) sum_core<Element, 2>(p, tile, buffer, k, sum), sum += 2;
@@ -208,7 +202,7 @@ KERNEL(kRows, 2) void tt_block_backward_kernel(const GRID_CONSTANT Backward p) {
   const Gemm& g = p.gemm;
   const Tile tile(g);
   if (!inside(tile.row < tile.rows)) return;
-  const bool wants_dx = p.dx != nullptr, wants_sums = p.partial != nullptr && at_star(p, tile);
+  const bool wants_dx = p.dx != nullptr;
   write_tables(p, tile);
   sync_block();
   Sums<Unit> sums;
@@ -216,8 +210,10 @@ KERNEL(kRows, 2) void tt_block_backward_kernel(const GRID_CONSTANT Backward p) {
   constexpr int step = kWords * kPack<Element>;
   const int star = p.star_tap * g.channels.d;  // without dx only the star's k tiles are met
   const int k_first = wants_dx ? 0 : star / step * step, k_end = wants_dx ? g.k_end[tile.phase] : star + g.channels.d;
-  run_tiles<Unit, access>(g, tile, sums, wants_dx, k_first, k_end, Mask<Element>(p, tile), [&](int buffer, int k) {
-    if (wants_sums) sum_core<Element>(p, tile, buffer, k);
+  run_tiles<Unit, access>(g, tile, sums, wants_dx, k_first, k_end, Mask{p, tile}, [&](int buffer, int k) {
+    if (!at_star(p, tile) || !has_star<Element>(p, k)) return;
+    if (p.dresidual != nullptr) write_residual<Element>(p, tile, buffer, k);
+    if (p.partial != nullptr) sum_core<Element>(p, tile, buffer, k);
   });
   if (!wants_dx) return;
   sync_block();  // the stages are read no more
@@ -318,7 +314,9 @@ const char* conv_backward(const Problem& problem, const BackwardCall& call, Stre
     if ((call.dx != nullptr && reached) || (needs_star && phase == p.star_phase)) g.run[runs++] = phase;
   }
   g.phases = Divider(runs);
-  const int64_t blocks = set_blocks(g, int64_t{c.batch} * c.outputs * c.out_h * c.out_w, int64_t{layout.rows} * layout.pitch);
+  const int64_t source = int64_t{c.batch} * c.outputs * c.out_h * c.out_w, packed = int64_t{layout.rows} * layout.pitch;
+  const double sweeps = static_cast<double>(c.kernel_h * c.kernel_w) / (c.stride_h * c.stride_w);
+  const int64_t blocks = set_blocks(g, source * bytes_of(problem.type), packed * bytes_of(problem.type), sweeps);
 
   p.bits = static_cast<const uint8_t*>(call.bits), p.octets = (g.channels.d + 7) / 8;
   p.dx = call.dx, p.dx_strides = call.dx_strides, p.dx_h = c.in_h, p.dx_w = c.in_w;
@@ -329,9 +327,11 @@ const char* conv_backward(const Problem& problem, const BackwardCall& call, Stre
   p.partial = wants_sums ? static_cast<float*>(call.partial) : nullptr;
   p.affine_type = problem.affine_type, p.saved_type = problem.saved_type;
   p.dx_vector = whole_octets(g.own) && in_vectors(call.dx, call.dx_strides, problem.type);
-  p.dresidual_vector = call.residual_scale == nullptr && in_vectors(call.dresidual, call.dresidual_strides, problem.type);
+  p.bits_words = g.channels.d % 32 == 0 && reinterpret_cast<uintptr_t>(call.bits) % 4 == 0;
+  p.dresidual_vector = call.residual_scale == nullptr && g.channels.d % (16 / bytes_of(problem.type)) == 0 &&
+                       in_vectors(call.dresidual, call.dresidual_strides, problem.type);
   p.along_positions = call.dx_strides.c != 1;
-  const char* error = with_kernel(problem, source_access(g, problem.type), Launch{p, blocks, stream});
+  const char* error = with_kernel(problem, source_access(g, problem.type, call.bits != nullptr), Launch{p, blocks, stream});
   if (error != nullptr || !wants_sums) return error;
   const int32_t tiles = static_cast<int32_t>(row_tiles(g, p.star_phase));
   return sum_partials(p.partial, tiles, c.outputs, p.rank, call.dcore, problem.core_type, problem.scale, call.dbias,

@@ -119,7 +119,7 @@ KERNEL(kRows, 2) void tt_block_forward_kernel(const GRID_CONSTANT Forward p) {
   sync_block();
   Sums<Unit> sums;
   sums.begin(Tables::shift());
-  run_tiles<Unit, access>(p.gemm, tile, sums, true, 0, p.gemm.k_end[0], NoPrologue{}, [](int, int) {});
+  run_tiles<Unit, access>(p.gemm, tile, sums, true, 0, p.gemm.k_end[0], NoMask{}, [](int, int) {});
   sync_block();  // the stages are read no more
   sums.store(tile.extra);
   sync_block();
@@ -154,7 +154,10 @@ const char* conv_forward(const Problem& problem, const ForwardCall& call, Stream
   g.pitch = layout.pitch;
   set_tiles(g, c.batch, c.groups, c.channels / c.groups, g.own + (call.h != nullptr ? c.rank : 0));
   g.k_end[0] = c.kernel_h * c.kernel_w * g.channels.d;
-  const int64_t blocks = set_blocks(g, int64_t{c.batch} * c.channels * c.in_h * c.in_w, int64_t{layout.rows} * layout.pitch);
+  const int64_t source = int64_t{c.batch} * c.channels * c.in_h * c.in_w, packed = int64_t{layout.rows} * layout.pitch;
+  // a tap reads what the stride leaves of the rows, and of a row's sectors where neighbours are channels
+  const double sweeps = static_cast<double>(c.kernel_h * c.kernel_w) / (c.stride_h * (g.strides.c == 1 ? c.stride_w : 1));
+  const int64_t blocks = set_blocks(g, source * bytes_of(problem.type), packed * bytes_of(problem.type), sweeps);
 
   p.y = call.y, p.y_strides = call.y_strides;
   p.residual = call.residual, p.residual_strides = call.residual_strides;
@@ -167,7 +170,7 @@ const char* conv_forward(const Problem& problem, const ForwardCall& call, Stream
   p.y_vector = whole_octets(g.own) && in_vectors(call.y, call.y_strides, problem.type);
   p.residual_vector = whole_octets(g.own) && in_vectors(call.residual, call.residual_strides, problem.type);
   p.along_positions = call.y_strides.c != 1;
-  return with_kernel(problem, source_access(g, problem.type), Launch{p, blocks, stream});
+  return with_kernel(problem, source_access(g, problem.type, false), Launch{p, blocks, stream});
 }
 
 }  // namespace lora_edge

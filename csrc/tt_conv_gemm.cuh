@@ -46,8 +46,8 @@ struct Gemm {
   Divider channels;             // source channels of a group: k = tap * channels + channel
   Divider groups, tiles_n, phases_w;
   Divider phases;               // that are run
-  Divider tiles_m;              // row tiles of the phase that has the most
-  int32_t rows_first;           // neighbouring blocks make the row tiles of the same columns, not the other way round
+  int32_t tiles_m;              // row tiles of the phase that has the most
+  int32_t rows_together;        // row tiles that neighbouring blocks make of the same columns
   int32_t extra;
   int32_t run[kMostPhases];     // which they are
   int32_t base[kMostPhases];    // first column of `packed` of each phase
@@ -55,9 +55,8 @@ struct Gemm {
   Axis h[kMostStride], w[kMostStride];
 };
 
-// Which tile of which phase a block makes. Blocks that run together share in the L2 what is larger: the source's rows, where
-// they make the column tiles, groups and phases of the same row tile, or `packed`, where they make the row tiles of the same
-// columns.
+// Which tile of which phase a block makes. Blocks that run together share in the L2 what they read: sets of row tiles follow
+// one another, within a set its column tiles, groups and phases, and of each of these its row tiles.
 // A phase may have fewer rows than another: then there are tiles without any.
 struct Tile {
   int phase, phase_h, phase_w, group, column, row, rows;  // first column, first row, rows of the phase in all
@@ -65,8 +64,10 @@ struct Tile {
 
   DEVICE explicit Tile(const Gemm& g) {
     const int block = block_index(), across = g.tiles_n.d * g.groups.d * g.phases.d;
-    const int tile_m = g.rows_first ? block - g.tiles_m.quotient(block) * g.tiles_m.d : block / across;
-    const int place = g.rows_first ? g.tiles_m.quotient(block) : block - tile_m * across;
+    const int set = block / (g.rows_together * across), first_row = set * g.rows_together;
+    const int rows_here = g.tiles_m - first_row < g.rows_together ? g.tiles_m - first_row : g.rows_together;
+    const int rest_of_set = block - first_row * across, place = rest_of_set / rows_here;
+    const int tile_m = first_row + rest_of_set - place * rows_here;
     const int rest = g.tiles_n.quotient(place), tile_n = place - rest * g.tiles_n.d;
     const int nth_phase = g.groups.quotient(rest);
     group = rest - nth_phase * g.groups.d;

@@ -16,8 +16,9 @@ inline bool in_vectors(const void* data, const Strides& s, Type type) {
 
 inline bool whole_octets(int32_t channels) { return channels % 8 == 0; }
 
-inline Access source_access(const Gemm& g, Type type) {
+inline Access source_access(const Gemm& g, Type type, bool masks) {
   if (g.channels.d % (16 / bytes_of(type)) == 0 && in_vectors(g.source, g.strides, type)) return Access::vector;
+  if (masks && !whole_octets(g.channels.d)) return Access::channels;  // where a tap may begin within a byte of bits
   return g.strides.c == 1 ? Access::channels : Access::positions;
 }
 
@@ -35,13 +36,27 @@ inline int64_t row_tiles(const Gemm& g, int32_t phase) {
   return (static_cast<int64_t>(g.batch) * g.h[h].rows.d * g.w[w].rows.d + kRows - 1) / kRows;
 }
 
-// Sets the order of the blocks once the phases are there, and returns how many there are.
-inline int64_t set_blocks(Gemm& g, int64_t source_elements, int64_t packed_elements) {
+// What the choice of an order takes for granted: blocks that run together on Orin Nano, two on each of 8 SMs, and the bytes
+// that stay in its L2 while others stream through.
+constexpr int64_t kTogether = 16, kStaying = 1 << 20;
+
+// Sets the order of the blocks once the phases are there, and returns how many there are; by the bytes of the source and of
+// `packed`. With `rows` row tiles together, their part of the source is read once where it stays, otherwise by each wave as
+// often as it sweeps over it; `packed` is read once for each such set. The fewest bytes win.
+inline int64_t set_blocks(Gemm& g, int64_t source_bytes, int64_t packed_bytes, double sweeps) {
   int64_t most = 0;
   for (int32_t i = 0; i < g.phases.d; ++i) most = std::max(most, row_tiles(g, g.run[i]));
-  g.tiles_m = Divider(static_cast<int32_t>(most));
-  g.rows_first = packed_elements > source_elements;
-  return most * g.phases.d * g.groups.d * g.tiles_n.d;
+  const int64_t blocks = most * g.phases.d * g.groups.d * g.tiles_n.d;
+  double fewest = 0;
+  g.tiles_m = static_cast<int32_t>(most);
+  for (int64_t rows = 1; rows == 1 || rows < 2 * std::min(most, kTogether); rows *= 2) {
+    const double sets = static_cast<double>(quotient_up(most, rows)), source = static_cast<double>(source_bytes);
+    const double part = source / sets, waves = static_cast<double>(quotient_up(blocks, kTogether));
+    const double bytes = (part <= kStaying ? source : waves * part * std::max(1.0, sweeps)) +
+                         static_cast<double>(packed_bytes) * (packed_bytes <= kStaying ? 1.0 : sets);
+    if (rows == 1 || bytes < fewest) fewest = bytes, g.rows_together = static_cast<int32_t>(rows);
+  }
+  return blocks;
 }
 
 template <class Unit, class Launch>

@@ -1,5 +1,5 @@
-// A k tile on its way into shared memory. A passes through registers, where zeros stand for what lies outside and a prologue
-// may mask; B is copied asynchronously.
+// A k tile on its way into shared memory. A passes through registers, where zeros stand for what lies outside and for what a
+// mask takes away; B is copied asynchronously.
 // Shared rows are 144 bytes apart, so that eight rows' 16-byte words fall into different banks: no conflicts in the inner loop.
 #pragma once
 
@@ -66,36 +66,70 @@ struct Step {
 
 constexpr uint32_t kHighBits = 0x80008000u;
 
-DEVICE bool in_source(uint32_t place, const Step& step) {
-  return inside(((place + step.low) & ~(place + step.high) & kHighBits) == kHighBits);
+DEVICE bool in_source(uint32_t place, uint32_t low, uint32_t high) {
+  return inside(((place + low) & ~(place + high) & kHighBits) == kHighBits);
+}
+DEVICE bool in_source(uint32_t place, const Step& step) { return in_source(place, step.low, step.high); }
+
+DEVICE uint32_t word_at(const Word4* words, int i) {
+  const Word4& w = words[i / 4];
+  return i % 4 == 0 ? w.x : i % 4 == 1 ? w.y : i % 4 == 2 ? w.z : w.w;
 }
 
-// What is done to each element of A on its way: nothing.
-struct NoPrologue {
-  DEVICE void vector(Word4&, int, const Step&, bool) const {}
-  template <class Element>
-  DEVICE void element(Element&, int, const Step&, bool) const {}
+// Puts element e of word i there; a word's elements come in order.
+template <class Element>
+DEVICE void put(Word4* words, int i, int e, Element value) {
+  uint32_t bits;
+  if constexpr (kPack<Element> == 1) {
+    bits = bits_of(value);
+  } else {
+    bits = e == 0 ? value.bits : word_at(words, i) | static_cast<uint32_t>(value.bits) << 16;
+  }
+  Word4& w = words[i / 4];
+  (i % 4 == 0 ? w.x : i % 4 == 1 ? w.y : i % 4 == 2 ? w.z : w.w) = bits;
+}
+
+// Which elements of A become zeros on their way: none. Otherwise `any` says whether there are bits, and `bits` gives those of a
+// row's channels from one on, at an offset of (h, w) positions; `words` says whether it gives 32, not only the rest of a byte.
+struct NoMask {
+  DEVICE static bool any() { return false; }
+  DEVICE static bool words() { return false; }
+  DEVICE static uint32_t bits(int, int, int, int) { return 0; }
 };
 
-// This thread's part of a k tile of A: `rows` rows of `columns` words, or of one 16-byte chunk. A warp's words along channels
-// are 16 of two rows that lie 16 banks apart; along positions 4 of eight rows, which are 32-byte sectors.
+// `word` where the bits of its elements are set, else zero.
+template <class Element>
+DEVICE uint32_t masked(uint32_t word, uint32_t bits) {
+  if constexpr (kPack<Element> == 1) return bits & 1 ? word : 0u;
+  return (bits & 1 ? word & 0x0000ffffu : 0u) | (bits & 2 ? word & 0xffff0000u : 0u);
+}
+
+template <class Element>
+DEVICE Word4 masked(const Word4& v, uint32_t bits) {
+  constexpr int pack = kPack<Element>;
+  return Word4{masked<Element>(v.x, bits), masked<Element>(v.y, bits >> pack), masked<Element>(v.z, bits >> 2 * pack),
+               masked<Element>(v.w, bits >> 3 * pack)};
+}
+
+// This thread's part of a k tile of A, with lanes along the channels: `rows` rows of two words, or of one 16-byte chunk. A
+// warp's single words are 16 of two rows that lie 16 banks apart.
 template <class Element, Access access>
 struct Staged {
+  static constexpr bool vector = access == Access::vector;
   static constexpr int pack = kPack<Element>;
-  static constexpr int columns = access == Access::vector ? 1 : 2;
-  static constexpr int rows = access == Access::vector ? kChunks : kWords / columns;
+  static constexpr int columns = vector ? 1 : 2;
+  static constexpr int rows = vector ? kChunks : kWords / columns;
 
   Word4 words[kChunks];
   uint32_t offsets[rows];
 
-  DEVICE Staged() {
+  DEVICE Staged(const Gemm&, const Tile&, int) {
     UNROLL
     for (int i = 0; i < rows; ++i) offsets[i] = Stages::offsets().load(row_of(i));
   }
 
-  // The prologue sees what was loaded, its row in the tile, its step, and whether it exists.
-  template <class Prologue>
-  DEVICE void load(const Gemm& g, const Tile& tile, int k, int k_end, const Prologue& prologue) {
+  template <class Mask>
+  DEVICE void load(const Gemm& g, const Tile& tile, int k, int k_end, const Mask& mask) {
     const Element* source = static_cast<const Element*>(g.source);
     uint32_t places[rows];
     UNROLL
@@ -103,36 +137,36 @@ struct Staged {
     UNROLL
     for (int j = 0; j < columns; ++j) {
       UNROLL
-      for (int e = 0; e < (access == Access::vector ? 1 : pack); ++e) {
+      for (int e = 0; e < (vector ? 1 : pack); ++e) {
         const Step step(g, tile, k + word_of(j) * pack + e, k_end);
         UNROLL
         for (int i = 0; i < rows; ++i) {
           const bool ok = in_source(places[i], step);
           const int64_t at = offsets[i] + step.offset;
-          if constexpr (access == Access::vector) {
-            words[i] = load_global16(source, at, ok);
-            prologue.vector(words[i], row_of(i), step, ok);
+          const uint32_t bits = ok && mask.any() ? mask.bits(row_of(i), step.h, step.w, step.channel) : ~0u;
+          if constexpr (vector) {
+            words[i] = masked<Element>(load_global16(source, at, ok), bits);
           } else {
-            Element value = load_global(source, at, ok);
-            prologue.element(value, row_of(i), step, ok);
-            put(j * rows + i, e, value);
+            const Element value = load_global(source, at, ok);
+            put<Element>(words, j * rows + i, e, bits & 1 ? value : Element{});
           }
         }
       }
     }
   }
 
-  DEVICE void store(int buffer) const {
+  template <class Mask>
+  DEVICE void store(int buffer, const Mask&) const {
     const Shared<uint32_t> a = Stages::a(buffer);
     UNROLL
     for (int j = 0; j < columns; ++j) {
       UNROLL
       for (int i = 0; i < rows; ++i) {
         const int to = row_of(i) * kPitch + word_of(j);
-        if constexpr (access == Access::vector) {
+        if constexpr (vector) {
           a.store16(to, words[i]);
         } else {
-          a.store(to, get(j * rows + i));
+          a.store(to, word_at(words, j * rows + i));
         }
       }
     }
@@ -140,26 +174,91 @@ struct Staged {
 
  private:
   DEVICE static int word_of(int j) {
-    if (access == Access::vector) return thread_index() % kChunks * 4;
-    return access == Access::channels ? thread_index() % 16 + 16 * j : warp_index() * 8 + lane_index() / 8 + 4 * j;
+    return vector ? thread_index() % kChunks * 4 : thread_index() % 16 + 16 * j;
   }
   DEVICE static int row_of(int i) {
-    if (access == Access::vector) return thread_index() / kChunks + i * (kRows / kChunks);
-    return access == Access::channels ? warp_index() + lane_index() / 16 * 4 + 8 * i : lane_index() % 8 + 8 * i;
+    if (vector) return thread_index() / kChunks + i * (kRows / kChunks);
+    return warp_index() + lane_index() / 16 * 4 + 8 * i;
   }
-  DEVICE uint32_t get(int i) const {
-    const Word4& w = words[i / 4];
-    return i % 4 == 0 ? w.x : i % 4 == 1 ? w.y : i % 4 == 2 ? w.z : w.w;
+};
+
+// With lanes along the positions: a thread stages one row, so that a warp reads 32 neighbours of one channel. It goes through k
+// in order, and meets a new tap every `channels` elements.
+template <class Element>
+struct Staged<Element, Access::positions> {
+  static constexpr int pack = kPack<Element>, elements = kWords * pack;
+
+  Word4 words[kChunks];
+  uint32_t bits[pack];
+  uint32_t place, row, offset;  // of the row; of the next element
+  int tap_h, tap_w, h, w;       // the tap and its offset in positions
+  int turn;                     // elements of the k tile before the next tap begins
+  bool ok;
+
+  DEVICE Staged(const Gemm& g, const Tile& tile, int k) {
+    place = Stages::places().load(thread_index()), row = Stages::offsets().load(thread_index());
+    const int tap = g.channels.quotient(k), channel = k - tap * g.channels.d;
+    tap_h = g.w[tile.phase_w].taps.quotient(tap);
+    tap_w = tap - tap_h * g.w[tile.phase_w].taps.d;
+    begin_tap(g, tile, channel);
+    turn = g.channels.d - channel;
   }
-  DEVICE void put(int i, int e, Element value) {
-    uint32_t bits;
-    if constexpr (pack == 1) {
-      bits = bits_of(value);
+
+  template <class Mask>
+  DEVICE void load(const Gemm& g, const Tile& tile, int, int, const Mask& mask) {
+    if (turn < elements) {
+      gather<true>(g, tile, mask);
+    } else if (ok) {
+      gather<false>(g, tile, mask);
     } else {
-      bits = e == 0 ? value.bits : get(i) | static_cast<uint32_t>(value.bits) << 16;
+      UNROLL
+      for (int i = 0; i < kChunks; ++i) words[i] = Word4{0, 0, 0, 0};
+      offset += static_cast<uint32_t>(elements * g.strides.c);
     }
-    Word4& w = words[i / 4];
-    (i % 4 == 0 ? w.x : i % 4 == 1 ? w.y : i % 4 == 2 ? w.z : w.w) = bits;
+    turn -= elements;
+  }
+
+  // Masks here, where what was loaded has arrived.
+  template <class Mask>
+  DEVICE void store(int buffer, const Mask& mask) const {
+    UNROLL
+    for (int i = 0; i < kChunks; ++i) {
+      const uint32_t of = bits[i * 4 * pack / 32] >> i * 4 * pack % 32;
+      Stages::a(buffer).store16(thread_index() * kPitch + i * 4, mask.any() ? masked<Element>(words[i], of) : words[i]);
+    }
+  }
+
+ private:
+  // `turns`: the k tile has elements of several taps; otherwise all are in the source.
+  template <bool turns, class Mask>
+  DEVICE void gather(const Gemm& g, const Tile& tile, const Mask& mask) {
+    const Element* source = static_cast<const Element*>(g.source);
+    UNROLL
+    for (int i = 0; i < elements; ++i) {
+      if (turns && i == turn) next_tap(g, tile);
+      const bool exists = !turns || ok;
+      if (i % 8 == 0 && mask.any()) {  // then channels are whole octets, and each octet is of one tap
+        if (i % 32 == 0) bits[i / 32] = 0;
+        if (exists && (i % 32 == 0 || !mask.words())) {
+          bits[i / 32] |= mask.bits(thread_index(), h, w, g.channels.d - turn + i) << i % 32;
+        }
+      }
+      put<Element>(words, i / pack, i % pack, load_global(source, static_cast<int64_t>(offset), exists));
+      offset += static_cast<uint32_t>(g.strides.c);
+    }
+  }
+
+  DEVICE void begin_tap(const Gemm& g, const Tile& tile, int channel) {
+    const Axis &axis_h = g.h[tile.phase_h], &axis_w = g.w[tile.phase_w];
+    h = -tap_h * axis_h.advance, w = -tap_w * axis_w.advance;
+    offset = row + offset_of(g.strides, 0, channel, h, w);
+    ok = in_source(place, place_of(h, w), place_of(h - g.source_h, w - g.source_w)) && inside(tap_h < axis_h.taps.d);
+  }
+
+  DEVICE void next_tap(const Gemm& g, const Tile& tile) {
+    if (++tap_w == g.w[tile.phase_w].taps.d) tap_w = 0, ++tap_h;
+    begin_tap(g, tile, 0);
+    turn += g.channels.d;
   }
 };
 

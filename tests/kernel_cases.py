@@ -358,6 +358,7 @@ _EVERY = [
 # What the table is too small for: several tiles, the extra fragment, borders of tiles, phases, memory that is not as usual.
 _LAST = {"channels_last": True}
 _WIDE = ConvCase("two row tiles, 16-byte channels", inputs=16, outputs=16, batch=2, size=(12, 11), padding=1, **_LAST)
+_SINGLE_CHANNELS = ConvCase("channels that fill no 16 bytes", inputs=5, outputs=8, size=(9, 8), padding=1, **_LAST)
 _TILES = [
     _WIDE,
     ConvCase("extra fragment: 64 outputs and h", inputs=16, outputs=64, kernel=1, size=(5, 7), **_LAST),
@@ -407,7 +408,7 @@ _LARGER = [Case(c, unit, **_EPILOGUES[(i + 3 * u + 1) % 6]) for i, c in enumerat
 
 _ODD_MEMORY = [
     Case(replace(c, name=f"{c.name} {name}"), unit, affine=True, residual=True, activation="relu", **{flag: True})
-    for c in (_WIDE, CASES[0], CASES[6])
+    for c in (_WIDE, _SINGLE_CHANNELS, CASES[0], CASES[6])
     for unit in ("fp32", "f16")
     for name, flag in (("shifted", "misaligned"), ("repeated", "expanded"), ("with a NaN", "not_a_number"))
 ] + [

@@ -147,11 +147,16 @@ def test_floor_of_a_layer():
 
 def test_grid_of_a_strided_layer():
     layer = layer_of(64, 128, (32, 32), (16, 16), (3, 3), (2, 2), (1, 1))
-    forward, backward = tiles.forward_grid(layer, 4), tiles.backward_grid(layer, 4)
-    assert (forward.tiles_n, forward.extra, forward.rows_first, forward.blocks()) == (2, True, False, 2 * 64 * 256 // 128)
-    assert (backward.tiles_n, backward.extra, backward.rows_first, backward.blocks()) == (1, False, False, 4 * 64 * 256 // 128)
+    forward, backward = tiles.forward_grid(layer, 4, "channels-last"), tiles.backward_grid(layer, 4)
+    assert (forward.tiles_n, forward.extra, forward.rows_together, forward.blocks()) == (2, True, 1, 2 * 64 * 256 // 128)
+    assert (backward.tiles_n, backward.extra, backward.rows_together, backward.blocks()) == (1, False, 1, 4 * 64 * 256 // 128)
     assert [phase.k for phase in backward.phases] == [128, 256, 256, 512]
-    for grid in (forward, backward, dataclasses.replace(backward, rows_first=True)):
+    for grid in (
+        forward,
+        backward,
+        dataclasses.replace(backward, rows_together=16),
+        dataclasses.replace(forward, rows_together=100),
+    ):
         assert sum(kind.blocks for kind in grid.kinds()) == pytest.approx(grid.blocks())
         block = grid.index(len(grid.phases) - 1, 3, grid.tiles_n - 1)
         found = grid.tiles()
@@ -170,7 +175,7 @@ def test_phases_of_an_odd_map_have_tiles_without_rows():
 
 @pytest.mark.parametrize("size", [(1, 60), (49, 30), (32, 32), (25, 15), (4, 4), (16, 16)])
 def test_traced_rows_stand_for_all(size: tuple[int, int]):
-    grid = tiles.forward_grid(layer_of(8, 16, size, size, (1, 1), (1, 1), (0, 0)), 4)
+    grid = tiles.forward_grid(layer_of(8, 16, size, size, (1, 1), (1, 1), (0, 0)), 4, "channels-last")
     rows = grid.traced_rows(0)
     assert sum(rows.values()) == pytest.approx(grid.row_tiles(0))
     assert len(rows) <= 3

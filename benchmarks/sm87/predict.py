@@ -93,7 +93,8 @@ def predict(case: Case, kernels: Mapping[str, Kernel]) -> list[PredictedLaunch]:
     """
     if case.layer.is_depthwise and not case.is_fuse:
         return _of_fewer_samples(case, kernels)
-    grid = (backward_grid if case.op == "tt_block_backward" else forward_grid)(case.layer, case.itemsize)
+    backward = case.op == "tt_block_backward"
+    grid = backward_grid(case.layer, case.itemsize) if backward else forward_grid(case.layer, case.itemsize, case.layout)
     chosen = [grid.index(kind.phase, kind.row, kind.column) for kind in grid.kinds()]
 
     def choose(launch: dict) -> list[int]:  # type: ignore[type-arg]

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import numpy as np
 from numpy.typing import NDArray
@@ -12,6 +12,7 @@ from numpy.typing import NDArray
 from ..layers import Layer
 
 ROWS, COLUMNS, EXTRA = 128, 64, 8
+TOGETHER, STAYING = 16, 1 << 20  # blocks that run at once, bytes that stay in the L2: for the order of the blocks
 
 
 @dataclass(frozen=True)
@@ -46,13 +47,13 @@ class Tiles:
 
 @dataclass(frozen=True)
 class Grid:
-    """The grid of one launch. Blocks count the column tiles, groups and phases of a row tile, or the row tiles first."""
+    """The grid of one launch. Blocks count the row tiles of a set, then its column tiles, groups and phases, then the sets."""
 
     batch: int
     groups: int
     tiles_n: int
     extra: bool  # the last column tile has an n8 fragment more
-    rows_first: bool
+    rows_together: int  # row tiles of a set
     phases: tuple[Phase, ...]
 
     def row_tiles(self, phase: int) -> int:
@@ -69,14 +70,18 @@ class Grid:
     def index(self, phase: int, row: int, column: int) -> int:
         """The block of a tile, of the first group."""
         place = phase * self.groups * self.tiles_n + column
-        return place * self.tiles_m + row if self.rows_first else row * (self.blocks() // self.tiles_m) + place
+        first = row - row % self.rows_together
+        return first * self._across + place * min(self.rows_together, self.tiles_m - first) + row - first
+
+    @property
+    def _across(self) -> int:
+        return len(self.phases) * self.groups * self.tiles_n
 
     def tiles(self) -> Tiles:
         block = np.arange(self.blocks())
-        if self.rows_first:
-            place, row = np.divmod(block, self.tiles_m)
-        else:
-            row, place = np.divmod(block, self.blocks() // self.tiles_m)
+        first = block // (self.rows_together * self._across) * self.rows_together
+        place, row = np.divmod(block - first * self._across, np.minimum(self.rows_together, self.tiles_m - first))
+        row += first
         rest, column = np.divmod(place, self.tiles_n)
         phase, group = np.divmod(rest, self.groups)
         return Tiles(phase, row, group, column)
@@ -137,12 +142,15 @@ def _padded(k: int, itemsize: int) -> int:
     return -(-k * itemsize // 16) * 16 // itemsize
 
 
-def forward_grid(layer: Layer, itemsize: int) -> Grid:
+def forward_grid(layer: Layer, itemsize: int, layout: str) -> Grid:
     tiles_n, extra = _tiles_n(layer.outputs // layer.groups + layer.rank)
     k = layer.channels // layer.groups * math.prod(layer.kernel)
     packed = (layer.outputs + layer.rank) * _padded(k, itemsize)
     source = layer.batch * layer.channels * math.prod(layer.in_size)
-    return Grid(layer.batch, layer.groups, tiles_n, extra, packed > source, (Phase((0, 0), (1, 1), layer.out_size, k),))
+    stride = layer.stride[0] * (layer.stride[1] if layout == "channels-last" else 1)  # of what a tap reads; sectors are whole
+    phase = Phase((0, 0), (1, 1), layer.out_size, k)
+    grid = Grid(layer.batch, layer.groups, tiles_n, extra, 1, (phase,))
+    return _ordered(grid, source * itemsize, packed * itemsize, math.prod(layer.kernel) / stride)
 
 
 def backward_grid(layer: Layer, itemsize: int) -> Grid:
@@ -158,9 +166,23 @@ def backward_grid(layer: Layer, itemsize: int) -> Grid:
                 taps *= sum((tap * dilation - pad - phase) % stride == 0 for tap in range(kernel))
             phases.append(Phase((h, w), layer.stride, (size[0], size[1]), taps * layer.outputs // layer.groups))
     packed = layer.channels * sum(_padded(phase.k, itemsize) for phase in phases)
-    rows_first = packed > layer.positions * layer.outputs
     if not layer.needs_dx:
         alone = Phase((0, 0), (1, 1), layer.out_size, layer.outputs // layer.groups)
-        return Grid(layer.batch, layer.groups, 1, False, rows_first, (alone,))
-    tiles_n, extra = _tiles_n(layer.channels // layer.groups)
-    return Grid(layer.batch, layer.groups, tiles_n, extra, rows_first, tuple(phases))
+        grid = Grid(layer.batch, layer.groups, 1, False, 1, (alone,))
+    else:
+        grid = Grid(layer.batch, layer.groups, *_tiles_n(layer.channels // layer.groups), 1, tuple(phases))
+    source, sweeps = layer.positions * layer.outputs, math.prod(layer.kernel) / math.prod(layer.stride)
+    return _ordered(grid, source * itemsize, packed * itemsize, sweeps)
+
+
+def _ordered(grid: Grid, source: int, packed: int, sweeps: float) -> Grid:
+    """The order of the blocks that ``set_blocks`` of csrc/tt_conv_launch.h takes. Bytes of the source and of ``packed``."""
+    waves = -(-grid.blocks() // TOGETHER)
+
+    def traffic(rows: int) -> float:
+        sets = -(-grid.tiles_m // rows)
+        part = source / sets
+        return (source if part <= STAYING else waves * part * max(1.0, sweeps)) + packed * (1 if packed <= STAYING else sets)
+
+    sizes = [size for size in (1, 2, 4, 8, 16) if size == 1 or size < 2 * min(grid.tiles_m, TOGETHER)]
+    return replace(grid, rows_together=min(sizes, key=traffic))
