@@ -18,11 +18,22 @@ import host_layer
 import lora_edge
 from cases import CASES, ConvCase
 from lora_edge.memory import SavedBytes
-from lora_edge.ops import cuda_launch, cuda_plan, custom_ops, extension, reference, tt_block, tt_conv, tt_fuse, use_backend
+from lora_edge.ops import (
+    cuda_launch,
+    custom_ops,
+    extension,
+    memory_layout,
+    plan,
+    reference,
+    tt_block,
+    tt_conv,
+    tt_fuse,
+    use_backend,
+)
 from lora_edge.ops.activation import Activation
 from lora_edge.ops.bits import memory_format
 from lora_edge.ops.conv_args import conv_args
-from lora_edge.ops.cuda_plan import Epilogue, Saves
+from lora_edge.ops.plan import Epilogue, Saves
 from lora_edge.tt import contract_suffix, tt_svd
 from networks import network, train
 from test_tt_block import EPILOGUES, arguments, double, leaves
@@ -82,7 +93,7 @@ def takes_factor_route(case):
     """The cost model gives what saves less as x to torch; the kernels are for the others."""
     conv, args = case.conv(), conv_args(case.stride, case.padding, case.dilation, case.groups, case.dims, "test")
     rank = contract_suffix(tt_svd(conv.weight.detach(), case.rank)[1:]).shape[0]
-    return cuda_plan.choose_route(conv.weight.shape, rank, args, case.size) == "factor"
+    return plan.choose_route(conv.weight.shape, rank, args, case.size) == "factor"
 
 
 @pytest.mark.parametrize("adapted", [True, False], ids=["adapted", "frozen"])
@@ -229,19 +240,20 @@ def test_saves_and_computes_only_what_is_needed(needs, kernels):
 def test_saved_buffer_is_as_large_as_the_kernels_say(case, kernels):
     positional, _ = arguments(case, {}, torch.float32)
     x, weight, core, suffix, _, *conv, _ = positional
-    sizes = cuda_plan.sizes_of(x, weight, core, [suffix], ())
+    sizes = plan.sizes_of(x, weight, core, [suffix], ())
     args, epilogue = conv_args(*conv, case.dims, "test"), Epilogue(1.0, Activation("relu"))
-    plan = cuda_plan.block_plan(host_layer.extension(), sizes, args, epilogue, Saves(True, True), "factor", cuda_plan.FP32)
-    scratch = plan.native.scratch()
-    assert scratch["h"] <= plan.bits_at < scratch["h"] + 16
-    assert plan.bits_at + scratch["bits"] == plan.saved_bytes
+    found = (cuda_launch, host_layer.extension().Plan)
+    planned = plan.block_plan(*found, sizes, args, epilogue, Saves(True, True), "factor", plan.FP32)
+    scratch = planned.native.scratch()
+    assert scratch["h"] <= planned.bits_at < scratch["h"] + 16
+    assert planned.bits_at + scratch["bits"] == planned.saved_bytes
 
 
 def test_views_that_reach_too_far_are_copied():
     far = torch.empty_strided((2, 3), (2**31, 1), dtype=torch.uint8, device="meta")
-    assert cuda_launch._near(far).is_contiguous()
+    assert memory_layout.near(far).is_contiguous()
     near = torch.empty_strided((2, 3), (2**30, 1), dtype=torch.uint8, device="meta")
-    assert cuda_launch._near(near) is near
+    assert memory_layout.near(near) is near
 
 
 def test_unbatched(kernels):
@@ -418,6 +430,7 @@ def operator_arguments(case: ConvCase, activation: str | None, as_cores: bool, s
     args = conv_args(stride, padding, dilation, groups, case.dims, "test")
     pads = [p for pair in args.total_padding(weight.shape[2:]) for p in pair]
     layer = (args.stride, pads, args.dilation, groups, scale, activation, -0.5, 0.8, saved_dtype, True, activation is not None)
+    layer = ("cuda", *layer)
     return (x, weight, core, bias, options.get("residual"), factors, *options["affine"], None, None, *map(_plain, layer))
 
 
@@ -442,7 +455,7 @@ def test_opcheck(inputs, kernels):
 def test_opcheck_of_fuse(trained, kernels):
     weight = torch.randn(8, 6, 3, 3, requires_grad=trained != "core")
     torch.library.opcheck(
-        custom_ops.tt_fuse, (weight, torch.randn(8, 2, requires_grad=True), tt_svd(weight.detach(), 2)[1:], 0.5)
+        custom_ops.tt_fuse, (weight, torch.randn(8, 2, requires_grad=True), tt_svd(weight.detach(), 2)[1:], "cuda", 0.5)
     )
 
 
@@ -505,12 +518,12 @@ def test_a_network_trains_as_on_torch(name, kernels):
 
 
 def test_plans_are_bounded(kernels):
-    assert cuda_plan.block_plan.cache_info().maxsize == cuda_plan.PLANS
+    assert plan.block_plan.cache_info().maxsize == plan.PLANS
     positional, _ = arguments(ConvCase("x"), {}, torch.float32)
     tt_conv(*positional)
-    misses = cuda_plan.block_plan.cache_info().misses
+    misses = plan.block_plan.cache_info().misses
     tt_conv(*positional)
-    assert cuda_plan.block_plan.cache_info().misses == misses
+    assert plan.block_plan.cache_info().misses == misses
     positional, _ = arguments(replace(ConvCase("x"), batch=5), {}, torch.float32)
     tt_conv(*positional)
-    assert cuda_plan.block_plan.cache_info().misses == misses + 1
+    assert plan.block_plan.cache_info().misses == misses + 1

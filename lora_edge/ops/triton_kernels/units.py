@@ -1,0 +1,30 @@
+"""The unit that multiplies: float32 multiply-adds, or tensor cores on TF32 or 16-bit operands, with float32 sums always."""
+
+from __future__ import annotations
+
+import triton
+import triton.language as tl
+from triton import knobs
+
+INTERPRETED = tl.constexpr(bool(knobs.runtime.interpret))
+
+
+@triton.jit
+def round_tf32(x):
+    """float32 rounded to TF32, ties away from zero as ``cvt.rna`` has it. ``tl.dot`` itself would truncate."""
+    if INTERPRETED:  # there is no inline PTX; the bits of a NaN may not be added to
+        rounded = ((x.to(tl.int32, bitcast=True) + 0x1000) & -0x2000).to(tl.float32, bitcast=True)
+        return tl.where(x == x, rounded, x)
+    else:
+        return tl.inline_asm_elementwise("cvt.rna.tf32.f32 $0, $1;", "=r,r", [x], dtype=tl.float32, is_pure=True, pack=1)
+
+
+@triton.jit
+def product(a, b, sums, UNIT: tl.constexpr):  # noqa: N803
+    """``sums + a @ b``. TF32 rounds ``a``; ``b`` must be rounded already."""
+    if UNIT == "ieee":
+        return tl.dot(a, b, sums, input_precision="ieee")
+    elif UNIT == "tf32":
+        return tl.dot(round_tf32(a), b, sums, input_precision="tf32")
+    else:
+        return tl.dot(a, b, sums)
