@@ -6,7 +6,8 @@ import torch
 from torch import Tensor
 
 from kernel_cases import Launch
-from lora_edge.ops.triton_kernels import tt_fuse
+from lora_edge.ops.triton_kernels import tt_block, tt_fuse
+from lora_edge.ops.triton_kernels.calls import Backward, Forward
 from lora_edge.ops.triton_plan import Plan
 
 
@@ -28,4 +29,12 @@ def run(launch: Launch, device: str = "cpu") -> dict[str, Tensor]:
         tt_fuse.forward(plan, t["weight"], t["core"], factors, out["out"])
     elif launch.op == "tt_fuse_backward":
         tt_fuse.backward(plan, t["dout"], factors, out["dcore"])
+    elif launch.op == "tt_block_forward":
+        names = ("bias", "affine_scale", "affine_shift", "residual", "residual_scale", "residual_shift")
+        call = Forward(t["x"], *map(t.get, names), out["y"], out.get("h"), out.get("bits"))
+        tt_block.forward(plan, t["weight"], t.get("core"), factors, call)
+    else:
+        names = ("h", "bits", "affine_scale", "residual_scale")
+        gradients = map(out.get, ("dx", "dresidual", "dcore", "dbias"))
+        tt_block.backward(plan, t["weight"], t.get("core"), factors, Backward(t["dy"], *map(t.get, names), *gradients))
     return {name: value.cpu() for name, value in out.items()}

@@ -188,7 +188,7 @@ def compose_forward(p: Plan, weight: Tensor, core: Tensor | None, factors: Seque
     pitch = p.forward_pitch
     layout = Layout(p.group_outputs * pitch, pitch, 1, p.group_channels)
     rows = p.outputs + (p.rank if h else 0)
-    _compose(p, weight, core, factors, packed.view(p.dtype), layout, rows, None, p.unit == "tf32")
+    _compose(p, weight, core, factors, packed, layout, rows, None, p.unit == "tf32")
 
 
 def compose_backward(
@@ -197,7 +197,7 @@ def compose_backward(
     """The kernel ``(I, pitch)`` as the backward GEMM reads it, scaled by the affine."""
     pitch = p.backward_pitch
     layout = Layout(p.group_channels * pitch, 1, pitch, p.group_outputs)
-    _compose(p, weight, core, factors, packed.view(p.dtype), layout, p.outputs, a, p.unit == "tf32")
+    _compose(p, weight, core, factors, packed, layout, p.outputs, a, p.unit == "tf32")
 
 
 def compose_depthwise(
@@ -206,7 +206,7 @@ def compose_depthwise(
     """The kernel ``(taps, O + r1)`` in float32, its last columns the suffix; the depthwise kernels read it."""
     width = p.outputs + p.rank
     layout = Layout(p.group_outputs, 1, 0, width)
-    _compose(p, weight, core, factors, packed.view(torch.float32), layout, width, a, False)
+    _compose(p, weight, core, factors, packed, layout, width, a, False)
 
 
 def _compose(

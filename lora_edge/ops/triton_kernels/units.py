@@ -26,5 +26,7 @@ def product(a, b, sums, UNIT: tl.constexpr):  # noqa: N803
         return tl.dot(a, b, sums, input_precision="ieee")
     elif UNIT == "tf32":
         return tl.dot(round_tf32(a), b, sums, input_precision="tf32")
+    elif INTERPRETED:  # whose products take bfloat16 for integers; float32 holds every product of 16-bit operands exactly
+        return tl.dot(a.to(tl.float32), b.to(tl.float32), sums)
     else:
         return tl.dot(a, b, sums)

@@ -1,0 +1,34 @@
+"""The tiles of the two implicit GEMMs that the tuner tries, by the unit that multiplies; the first is taken where it may not.
+
+Each fits sm_87: at most 163 KB of shared memory a block, no spilled register. ``benchmarks/results/sm87/triton.csv`` has what
+the compiler makes of each, and a test holds it.
+"""
+
+from __future__ import annotations
+
+from lora_edge.ops.triton_kernels.tuner import Configuration
+
+MOST_PADDED = 1.2  # of a tap's channels, before k runs over taps and channels as one
+
+GEMM = {
+    "ieee": (
+        Configuration(64, 64, 16, 4, 3),
+        Configuration(128, 32, 16, 4, 3),
+        Configuration(64, 32, 32, 4, 2),
+    ),
+    "tf32": (
+        Configuration(64, 64, 32, 4, 3),
+        Configuration(128, 64, 32, 4, 3),
+        Configuration(64, 32, 32, 4, 3),
+    ),
+    "half": (
+        Configuration(64, 64, 32, 4, 3),
+        Configuration(128, 64, 32, 4, 3),
+        Configuration(64, 32, 64, 4, 3),
+    ),
+}
+
+
+def is_flat(channels: int, depth: int) -> bool:
+    """Whether k runs over taps and channels as one, for a group's channels (forward) or outputs (backward)."""
+    return -(-channels // depth) * depth > MOST_PADDED * channels

@@ -1,0 +1,48 @@
+"""Tiles of a map in memory: rows are positions, columns are channels, and either may be the neighbours there."""
+
+# ruff: noqa: N803
+
+from __future__ import annotations
+
+import triton
+import triton.language as tl
+
+FAR = tl.constexpr(-(1 << 29))  # where positions stand that do not exist: no tap reaches a map from there
+
+
+@triton.jit
+def load_tile(at, ok, CHANNELS_LAST: tl.constexpr):
+    """The tile at addresses ``at (rows, columns)``, zero where not ``ok``.
+
+    Triton lets the lanes of a warp run along a tile's last axis where it knows nothing better; so a tile whose positions are
+    neighbours is read turned.
+    """
+    if CHANNELS_LAST:
+        return tl.load(at, mask=ok, other=0.0)
+    else:
+        return tl.trans(tl.load(tl.trans(at), mask=tl.trans(ok), other=0.0))
+
+
+@triton.jit
+def store_tile(at, value, ok, CHANNELS_LAST: tl.constexpr):
+    """:func:`load_tile`'s counterpart."""
+    if CHANNELS_LAST:
+        tl.store(at, value, mask=ok)
+    else:
+        tl.store(tl.trans(at), tl.trans(value), mask=tl.trans(ok))
+
+
+@triton.jit
+def position_of(row, height, width):
+    """Sample, line and place in the line of a row, positions counted along the width first."""
+    line = row // width
+    sample = line // height
+    return sample, line - sample * height, row - line * width
+
+
+@triton.jit
+def masked(dy, bits, octet_at, channel, ok):
+    """``dy`` where the bit of its channel is set, else zero; ``octet_at`` is the byte of a position's first channel."""
+    at = bits + (octet_at + channel // 8)
+    byte = tl.load(at, mask=ok, other=0).to(tl.int32)
+    return tl.where((byte >> (channel % 8)) & 1 != 0, dy, 0.0).to(dy.dtype)
