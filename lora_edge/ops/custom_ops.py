@@ -20,8 +20,8 @@ from lora_edge.ops.plan import BlockPlan, Epilogue, FusePlan, Saves, Sizes
 
 # the engine's name and what is fixed for a layer, as arguments of an operator; padding is low and high of each dimension, flat
 _LAYER = (
-    "str kernels, SymInt[] stride, SymInt[] padding, SymInt[] dilation, SymInt groups, float scale, str? activation, float low, "
-    "float high, ScalarType? saved_dtype, bool save_h, bool save_bits"
+    "str kernels, SymInt[] stride, SymInt[] padding, SymInt[] dilation, SymInt groups, float scale, str? activation, "
+    "float low, float high, ScalarType? saved_dtype, bool save_h, bool save_bits"
 )
 
 

@@ -1,4 +1,4 @@
-"""The tensors of a call: ``ForwardCall`` and ``BackwardCall`` of csrc/problem.h. Maps may have any strides, the rest is dense."""
+"""The tensors of a call, ``ForwardCall`` and ``BackwardCall`` of csrc/problem.h. Maps have any strides, the rest is dense."""
 
 from __future__ import annotations
 

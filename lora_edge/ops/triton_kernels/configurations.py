@@ -10,22 +10,11 @@ from lora_edge.ops.triton_kernels.tuner import Configuration
 
 MOST_PADDED = 1.2  # of a tap's channels, before k runs over taps and channels as one
 
+_TENSOR_CORES = (Configuration(64, 64, 32, 4, 3), Configuration(128, 64, 32, 8, 3), Configuration(64, 32, 32, 4, 3))
 GEMM = {
-    "ieee": (
-        Configuration(64, 64, 16, 4, 3),
-        Configuration(128, 32, 16, 4, 3),
-        Configuration(64, 32, 32, 4, 2),
-    ),
-    "tf32": (
-        Configuration(64, 64, 32, 4, 3),
-        Configuration(128, 64, 32, 4, 3),
-        Configuration(64, 32, 32, 4, 3),
-    ),
-    "half": (
-        Configuration(64, 64, 32, 4, 3),
-        Configuration(128, 64, 32, 4, 3),
-        Configuration(64, 32, 64, 4, 3),
-    ),
+    "ieee": (Configuration(64, 64, 16, 4, 3), Configuration(128, 32, 16, 4, 3), Configuration(64, 32, 32, 4, 2)),
+    "tf32": _TENSOR_CORES,
+    "half": _TENSOR_CORES,
 }
 
 

@@ -27,9 +27,15 @@ from lora_edge.ops.triton_kernels.calls import Backward, Forward
 from lora_edge.ops.triton_kernels.launching import on_device, strides
 from lora_edge.ops.triton_kernels.maps import FAR, load_tile, masked, position_of, store_tile
 from lora_edge.ops.triton_kernels.tuner import Configuration, Tuned
+from lora_edge.ops.triton_kernels.units import cast
 from lora_edge.ops.triton_plan import ACTIVATIONS, Plan
 
 CONFIGURATIONS = (Configuration(64, 32, 0, 4, 1), Configuration(32, 32, 0, 4, 1), Configuration(32, 64, 0, 4, 1))
+# numbers that are as good as any other to the compiler: it shall not compile anew for 1 or for multiples of 16
+SIZES = (
+    "positions", "in_positions", "parts", "share", "out_h", "out_w", "in_h", "in_w", "groups", "outputs", "packed_width",
+    "rank", "sums", "octets", "taps", "kernel_w",
+)  # fmt: skip
 MOST_PARTS = 512  # that share the sums of an output
 
 
@@ -52,7 +58,7 @@ def _convolve(
     return total
 
 
-@triton.jit
+@triton.jit(do_not_specialize=SIZES)
 def depthwise_forward(
     x,  # (N, g, H, W)
     packed,  # (taps, O + r1) float32
@@ -129,7 +135,7 @@ def depthwise_forward(
                 taps, kernel_w, dilation_h, dilation_w, width, X_LAST,
             )  # fmt: skip
             to_h = h + row[:, None] * (groups * rank) + (channel * rank + q)[None, :]
-            tl.store(to_h, found.to(h.dtype.element_ty), mask=inside[:, None] & once[None, :])
+            tl.store(to_h, cast(found, h.dtype.element_ty), mask=inside[:, None] & once[None, :])
     shift = tl.zeros((COLUMNS,), tl.float32)
     if bias is not None:
         shift += tl.load(bias + output, mask=own, other=0.0).to(tl.float32)
@@ -153,7 +159,7 @@ def depthwise_forward(
             octet = first_column // 8 + tl.arange(0, COLUMNS // 8)
             store_bits(bits, row * octets, octet, octets, slope, own, inside, ROWS, COLUMNS)
     to_rows = sample * y_n + out_row * y_h + out_column * y_w
-    store_tile(y + (to_rows[:, None] + (output * y_c)[None, :]), total.to(y.dtype.element_ty), ok, Y_LAST)
+    store_tile(y + (to_rows[:, None] + (output * y_c)[None, :]), cast(total, y.dtype.element_ty), ok, Y_LAST)
 
 
 def forward(p: Plan, packed: Tensor, t: Forward) -> None:
@@ -176,7 +182,7 @@ def forward(p: Plan, packed: Tensor, t: Forward) -> None:
         Tuned("depthwise_forward", CONFIGURATIONS, t.x).run((*p[:25], *layout), launch)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=SIZES)
 def depthwise_backward(
     dy,  # (N, O, Ho, Wo)
     packed,  # (taps, O + r1) float32, or None
@@ -251,7 +257,7 @@ def depthwise_backward(
                         value = dz
                         if residual_a is not None:
                             factor = tl.load(residual_a + output, mask=own, other=0.0).to(tl.float32)
-                            value = (dz.to(tl.float32) * factor[None, :]).to(dz.dtype)
+                            value = cast(dz.to(tl.float32) * factor[None, :], dz.dtype)
                         to_row = sample * dr_n + row * dr_h + column * dr_w
                         at = dresidual + (to_row[:, None] + (output * dr_c)[None, :])
                         store_tile(at, value, ok & (q == 0), DR_LAST)
@@ -290,7 +296,7 @@ def depthwise_backward(
                 total += dz.to(tl.float32) * w[None, :]
         to_row = sample * dx_n + in_row * dx_h + in_column * dx_w
         at = dx + (to_row[:, None] + (channel * dx_c)[None, :])
-        store_tile(at, total.to(dx.dtype.element_ty), inside[:, None] & own[None, :], DX_LAST)
+        store_tile(at, cast(total, dx.dtype.element_ty), inside[:, None] & own[None, :], DX_LAST)
 
 
 def backward(p: Plan, packed: Tensor | None, t: Backward) -> None:

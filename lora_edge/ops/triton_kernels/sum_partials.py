@@ -13,10 +13,13 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from lora_edge.ops.triton_kernels.units import cast
+
 SUMS, TILES = 32, 32
+SIZES = ("tiles", "sums", "columns", "rank")  # the compiler shall not compile anew for 1 or for multiples of 16
 
 
-@triton.jit
+@triton.jit(do_not_specialize=SIZES)
 def sum_tiles(
     partial,  # (tiles, rows * columns) float32
     row_factor,  # (rows,), or None
@@ -42,10 +45,10 @@ def sum_tiles(
     if row_factor is not None:
         total *= tl.load(row_factor + row, mask=i < sums, other=0.0).to(tl.float32)
     if dcore is not None:
-        value = (scale * total).to(dcore.dtype.element_ty)
+        value = cast(scale * total, dcore.dtype.element_ty)
         tl.store(dcore + row * rank + column, value, mask=(i < sums) & (column < rank))
     if dbias is not None:
-        tl.store(dbias + row, total.to(dbias.dtype.element_ty), mask=(i < sums) & (column == rank))
+        tl.store(dbias + row, cast(total, dbias.dtype.element_ty), mask=(i < sums) & (column == rank))
 
 
 def launch(

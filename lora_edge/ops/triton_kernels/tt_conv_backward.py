@@ -3,10 +3,10 @@
   dcore[o, q] = s a[o] sum of dz[o] h[q]       dbias[o] = a[o] sum of dz[o]
 in one launch over dy. tt_conv is the same without bits and residual.
 
-dx is an implicit GEMM over the kernel that tt_fuse.py composed for it: rows = input positions, columns = the group's I/g inputs,
-k over (tap, output). A strided dx falls into phases: position ``phase + stride * u`` is reached by every ``step``-th tap from a
-first one on, so each phase is a GEMM over those taps alone and nothing is multiplied by zero. The bits are applied as dy is
-read; the affine is in the composed kernel.
+dx is an implicit GEMM over the kernel that tt_fuse.py composed for it: rows = input positions, columns = the group's I/g
+inputs, k over (tap, output). A strided dx falls into phases: position ``phase + stride * u`` is reached by every ``step``-th
+tap from a first one on, so each phase is a GEMM over those taps alone and nothing is multiplied by zero. The bits are applied
+as dy is read; the affine is in the composed kernel.
 As many equal parts as there are row tiles divide dy's own positions: the first column tile of row tile i makes part i of
 dresidual and of the sums, where its dx finds dy in the cache. Sums are in two stages, by part and then over the parts in order:
 deterministic, no atomics.
@@ -31,8 +31,11 @@ from lora_edge.ops.triton_kernels.configurations import GEMM, is_flat
 from lora_edge.ops.triton_kernels.launching import on_device, strides
 from lora_edge.ops.triton_kernels.maps import FAR, load_tile, masked, position_of, store_tile
 from lora_edge.ops.triton_kernels.tuner import Configuration, Tuned
-from lora_edge.ops.triton_kernels.units import product, round_tf32
+from lora_edge.ops.triton_kernels.units import cast, product
 from lora_edge.ops.triton_plan import Plan
+
+# numbers that are as good as any other to the compiler: it shall not compile anew for 1 or for multiples of 16
+SIZES = ("batch", "positions", "share", "tiles", "out_h", "out_w", "in_h", "in_w", "groups", "rank", "sums", "octets")
 
 
 @triton.jit
@@ -102,7 +105,7 @@ def _sum_part(
                 value = dz
                 if residual_a is not None:
                     factor = tl.load(residual_a + output, mask=channel < outputs, other=0.0).to(tl.float32)
-                    value = (dz.to(tl.float32) * factor[None, :]).to(dz.dtype)
+                    value = cast(dz.to(tl.float32) * factor[None, :], dz.dtype)
                 to_row = sample * dr_n + row * dr_h + column * dr_w
                 store_tile(dresidual + (to_row[:, None] + (output * dr_c)[None, :]), value, ok, DR_LAST)
             if partial is not None:
@@ -112,15 +115,13 @@ def _sum_part(
                 if h is not None:
                     from_h = h + (position * groups + group)[:, None] * rank + q[None, :]
                     found += tl.load(from_h, mask=inside[:, None] & (q < rank)[None, :], other=0.0).to(tl.float32)
-                if SUMS_UNIT == "tf32":
-                    found = round_tf32(found)
-                total = product(tl.trans(dz.to(SUMS_TYPE)), found.to(SUMS_TYPE), total, SUMS_UNIT)
+                total = product(tl.trans(dz.to(SUMS_TYPE)), cast(found, SUMS_TYPE), total, SUMS_UNIT)
         if partial is not None:
             to = partial + (part.to(tl.int64) * groups * outputs + output)[:, None] * sums + q[None, :]
             tl.store(to, total, mask=(channel < outputs)[:, None] & (q < sums)[None, :])
 
 
-@triton.jit
+@triton.jit(do_not_specialize=SIZES)
 def tt_block_backward(
     dy,  # (N, O, Ho, Wo)
     packed,  # (I, pitch), or None
@@ -184,13 +185,12 @@ def tt_block_backward(
     first_column = (tl.program_id(0) - place * across) * COLUMNS
     part = place // groups
     group = place - part * groups
-    if partial is not None or dresidual is not None:
-        if first_column == 0:
-            _sum_part(
-                dy, h, bits, residual_a, dresidual, partial, part, share, positions, out_h, out_w, group, groups, outputs,
-                rank, sums, octets, dy_n, dy_c, dy_h, dy_w, dr_n, dr_c, dr_h, dr_w, SUMS_UNIT, SUMS_TYPE, DY_LAST, DR_LAST, H,
-                ROWS, DEPTH,
-            )  # fmt: skip
+    if (partial is not None or dresidual is not None) and first_column == 0:
+        _sum_part(
+            dy, h, bits, residual_a, dresidual, partial, part, share, positions, out_h, out_w, group, groups, outputs,
+            rank, sums, octets, dy_n, dy_c, dy_h, dy_w, dr_n, dr_c, dr_h, dr_w, SUMS_UNIT, SUMS_TYPE, DY_LAST, DR_LAST, H,
+            ROWS, DEPTH,
+        )  # fmt: skip
     if dx is not None:
         phase = part // tiles
         phase_h = phase // stride_w
@@ -254,7 +254,7 @@ def tt_block_backward(
 
         to_row = sample * dx_n + (phase_h + u_h * stride_h) * dx_h + (phase_w + u_w * stride_w) * dx_w
         at = dx + (to_row[:, None] + ((group * channels + column) * dx_c)[None, :])
-        store_tile(at, total.to(dx.dtype.element_ty), inside[:, None] & own[None, :], DX_LAST)
+        store_tile(at, cast(total, dx.dtype.element_ty), inside[:, None] & own[None, :], DX_LAST)
 
 
 def backward(p: Plan, packed: Tensor | None, t: Backward) -> None:
@@ -292,11 +292,9 @@ def backward(p: Plan, packed: Tensor | None, t: Backward) -> None:
 
 
 def sums_unit(p: Plan) -> tuple[str, tl.dtype]:
-    """The unit and type of the sums: 16-bit products where dy and h are alike; where they are not, a type that holds both."""
-    if p.unit != "half":
-        return p.unit, tl.float32
-    if p.saved_type != p.type:
-        return "tf32", tl.float32
+    """The unit and type of the sums: 16-bit products where dy and h are alike, else float32, so that no sum is of TF32."""
+    if p.unit != "half" or p.saved_type != p.type:
+        return "ieee", tl.float32
     return "half", {torch.float16: tl.float16, torch.bfloat16: tl.bfloat16}[p.dtype]
 
 

@@ -23,11 +23,14 @@ from lora_edge.ops.triton_kernels.configurations import GEMM, is_flat
 from lora_edge.ops.triton_kernels.launching import on_device, strides
 from lora_edge.ops.triton_kernels.maps import FAR, load_tile, position_of, store_tile
 from lora_edge.ops.triton_kernels.tuner import Configuration, Tuned
-from lora_edge.ops.triton_kernels.units import product
+from lora_edge.ops.triton_kernels.units import cast, product
 from lora_edge.ops.triton_plan import ACTIVATIONS, Plan
 
+# numbers that are as good as any other to the compiler: it shall not compile anew for 1 or for multiples of 16
+SIZES = ("positions", "out_h", "out_w", "in_h", "in_w", "groups", "all_outputs", "rank", "octets")
 
-@triton.jit
+
+@triton.jit(do_not_specialize=SIZES)
 def tt_block_forward(
     x,  # (N, I, H, W)
     packed,  # (O + r1, pitch)
@@ -140,7 +143,7 @@ def tt_block_forward(
     if h is not None:
         to_h = h + (row * groups + group)[:, None] * rank + q[None, :]
         first = inside & (first_column == 0)
-        tl.store(to_h, sums_h.to(h.dtype.element_ty), mask=first[:, None] & (q < rank)[None, :])
+        tl.store(to_h, cast(sums_h, h.dtype.element_ty), mask=first[:, None] & (q < rank)[None, :])
     output = group * outputs + column
     shift = tl.zeros((COLUMNS,), tl.float32)
     if bias is not None:
@@ -165,7 +168,7 @@ def tt_block_forward(
             octet = first_column // 8 + tl.arange(0, COLUMNS // 8)
             store_bits(bits, (row * groups + group) * octets, octet, octets, slope, own, inside, ROWS, COLUMNS)
     to_rows = sample * y_n + out_row * y_h + out_column * y_w
-    store_tile(y + (to_rows[:, None] + (output * y_c)[None, :]), sums.to(y.dtype.element_ty), ok, Y_LAST)
+    store_tile(y + (to_rows[:, None] + (output * y_c)[None, :]), cast(sums, y.dtype.element_ty), ok, Y_LAST)
 
 
 def forward(p: Plan, packed: Tensor, t: Forward) -> None:

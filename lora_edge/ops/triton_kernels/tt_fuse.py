@@ -25,11 +25,13 @@ from torch import Tensor
 from lora_edge.ops.triton_kernels import sum_partials
 from lora_edge.ops.triton_kernels.launching import on_device
 from lora_edge.ops.triton_kernels.tuner import Configuration, Tuned
-from lora_edge.ops.triton_kernels.units import round_tf32
+from lora_edge.ops.triton_kernels.units import cast, round_tf32
 from lora_edge.ops.triton_plan import Plan
 
 # rows, columns, (no depth), warps, stages
 CONFIGURATIONS = (Configuration(16, 128, 0, 4, 1), Configuration(8, 256, 0, 4, 1), Configuration(32, 64, 0, 4, 1))
+# numbers that are as good as any other to the compiler: it shall not compile anew for 1 or for multiples of 16
+SIZES = ("outputs", "rows", "rank", "bond2", "bond3", "group_outputs", "kernel_h", "kernel_w")
 MOST_TAIL = 4096  # elements of a program's tail
 
 
@@ -69,7 +71,7 @@ def _suffix_row(suffix, core2, tail, q, column, columns, channel, channels, bond
         return tl.sum(second.to(tl.float32) * tail, 0)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=SIZES)
 def compose(
     weight,  # (O, C)
     core,  # (O, r1)
@@ -127,7 +129,7 @@ def compose(
         value *= tl.load(row_scale + row, mask=row < outputs, other=1.0).to(tl.float32)[:, None]
     if ROUNDED:
         value = round_tf32(value)
-    value = value.to(out.dtype.element_ty)
+    value = cast(value, out.dtype.element_ty)
     if PLAIN:
         tl.store(out + at * columns + column[None, :], value, mask=inside)
     else:
@@ -137,7 +139,7 @@ def compose(
         tl.store(out + to_row[:, None] + to_column[None, :], value, mask=inside)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=SIZES)
 def core_gradient(
     dout,  # (O, C)
     suffix,

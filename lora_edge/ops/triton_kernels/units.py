@@ -30,3 +30,13 @@ def product(a, b, sums, UNIT: tl.constexpr):  # noqa: N803
         return tl.dot(a.to(tl.float32), b.to(tl.float32), sums)
     else:
         return tl.dot(a, b, sums)
+
+
+@triton.jit
+def cast(x, TYPE: tl.constexpr):  # noqa: N803
+    """float32 ``x`` in another type, rounded to the nearest, ties to even. The interpreter alone would truncate to bfloat16."""
+    if INTERPRETED and TYPE == tl.bfloat16:  # noqa: SIM300
+        bits = x.to(tl.int32, bitcast=True)
+        rounded = ((bits + 0x7FFF + ((bits >> 16) & 1)) & -0x10000).to(tl.float32, bitcast=True)
+        x = tl.where(x == x, rounded, x)
+    return x.to(TYPE)

@@ -1,4 +1,4 @@
-"""Runs a launch of the case matrix (tests/kernel_cases.py) by the Triton kernels."""
+"""Runs launches of the case matrix (kernel_cases.py) by the Triton kernels: interpreted on the CPU, or on a CUDA device."""
 
 from __future__ import annotations
 
@@ -11,19 +11,14 @@ from lora_edge.ops.triton_kernels.calls import Backward, Forward
 from lora_edge.ops.triton_plan import Plan
 
 
-def poisoned(value: Tensor, device: str) -> Tensor:
-    """An output of the same strides that holds what no kernel may leave there: NaN, or all bits set."""
-    storage = torch.empty(value.untyped_storage().nbytes() // value.element_size(), dtype=value.dtype, device=device)
-    storage.fill_(float("nan") if value.is_floating_point() else 255)
-    return storage.as_strided(value.shape, value.stride(), value.storage_offset())
-
-
-def run(launch: Launch, device: str = "cpu") -> dict[str, Tensor]:
-    """The launch's outputs."""
+def run(launch: Launch, device: str) -> dict[str, Tensor]:
+    """The launch's outputs, each of which held NaN or set bits before."""
     plan = Plan(**launch.fields)
     assert plan.refusal("tt_fuse" if "fuse" in launch.op else "tt_block") is None
-    t = {name: value.to(device) for name, value in launch.inputs.items()}
-    out = {name: poisoned(value, device) for name, value in launch.outputs.items()}
+    t = {
+        name: _alike(value, device).copy_(value) if _fills(value) else value.to(device) for name, value in launch.inputs.items()
+    }
+    out = {name: _poisoned(value, device) for name, value in launch.outputs.items()}
     factors = [t[name] for name in ("suffix", "core2", "core3", "core4") if name in t]
     if launch.op == "tt_fuse_forward":
         tt_fuse.forward(plan, t["weight"], t["core"], factors, out["out"])
@@ -38,3 +33,18 @@ def run(launch: Launch, device: str = "cpu") -> dict[str, Tensor]:
         gradients = map(out.get, ("dx", "dresidual", "dcore", "dbias"))
         tt_block.backward(plan, t["weight"], t.get("core"), factors, Backward(t["dy"], *map(t.get, names), *gradients))
     return {name: value.cpu() for name, value in out.items()}
+
+
+def _fills(value: Tensor) -> bool:
+    """Whether no two elements share memory, so that a copy can have the same strides and distance from alignment."""
+    return all(stride > 0 or size == 1 for size, stride in zip(value.shape, value.stride(), strict=True))
+
+
+def _alike(value: Tensor, device: str) -> Tensor:
+    span = 1 + sum((size - 1) * stride for size, stride in zip(value.shape, value.stride(), strict=True))
+    storage = torch.empty(value.storage_offset() + span, dtype=value.dtype, device=device)
+    return storage.as_strided(value.shape, value.stride(), value.storage_offset())
+
+
+def _poisoned(value: Tensor, device: str) -> Tensor:
+    return _alike(value, device).fill_(float("nan") if value.is_floating_point() else 255)
