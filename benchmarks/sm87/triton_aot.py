@@ -1,7 +1,7 @@
 """Compiles Triton's kernels ahead of time, for an architecture that need not be there: what a launch would have compiled.
 
     with recorded() as found:
-        tt_block.forward(plan, ...)  # on tensors of the meta device
+        tt_block.forward(plan, ...)  # on tensors that need no memory
     resources(compile_variant(found[0], 87))
 
 Every configuration that the tuner could try is recorded. A variant is what Triton compiles once: a kernel, its types, its
@@ -10,6 +10,7 @@ constants, and which arguments are 1 or multiples of 16.
 
 from __future__ import annotations
 
+import importlib
 import re
 import subprocess
 import tempfile
@@ -27,7 +28,7 @@ from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 from triton.runtime.jit import JITFunction
 
-from lora_edge.ops.triton_kernels.tuner import Configuration, Tuned
+from lora_edge.ops.triton_kernels.tuner import Tuned
 
 from . import sass
 
@@ -39,17 +40,17 @@ POINTERS = {torch.float32: "*fp32", torch.float16: "*fp16", torch.bfloat16: "*bf
 class Variant:
     """One compilation: arguments by position as types, constants and alignments."""
 
-    kernel: JITFunction[Any]
+    module: str
+    name: str
     configuration: str
     signature: tuple[tuple[str, str], ...]
     constants: tuple[tuple[str, Any], ...]
     aligned: tuple[str, ...]
-    warps: int
-    stages: int
+    options: tuple[tuple[str, int], ...]
 
     @property
-    def name(self) -> str:
-        return self.kernel.fn.__name__
+    def warps(self) -> int:
+        return dict(self.options).get("num_warps", 4)
 
     def constant(self, name: str) -> Any:
         return dict(self.constants).get(name)
@@ -86,7 +87,7 @@ def recorded() -> Iterator[list[Variant]]:
 
 
 def _variant(kernel: JITFunction[Any], configuration: str, args: tuple[Any, ...], options: dict[str, Any]) -> Variant:
-    warps, stages = options.pop("num_warps", 4), options.pop("num_stages", 3)
+    launch = {name: options.pop(name) for name in ("num_warps", "num_stages", "maxnreg") if name in options}
     values = dict(zip(kernel.arg_names, args, strict=False)) | options
     signature, constants, aligned = [], [], []
     for parameter in kernel.params:
@@ -102,7 +103,15 @@ def _variant(kernel: JITFunction[Any], configuration: str, args: tuple[Any, ...]
             signature.append((parameter.name, "fp32" if isinstance(value, float) else "i32"))
         if isinstance(value, Tensor) or (isinstance(value, int) and value % 16 == 0 and specialized):
             aligned.append(parameter.name)
-    return Variant(kernel, configuration, tuple(signature), tuple(constants), tuple(aligned), warps, stages)
+    return Variant(
+        kernel.fn.__module__,
+        kernel.fn.__name__,
+        configuration,
+        tuple(signature),
+        tuple(constants),
+        tuple(aligned),
+        tuple(launch.items()),
+    )
 
 
 def compile_variant(variant: Variant, capability: int) -> Any:
@@ -114,9 +123,9 @@ def compile_variant(variant: Variant, capability: int) -> Any:
     names = [name for name, _ in variant.signature]
     attributes = {(names.index(name),): [["tt.divisibility", 16]] for name in variant.aligned}
     constants = {(names.index(name),): value for name, value in variant.constants}
-    source = ASTSource(variant.kernel, dict(variant.signature), constants, attributes)
-    options = {"num_warps": variant.warps, "num_stages": variant.stages}
-    return triton.compile(source, target=GPUTarget("cuda", capability, WARP), options=options)
+    kernel = getattr(importlib.import_module(variant.module), variant.name)
+    source = ASTSource(kernel, dict(variant.signature), constants, attributes)
+    return triton.compile(source, target=GPUTarget("cuda", capability, WARP), options=dict(variant.options))
 
 
 def resources(compiled: Any, with_code: bool = False) -> Compiled:
@@ -134,6 +143,3 @@ def resources(compiled: Any, with_code: bool = False) -> Compiled:
 def is_spilled(found: Compiled) -> bool:
     """Whether registers went to memory; Triton's kernels have no arrays of their own that would."""
     return found.stack > 0 or found.local > 0
-
-
-__all__ = ["Compiled", "Configuration", "Variant", "compile_variant", "is_spilled", "recorded", "resources"]

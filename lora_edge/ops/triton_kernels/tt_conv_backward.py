@@ -10,7 +10,8 @@ as dy is read; the affine is in the composed kernel.
 As many equal parts as there are row tiles divide dy's own positions: the first column tile of row tile i makes part i of
 dresidual and of the sums, where its dx finds dy in the cache. Sums are in two stages, by part and then over the parts in order:
 deterministic, no atomics.
-Tiles: ROWS x COLUMNS sums of dx, DEPTH of k at a time, FLAT as in forward; ROWS positions x DEPTH outputs of a part at a time.
+Tiles: ROWS x COLUMNS sums of dx, DEPTH of k at a time, FLAT as in forward; 16 positions x 64 outputs of a part at a time, as
+float32 products keep whole tiles in registers.
 Floor: max(2 N L O (I/g) K + 2 N L O r1 operations / peak, bytes of dy, bits, h, W', dx and dresidual / bandwidth).
 """
 
@@ -27,7 +28,7 @@ from torch import Tensor
 
 from lora_edge.ops.triton_kernels import sum_partials
 from lora_edge.ops.triton_kernels.calls import Backward
-from lora_edge.ops.triton_kernels.configurations import GEMM, is_flat
+from lora_edge.ops.triton_kernels.configurations import GEMM, MOST_REGISTERS, is_flat
 from lora_edge.ops.triton_kernels.launching import on_device, strides
 from lora_edge.ops.triton_kernels.maps import FAR, load_tile, masked, position_of, store_tile
 from lora_edge.ops.triton_kernels.tuner import Configuration, Tuned
@@ -36,6 +37,8 @@ from lora_edge.ops.triton_plan import Plan
 
 # numbers that are as good as any other to the compiler: it shall not compile anew for 1 or for multiples of 16
 SIZES = ("batch", "positions", "share", "tiles", "out_h", "out_w", "in_h", "in_w", "groups", "rank", "sums", "octets")
+
+SUM_ROWS, SUM_OUTPUTS = tl.constexpr(16), tl.constexpr(64)
 
 
 @triton.jit
@@ -83,17 +86,15 @@ def _sum_part(
     DY_LAST: tl.constexpr,
     DR_LAST: tl.constexpr,
     H: tl.constexpr,
-    ROWS: tl.constexpr,
-    DEPTH: tl.constexpr,
 ):
     q = tl.arange(0, H)
     end = tl.minimum((part + 1) * share, positions)
-    for first in range(0, outputs, DEPTH):
-        channel = first + tl.arange(0, DEPTH)
+    for first in range(0, outputs, SUM_OUTPUTS):
+        channel = first + tl.arange(0, SUM_OUTPUTS)
         output = group * outputs + channel
-        total = tl.zeros((DEPTH, H), tl.float32)
-        for begin in range(0, share, ROWS):
-            position = part * share + begin + tl.arange(0, ROWS)
+        total = tl.zeros((SUM_OUTPUTS, H), tl.float32)
+        for begin in range(0, share, SUM_ROWS):
+            position = part * share + begin + tl.arange(0, SUM_ROWS)
             inside = position < end
             sample, row, column = position_of(position, out_h, out_w)
             ok = inside[:, None] & (channel < outputs)[None, :]
@@ -189,7 +190,6 @@ def tt_block_backward(
         _sum_part(
             dy, h, bits, residual_a, dresidual, partial, part, share, positions, out_h, out_w, group, groups, outputs,
             rank, sums, octets, dy_n, dy_c, dy_h, dy_w, dr_n, dr_c, dr_h, dr_w, SUMS_UNIT, SUMS_TYPE, DY_LAST, DR_LAST, H,
-            ROWS, DEPTH,
         )  # fmt: skip
     if dx is not None:
         phase = part // tiles
@@ -280,7 +280,7 @@ def backward(p: Plan, packed: Tensor | None, t: Backward) -> None:
             DY_LAST=t.dy.stride(1) == 1, DX_LAST=t.dx is None or t.dx.stride(1) == 1,
             DR_LAST=t.dresidual is None or t.dresidual.stride(1) == 1,
             H=triton.next_power_of_2(max(8, columns)), ROWS=tile.rows, COLUMNS=tile.columns, DEPTH=tile.depth,
-            num_warps=tile.warps, num_stages=tile.stages,
+            num_warps=tile.warps, num_stages=tile.stages, maxnreg=MOST_REGISTERS,
         )  # fmt: skip
         if partial is not None:
             sum_partials.launch(partial, rank, p.scale, t.dcore, t.dbias, t.a)

@@ -19,7 +19,7 @@ from torch import Tensor
 
 from lora_edge.ops.triton_kernels.activation import activate, store_bits
 from lora_edge.ops.triton_kernels.calls import Forward
-from lora_edge.ops.triton_kernels.configurations import GEMM, is_flat
+from lora_edge.ops.triton_kernels.configurations import GEMM, MOST_REGISTERS, is_flat
 from lora_edge.ops.triton_kernels.launching import on_device, strides
 from lora_edge.ops.triton_kernels.maps import FAR, load_tile, position_of, store_tile
 from lora_edge.ops.triton_kernels.tuner import Configuration, Tuned
@@ -185,7 +185,7 @@ def forward(p: Plan, packed: Tensor, t: Forward) -> None:
             X_LAST=t.x.stride(1) == 1, Y_LAST=t.y.stride(1) == 1,
             RESIDUAL_LAST=t.residual is None or t.residual.stride(1) == 1,
             H=triton.next_power_of_2(max(8, p.rank)), ROWS=tile.rows, COLUMNS=tile.columns, DEPTH=tile.depth,
-            num_warps=tile.warps, num_stages=tile.stages,
+            num_warps=tile.warps, num_stages=tile.stages, maxnreg=MOST_REGISTERS,
         )  # fmt: skip
 
     with on_device(t.x):
