@@ -83,6 +83,13 @@ def reason(name: str, device: torch.device | None = None) -> str | None:
     return _MACHINES[name].reason(device)
 
 
+def device_type(name: str) -> str:
+    """Type of the devices whose tensors an engine that works takes."""
+    found = _MACHINES[name].machine()
+    assert not isinstance(found, str)
+    return found.device_type
+
+
 @constant_when_traced
 def chosen(backend: str, device: torch.device) -> str:
     """The engine that a backend stands for: under "auto" the first that works on the device, else the first."""

@@ -177,7 +177,7 @@ def forward(p: Plan, packed: Tensor, t: Forward) -> None:
             ROWS=tile.rows, COLUMNS=tile.columns, num_warps=tile.warps,
         )  # fmt: skip
 
-    with on_device(t.x):
+    with on_device(t.x, "depthwise_forward"):
         layout = (t.x.stride(1) == 1, t.y.stride(1) == 1, t.residual is not None, t.h is not None)
         Tuned("depthwise_forward", CONFIGURATIONS, t.x).run((*p[:25], *layout), launch)
 
@@ -322,7 +322,7 @@ def backward(p: Plan, packed: Tensor | None, t: Backward) -> None:
         if partial is not None:
             sum_partials.launch(partial, rank, p.scale, t.dcore, t.dbias, t.a)
 
-    with on_device(t.dy):
+    with on_device(t.dy, "depthwise_backward"):
         outputs = tuple(x is not None for x in (t.dx, t.dresidual, t.dcore, t.dbias))
         layout = (t.dy.stride(1) == 1, t.dx is not None and t.dx.stride(1) == 1, t.bits is not None)
         Tuned("depthwise_backward", CONFIGURATIONS, t.dy).run((*p[:25], *outputs, *layout), launch)

@@ -2,15 +2,27 @@
 
 from __future__ import annotations
 
-from contextlib import AbstractContextManager, nullcontext
+from collections.abc import Iterator
+from contextlib import contextmanager, nullcontext
 
 import torch
 from torch import Tensor
+from triton.errors import TritonError
 
 
-def on_device(tensor: Tensor) -> AbstractContextManager[object]:
-    """Makes the tensor's device the current one, whose current stream Triton launches on."""
-    return torch.cuda.device(tensor.device) if tensor.is_cuda else nullcontext()
+@contextmanager
+def on_device(tensor: Tensor, kernel: str) -> Iterator[None]:
+    """Makes the tensor's device the current one, whose current stream Triton launches on.
+
+    Raises:
+        RuntimeError: Triton can't compile or launch the kernel here; the message says why.
+    """
+    try:
+        with torch.cuda.device(tensor.device) if tensor.is_cuda else nullcontext():
+            yield
+    except TritonError as error:
+        lines = str(error).strip().splitlines()
+        raise RuntimeError(f"{kernel}: Triton says {type(error).__name__}: {lines[0] if lines else 'nothing more'}") from error
 
 
 def strides(tensor: Tensor | None) -> tuple[int, int, int, int]:

@@ -285,7 +285,7 @@ def backward(p: Plan, packed: Tensor | None, t: Backward) -> None:
         if partial is not None:
             sum_partials.launch(partial, rank, p.scale, t.dcore, t.dbias, t.a)
 
-    with on_device(t.dy):
+    with on_device(t.dy, "tt_block_backward"):
         outputs = tuple(x is not None for x in (t.dx, t.dresidual, t.dcore, t.dbias))
         layout = (t.dy.stride(1) == 1, t.dx is not None and t.dx.stride(1) == 1, t.bits is not None)
         Tuned("tt_block_backward", GEMM[p.unit], t.dy).run((*p[:25], *outputs, *layout), launch)

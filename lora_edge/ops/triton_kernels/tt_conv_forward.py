@@ -188,6 +188,6 @@ def forward(p: Plan, packed: Tensor, t: Forward) -> None:
             num_warps=tile.warps, num_stages=tile.stages, maxnreg=MOST_REGISTERS,
         )  # fmt: skip
 
-    with on_device(t.x):
+    with on_device(t.x, "tt_block_forward"):
         layout = (t.x.stride(1) == 1, t.y.stride(1) == 1, t.residual is not None, t.h is not None)
         Tuned("tt_block_forward", GEMM[p.unit], t.x).run((*p[:25], *layout), launch)

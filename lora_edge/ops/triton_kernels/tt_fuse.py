@@ -232,7 +232,7 @@ def _compose(
             num_warps=tile.warps,
         )  # fmt: skip
 
-    with on_device(weight):
+    with on_device(weight, "tt_fuse"):
         kind = (p.outputs, rows, p.group_channels, p.taps, p.rank, p.bond2, p.bond3, layout is None, str(out.dtype))
         Tuned("tt_fuse", CONFIGURATIONS, weight).run((*kind, str(weight.dtype)), launch)
 
@@ -250,7 +250,7 @@ def backward(p: Plan, dout: Tensor, factors: Sequence[Tensor], dcore: Tensor) ->
         )  # fmt: skip
         sum_partials.launch(partial, p.rank, p.scale, dcore, None, None)
 
-    with on_device(dout):
+    with on_device(dout, "tt_fuse_backward"):
         kind = (p.outputs, p.group_channels, p.taps, p.rank, p.bond2, p.bond3, str(dout.dtype))
         Tuned("tt_fuse_backward", CONFIGURATIONS, dout).run(kind, launch)
 
