@@ -43,6 +43,27 @@ def position_of(row, height, width):
 @triton.jit
 def masked(dy, bits, octet_at, channel, ok):
     """``dy`` where the bit of its channel is set, else zero; ``octet_at`` is the byte of a position's first channel."""
-    at = bits + (octet_at + channel // 8)
-    byte = tl.load(at, mask=ok, other=0).to(tl.int32)
+    byte = tl.load(bits + (octet_at + channel // 8), mask=ok, other=0).to(tl.int32)
     return tl.where((byte >> (channel % 8)) & 1 != 0, dy, 0.0).to(dy.dtype)
+
+
+@triton.jit
+def masked_rows(dy, bits, octet_at, first_octet, octets, ok_row, CHANNELS: tl.constexpr):
+    """:func:`masked` for up to 32 neighbouring channels that begin at a whole octet: a word a row, read once."""
+    word = tl.zeros(octet_at.shape, tl.int32)
+    for i in tl.static_range(CHANNELS // 8):
+        octet = first_octet + i
+        byte = tl.load(bits + (octet_at + octet), mask=ok_row & (octet < octets), other=0)
+        word |= byte.to(tl.int32) << (8 * i)
+    return tl.where((word[:, None] >> tl.arange(0, CHANNELS)[None, :]) & 1 != 0, dy, 0.0).to(dy.dtype)
+
+
+@triton.jit
+def next_tile(block, tap_column, tap_row, blocks, width):
+    """The tile of k behind one: the next block of channels, else the next tap of the line, else of the next line."""
+    block += 1
+    done = block == blocks
+    block = tl.where(done, 0, block)
+    tap_column = tl.where(done, tap_column + 1, tap_column)
+    last = tap_column == width
+    return block, tl.where(last, 0, tap_column), tl.where(last, tap_row + 1, tap_row)

@@ -10,7 +10,7 @@ as dy is read; the affine is in the composed kernel.
 As many equal parts as there are row tiles divide dy's own positions: the first column tile of row tile i makes part i of
 dresidual and of the sums, where its dx finds dy in the cache. Sums are in two stages, by part and then over the parts in order:
 deterministic, no atomics.
-Tiles: ROWS x COLUMNS sums of dx, DEPTH of k at a time, FLAT as in forward; 16 positions x 64 outputs of a part at a time, as
+Tiles: ROWS x COLUMNS sums of dx, DEPTH of k at a time, FLAT as in forward; 16 positions x 32 outputs of a part at a time, as
 float32 products keep whole tiles in registers.
 Floor: max(2 N L O (I/g) K + 2 N L O r1 operations / peak, bytes of dy, bits, h, W', dx and dresidual / bandwidth).
 """
@@ -30,7 +30,7 @@ from lora_edge.ops.triton_kernels import sum_partials
 from lora_edge.ops.triton_kernels.calls import Backward
 from lora_edge.ops.triton_kernels.configurations import GEMM, MOST_REGISTERS, is_flat
 from lora_edge.ops.triton_kernels.launching import on_device, strides
-from lora_edge.ops.triton_kernels.maps import FAR, load_tile, masked, position_of, store_tile
+from lora_edge.ops.triton_kernels.maps import FAR, load_tile, masked, masked_rows, next_tile, position_of, store_tile
 from lora_edge.ops.triton_kernels.tuner import Configuration, Tuned
 from lora_edge.ops.triton_kernels.units import cast, product
 from lora_edge.ops.triton_plan import Plan
@@ -38,7 +38,7 @@ from lora_edge.ops.triton_plan import Plan
 # numbers that are as good as any other to the compiler: it shall not compile anew for 1 or for multiples of 16
 SIZES = ("batch", "positions", "share", "tiles", "out_h", "out_w", "in_h", "in_w", "groups", "rank", "sums", "octets")
 
-SUM_ROWS, SUM_OUTPUTS = tl.constexpr(16), tl.constexpr(64)
+SUM_ROWS, SUM_OUTPUTS = tl.constexpr(16), tl.constexpr(32)
 
 
 @triton.jit
@@ -101,7 +101,8 @@ def _sum_part(
             from_row = sample * dy_n + row * dy_h + column * dy_w
             dz = load_tile(dy + (from_row[:, None] + (output * dy_c)[None, :]), ok, DY_LAST)
             if bits is not None:
-                dz = masked(dz, bits, ((position * groups + group) * octets)[:, None], channel[None, :], ok)
+                octet_at = (position * groups + group) * octets
+                dz = masked_rows(dz, bits, octet_at, first // 8, octets, inside, SUM_OUTPUTS)
             if dresidual is not None:
                 value = dz
                 if residual_a is not None:
@@ -218,37 +219,42 @@ def tt_block_backward(
         blocks = tl.cdiv(outputs, DEPTH)
         taps = count_h * count_w
         depth = tl.cdiv(taps * outputs, DEPTH) if FLAT else taps * blocks
+        block, nth_h, nth_w = 0, 0, 0
         for i in range(depth):
             if FLAT:
                 flat = i * DEPTH + tl.arange(0, DEPTH)
                 ok_k = flat < taps * outputs
                 nth = flat // outputs
                 output = flat - nth * outputs
-                nth_h = nth // count_w
-                nth_w = nth - nth_h * count_w
-                k = ((first_h + nth_h * step_h) * kernel_w + first_w + nth_w * step_w) * outputs + output
-                up = nth_h * advance_h
-                back = nth_w * advance_w
+                row_of_tap = nth // count_w
+                column_of_tap = nth - row_of_tap * count_w
+                k = ((first_h + row_of_tap * step_h) * kernel_w + first_w + column_of_tap * step_w) * outputs + output
+                up = row_of_tap * advance_h
+                back = column_of_tap * advance_w
                 at_row = bottom[:, None] - up[None, :]
                 at_column = right[:, None] - back[None, :]
-                tap_octet = ((up * out_w + back) * groups)[None, :]
+                ok = (at_row >= 0) & (at_row < out_h) & (at_column >= 0) & (at_column < out_w) & ok_k[None, :]
             else:
-                nth = i // blocks
-                output = (i - nth * blocks) * DEPTH + tl.arange(0, DEPTH)
+                first_output = block * DEPTH
+                output = first_output + tl.arange(0, DEPTH)
                 ok_k = output < outputs
-                nth_h = nth // count_w
-                nth_w = nth - nth_h * count_w
                 k = ((first_h + nth_h * step_h) * kernel_w + first_w + nth_w * step_w) * outputs + output
                 up = nth_h * advance_h
                 back = nth_w * advance_w
-                at_row = (bottom - up)[:, None]
-                at_column = (right - back)[:, None]
-                tap_octet = (up * out_w + back) * groups
-            ok = (at_row >= 0) & (at_row < out_h) & (at_column >= 0) & (at_column < out_w) & ok_k[None, :]
+                at_row = bottom - up
+                at_column = right - back
+                ok_row = (at_row >= 0) & (at_row < out_h) & (at_column >= 0) & (at_column < out_w)
+                ok = ok_row[:, None] & ok_k[None, :]
+                block, nth_w, nth_h = next_tile(block, nth_w, nth_h, blocks, count_w)
             from_k = output * dy_c - up * dy_h - back * dy_w
             dz = load_tile(dy + (from_row[:, None] + from_k[None, :]), ok, DY_LAST)
             if bits is not None:
-                dz = masked(dz, bits, (first_octet[:, None] - tap_octet) * octets, output[None, :], ok)
+                tap_octet = (up * out_w + back) * groups
+                if FLAT:
+                    dz = masked(dz, bits, (first_octet[:, None] - tap_octet[None, :]) * octets, output[None, :], ok)
+                else:
+                    octet_at = (first_octet - tap_octet) * octets
+                    dz = masked_rows(dz, bits, octet_at, first_output // 8, octets, ok_row, DEPTH)
             tile_w = tl.load(from_column[None, :] + k[:, None], mask=ok_k[:, None] & own[None, :], other=0.0)
             total = product(dz, tile_w, total, UNIT)
 

@@ -21,7 +21,7 @@ from lora_edge.ops.triton_kernels.activation import activate, store_bits
 from lora_edge.ops.triton_kernels.calls import Forward
 from lora_edge.ops.triton_kernels.configurations import GEMM, MOST_REGISTERS, is_flat
 from lora_edge.ops.triton_kernels.launching import on_device, strides
-from lora_edge.ops.triton_kernels.maps import FAR, load_tile, position_of, store_tile
+from lora_edge.ops.triton_kernels.maps import FAR, load_tile, next_tile, position_of, store_tile
 from lora_edge.ops.triton_kernels.tuner import Configuration, Tuned
 from lora_edge.ops.triton_kernels.units import cast, product
 from lora_edge.ops.triton_plan import ACTIVATIONS, Plan
@@ -110,28 +110,29 @@ def tt_block_forward(
     sums_h = tl.zeros((ROWS, H), tl.float32)
     blocks = tl.cdiv(channels, DEPTH)
     depth = tl.cdiv(taps * channels, DEPTH) if FLAT else taps * blocks
+    block, tap_row, tap_column = 0, 0, 0  # counted, for a division would cost as much as the tile's products
     for i in range(depth):
         if FLAT:
             k = i * DEPTH + tl.arange(0, DEPTH)
             ok_k = k < taps * channels
             tap = k // channels
             channel = k - tap * channels
-            tap_row = tap // kernel_w
-            down = tap_row * dilation_h
-            right = (tap - tap_row * kernel_w) * dilation_w
+            row_of_tap = tap // kernel_w
+            down = row_of_tap * dilation_h
+            right = (tap - row_of_tap * kernel_w) * dilation_w
             at_row = top[:, None] + down[None, :]
             at_column = left[:, None] + right[None, :]
+            ok = (at_row >= 0) & (at_row < in_h) & (at_column >= 0) & (at_column < in_w) & ok_k[None, :]
         else:
-            tap = i // blocks
-            channel = (i - tap * blocks) * DEPTH + tl.arange(0, DEPTH)
+            channel = block * DEPTH + tl.arange(0, DEPTH)
             ok_k = channel < channels
-            k = tap * channels + channel
-            tap_row = tap // kernel_w
+            k = (tap_row * kernel_w + tap_column) * channels + channel
             down = tap_row * dilation_h
-            right = (tap - tap_row * kernel_w) * dilation_w
-            at_row = (top + down)[:, None]
-            at_column = (left + right)[:, None]
-        ok = (at_row >= 0) & (at_row < in_h) & (at_column >= 0) & (at_column < in_w) & ok_k[None, :]
+            right = tap_column * dilation_w
+            at_row = top + down
+            at_column = left + right
+            ok = ((at_row >= 0) & (at_row < in_h) & (at_column >= 0) & (at_column < in_w))[:, None] & ok_k[None, :]
+            block, tap_column, tap_row = next_tile(block, tap_column, tap_row, blocks, kernel_w)
         from_k = down * x_h + right * x_w + channel * x_c
         tile_x = load_tile(x + (from_row[:, None] + from_k[None, :]), ok, X_LAST)
         tile_w = tl.load(from_column[None, :] + k[:, None], mask=ok_k[:, None] & own[None, :], other=0.0)
