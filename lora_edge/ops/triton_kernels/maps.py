@@ -48,13 +48,20 @@ def masked(dy, bits, octet_at, channel, ok):
 
 
 @triton.jit
-def masked_rows(dy, bits, octet_at, first_octet, octets, ok_row, CHANNELS: tl.constexpr):
-    """:func:`masked` for up to 32 neighbouring channels that begin at a whole octet: a word a row, read once."""
-    word = tl.zeros(octet_at.shape, tl.int32)
-    for i in tl.static_range(CHANNELS // 8):
-        octet = first_octet + i
-        byte = tl.load(bits + (octet_at + octet), mask=ok_row & (octet < octets), other=0)
-        word |= byte.to(tl.int32) << (8 * i)
+def masked_rows(dy, bits, octet_at, first_octet, octets, ok_row, CHANNELS: tl.constexpr, WORDS: tl.constexpr):
+    """:func:`masked` for up to 32 neighbouring channels that begin at a whole octet: a word a row, read once.
+
+    WORDS says that a row's octets are whole words, which are read as such. Bytes would cost more than their reads: from them
+    Triton takes the operand's type to be narrower than it is.
+    """
+    at = bits + (octet_at + first_octet)
+    if WORDS:
+        word = tl.load(at.to(tl.pointer_type(tl.int32)), mask=ok_row & (first_octet < octets), other=0)
+    else:
+        word = tl.zeros(octet_at.shape, tl.int32)
+        for i in tl.static_range(CHANNELS // 8):
+            byte = tl.load(at + i, mask=ok_row & (first_octet + i < octets), other=0)
+            word |= byte.to(tl.int32) << (8 * i)
     return tl.where((word[:, None] >> tl.arange(0, CHANNELS)[None, :]) & 1 != 0, dy, 0.0).to(dy.dtype)
 
 

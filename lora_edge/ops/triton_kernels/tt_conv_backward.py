@@ -85,6 +85,7 @@ def _sum_part(
     SUMS_TYPE: tl.constexpr,
     DY_LAST: tl.constexpr,
     DR_LAST: tl.constexpr,
+    WORDS: tl.constexpr,
     H: tl.constexpr,
 ):
     q = tl.arange(0, H)
@@ -102,7 +103,7 @@ def _sum_part(
             dz = load_tile(dy + (from_row[:, None] + (output * dy_c)[None, :]), ok, DY_LAST)
             if bits is not None:
                 octet_at = (position * groups + group) * octets
-                dz = masked_rows(dz, bits, octet_at, first // 8, octets, inside, SUM_OUTPUTS)
+                dz = masked_rows(dz, bits, octet_at, first // 8, octets, inside, SUM_OUTPUTS, WORDS)
             if dresidual is not None:
                 value = dz
                 if residual_a is not None:
@@ -177,6 +178,7 @@ def tt_block_backward(
     DY_LAST: tl.constexpr,  # channels are neighbours in dy
     DX_LAST: tl.constexpr,
     DR_LAST: tl.constexpr,
+    WORDS: tl.constexpr,  # a position's octets are whole words
     H: tl.constexpr,
     ROWS: tl.constexpr,
     COLUMNS: tl.constexpr,
@@ -190,7 +192,8 @@ def tt_block_backward(
     if (partial is not None or dresidual is not None) and first_column == 0:
         _sum_part(
             dy, h, bits, residual_a, dresidual, partial, part, share, positions, out_h, out_w, group, groups, outputs,
-            rank, sums, octets, dy_n, dy_c, dy_h, dy_w, dr_n, dr_c, dr_h, dr_w, SUMS_UNIT, SUMS_TYPE, DY_LAST, DR_LAST, H,
+            rank, sums, octets, dy_n, dy_c, dy_h, dy_w, dr_n, dr_c, dr_h, dr_w, SUMS_UNIT, SUMS_TYPE, DY_LAST, DR_LAST, WORDS,
+            H,
         )  # fmt: skip
     if dx is not None:
         phase = part // tiles
@@ -254,7 +257,7 @@ def tt_block_backward(
                     dz = masked(dz, bits, (first_octet[:, None] - tap_octet[None, :]) * octets, output[None, :], ok)
                 else:
                     octet_at = (first_octet - tap_octet) * octets
-                    dz = masked_rows(dz, bits, octet_at, first_output // 8, octets, ok_row, DEPTH)
+                    dz = masked_rows(dz, bits, octet_at, first_output // 8, octets, ok_row, DEPTH, WORDS and DEPTH == 32)
             tile_w = tl.load(from_column[None, :] + k[:, None], mask=ok_k[:, None] & own[None, :], other=0.0)
             total = product(dz, tile_w, total, UNIT)
 
@@ -285,6 +288,7 @@ def backward(p: Plan, packed: Tensor | None, t: Backward) -> None:
             UNIT=p.unit, SUMS_UNIT=unit, SUMS_TYPE=dtype, FLAT=is_flat(p.group_outputs, tile.depth),
             DY_LAST=t.dy.stride(1) == 1, DX_LAST=t.dx is None or t.dx.stride(1) == 1,
             DR_LAST=t.dresidual is None or t.dresidual.stride(1) == 1,
+            WORDS=t.bits is not None and p.octets % 4 == 0 and t.bits.storage_offset() % 4 == 0,
             H=triton.next_power_of_2(max(8, columns)), ROWS=tile.rows, COLUMNS=tile.columns, DEPTH=tile.depth,
             num_warps=tile.warps, num_stages=tile.stages, maxnreg=MOST_REGISTERS,
         )  # fmt: skip
