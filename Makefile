@@ -1,5 +1,5 @@
-# `make demo` runs the main job, `make test` the tests, `make check` the linters, `make mutate` the test of the kernels' tests.
-# Each does its own set-up.
+# `make demo` runs the main job, `make test` the tests, `make test-all` every case in Triton's interpreter too, `make check` the
+# linters, `make mutate` the test of the kernels' tests. Each does its own set-up.
 #
 # The virtual environment reuses a torch that python3 already has (as on a Jetson) and never replaces it; without one it
 # installs $(TORCH).
@@ -14,7 +14,7 @@ export LORA_EDGE_CUDA ?= $(if $(wildcard /dev/nvidiactl /dev/nvmap /dev/dxg),,0)
 BIN := $(VENV)/bin
 PIP := $(BIN)/python -m pip --disable-pip-version-check -q
 
-.PHONY: demo test check mutate clean
+.PHONY: demo test test-all check mutate clean
 .DELETE_ON_ERROR:
 
 demo: $(VENV)/har
@@ -22,6 +22,9 @@ demo: $(VENV)/har
 
 test: $(VENV)/test
 	$(BIN)/python -m pytest
+
+test-all: $(VENV)/test
+	LORA_EDGE_TEST_ALL=1 $(BIN)/python -m pytest
 
 check: $(VENV)/check
 	$(BIN)/ruff check .

@@ -17,7 +17,7 @@ from torch import Tensor
 
 from lora_edge import _extension, ops
 from lora_edge._version import VERSION
-from lora_edge.ops import extension, reference
+from lora_edge.ops import engines, reference
 from lora_edge.ops.backends import AVAILABLE, backends
 from lora_edge.tt import contract_suffix, tt_svd
 
@@ -110,14 +110,11 @@ def about() -> Iterator[str]:
 
 def check_backend(backend: str) -> Iterator[Outcome]:
     """Every op on every case and dtype."""
-    device = torch.device("cpu")
-    found = extension.machine()
-    if backend == "cuda" and not isinstance(found, str):
-        device = torch.device(found.device_type)
-    elif torch.cuda.is_available():
-        device = torch.device("cuda")
+    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    if backend in engines.ENGINES:
+        device = torch.device(engines.device_type(backend))
     dtypes: list[tuple[torch.dtype, bool]] = [(torch.float32, False), (torch.float16, False), (torch.bfloat16, False)]
-    if backend == "cuda":
+    if backend in engines.ENGINES:
         dtypes.insert(1, (torch.float32, True))
     for dtype, tf32 in dtypes:
         unit = "tf32" if tf32 else str(dtype).removeprefix("torch.")

@@ -10,11 +10,11 @@ from torch import Tensor, nn
 from lora_edge.adapt import require_adapted
 from lora_edge.blocks import describe
 from lora_edge.layers import LoRAEdgeConv
-from lora_edge.ops import cuda, extension
+from lora_edge.ops import engines, kernels
 from lora_edge.ops.activation import Activation
 from lora_edge.ops.backends import AVAILABLE, backends, requested
-from lora_edge.ops.conv_args import conv_args
-from lora_edge.ops.cuda_plan import Epilogue
+from lora_edge.ops.conv_args import ConvArgs, conv_args
+from lora_edge.ops.plan import Epilogue
 from lora_edge.ops.route import choose_route, saved_channels_positions
 from lora_edge.training_flags import in_evaluation
 
@@ -123,7 +123,7 @@ def _inputs(model: nn.Module, layers: dict[str, LoRAEdgeConv], example: Tensor) 
 def _row(name: str, layer: LoRAEdgeConv, inputs: list[Tensor], activation: Activation | None, block: str) -> LayerSummary:
     weight = layer.weight
     routes: list[str] = []
-    runs_on = [] if inputs else [_backend(layer)]
+    runs_on = [] if inputs else [_backend(layer, None, None, None)]
     saved = 0
     for x in inputs:
         dims = weight.dim() - 2
@@ -140,7 +140,7 @@ def _row(name: str, layer: LoRAEdgeConv, inputs: list[Tensor], activation: Activ
         routes.append(route)
         batched = x.new_empty(samples, x.shape[-dims - 1], *size, device="meta")
         epilogue = Epilogue(layer.scale, activation, layer.saved_dtype)
-        runs_on.append(_backend(layer, cuda.refusal(batched, weight, layer.core, layer.suffix, args, epilogue) or ""))
+        runs_on.append(_backend(layer, batched, args, epilogue))
         elements = samples * saved_channels_positions(weight.shape, layer.rank, args, size, route)
         saved += elements * (itemsize if route == "factor" else x.element_size())
     return LayerSummary(
@@ -157,17 +157,23 @@ def _row(name: str, layer: LoRAEdgeConv, inputs: list[Tensor], activation: Activ
     )
 
 
-def _backend(layer: LoRAEdgeConv, refusal: str | None = None) -> str | None:
-    """What a layer's op runs on, by the rule of :mod:`lora_edge.ops.backends`; ``refusal`` is "" where the kernels take it."""
-    name, source = requested(layer.backend)
-    works = {**backends(), "auto": AVAILABLE}.get(name, "unknown")
+def _backend(layer: LoRAEdgeConv, x: Tensor | None, args: ConvArgs | None, epilogue: Epilogue | None) -> str | None:
+    """What a layer's op runs on, by the rule of :mod:`lora_edge.ops.backends`; None where an input would decide and none is."""
+    wanted, source = requested(layer.backend)
+    works = {**backends(), "auto": AVAILABLE}.get(wanted, "unknown")
     if works != AVAILABLE:
-        return f"none ({name}{source} is {works})"
-    device = layer.weight.device
-    why = extension.reason(device)
-    if name == "torch" or (name == "auto" and why and device.type == "cpu"):
+        return f"none ({wanted}{source} is {works})"
+    if wanted == "torch":
         return "torch"
-    refusal = why or refusal
-    if refusal:
-        return f"none (cuda does not take it: {refusal})" if name == "cuda" else f"torch ({refusal})"
-    return None if refusal is None else "cuda"
+    device = layer.weight.device
+    name = engines.chosen(wanted, device)
+    why = engines.reason(name, device)
+    if wanted == "auto" and why and device.type == "cpu":
+        return "torch"
+    if why is None:
+        if x is None or args is None or epilogue is None:
+            return None
+        why = kernels.refusal(name, x, layer.weight, layer.core, layer.suffix, args, epilogue)
+    if why is None:
+        return name
+    return f"torch ({why})" if wanted == "auto" else f"none ({name} does not take it: {why})"

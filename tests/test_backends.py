@@ -87,7 +87,9 @@ def test_unknown_names(monkeypatch):
 def test_named_backends_that_do_not_work_here(monkeypatch, build):
     build(cuda=None)
     for backend in ("cuda", "triton"):
-        with pytest.raises(RuntimeError, match=f"tt_conv: backend '{backend}' is (built without CUDA|not part)") as caught:
+        with pytest.raises(
+            RuntimeError, match=f"tt_conv: backend '{backend}' is (built without CUDA|missing|too old|without an active driver)"
+        ) as caught:
             tt_conv(*arguments(), backend=backend)
         assert "\n" not in str(caught.value)
         model = nn.Sequential(nn.Conv1d(3, 4, 3))

@@ -1,8 +1,8 @@
 """Which backend runs an op: ``torch`` (any device torch has), ``cuda`` (the compiled extension) and ``triton``.
 
 A call's own ``backend=`` wins over :func:`use_backend`, that over the variable LORA_EDGE_BACKEND, that over "auto". "auto"
-takes the extension for tensors on a CUDA device where it works, by an explicit rule and never by a caught exception, else
-torch. Under ``torch.compile`` the choice is made when the call is traced.
+takes for tensors on a CUDA device the extension where it works, else Triton's kernels where they work, by an explicit rule and
+never by a caught exception; else torch. Under ``torch.compile`` the choice is made when the call is traced.
 """
 
 from __future__ import annotations
@@ -12,18 +12,18 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from contextvars import ContextVar
 
-from lora_edge.ops import extension
+from lora_edge.ops import engines
+from lora_edge.ops.extension import constant_when_traced
 
 AVAILABLE = "available"
 NAMES = ("auto", "cuda", "triton", "torch")
 VARIABLE = "LORA_EDGE_BACKEND"
-_NO_TRITON = "not part of this version: the Triton kernels are not written yet"
 _context: ContextVar[str | None] = ContextVar("lora_edge_backend", default=None)
 
 
 def backends() -> dict[str, str]:
     """Each backend's name with ``"available"`` or the reason why it does not work here."""
-    return {"torch": AVAILABLE, "cuda": extension.reason() or AVAILABLE, "triton": _NO_TRITON}
+    return {"torch": AVAILABLE, **{name: engines.reason(name) or AVAILABLE for name in engines.ENGINES}}
 
 
 @contextmanager
@@ -45,7 +45,7 @@ def use_backend(backend: str) -> Iterator[None]:
         _context.reset(token)
 
 
-@extension.constant_when_traced
+@constant_when_traced
 def choose_backend(backend: str, op: str) -> str:
     """The backend a call asks for, by argument, context and environment: "auto" or one that works here.
 

@@ -13,10 +13,10 @@ import torch
 from torch import Tensor
 
 from lora_edge.ops import extension
-from lora_edge.ops.cuda_plan import BlockPlan, FusePlan, Saves
+from lora_edge.ops.memory_layout import dense, near
+from lora_edge.ops.plan import BlockPlan, FusePlan
 
 _ABSENT = (0, 0, 0, 0)
-_MOST_APART = 2**31 - 1
 
 
 def block_forward(
@@ -37,8 +37,8 @@ def block_forward(
     saved = x.new_empty(plan.saved_bytes, dtype=torch.uint8) if plan.saved_bytes else None
     if plan.y_shape[0] == 0:
         return y, saved
-    x, residual = _near(x), None if residual is None else _near(residual)
-    held = [_dense(t) for t in (weight, core, bias, a, b, residual_a, residual_b)]
+    x, residual = near(x), None if residual is None else near(residual)
+    held = [dense(t) for t in (weight, core, bias, a, b, residual_a, residual_b)]
     at_weight, at_core, at_bias, at_a, at_b, at_residual_a, at_residual_b = map(_address, held)
     factors = [t.contiguous() for t in factors]
     packed = x.new_empty(plan.packed_forward, dtype=torch.uint8)
@@ -79,8 +79,8 @@ def block_backward(
     dresidual = dy.new_empty_strided(plan.y_shape, plan.y_stride) if needs_residual else None
     if empty:
         return dx, dcore, dbias, dresidual
-    dy = _near(dy)
-    held = [_dense(t) for t in (weight, core, a, residual_a)]
+    dy = near(dy)
+    held = [dense(t) for t in (weight, core, a, residual_a)]
     at_weight, at_core, at_a, at_residual_a = map(_address, held)
     factors = [t.contiguous() for t in factors]
     packed_bytes = plan.packed_backward if needs_x else 0
@@ -122,25 +122,9 @@ def fuse_backward(plan: FusePlan, dout: Tensor, core: Tensor, factors: Sequence[
     return dcore
 
 
-def is_passed_on(saves: Saves, residual_a: Tensor | None) -> bool:
-    """Whether the residual's gradient is ``dy`` itself."""
-    return not saves.bits and residual_a is None
-
-
-def extension_module() -> Any:
-    return extension.machine().module  # type: ignore[union-attr]
-
-
-def _near(tensor: Tensor) -> Tensor:
-    """``tensor``, or a dense copy of a view whose elements lie further apart than the kernels count: 32 bits."""
-    if tensor.is_contiguous():
-        return tensor
-    span = sum([(size - 1) * stride for size, stride in zip(tensor.shape, tensor.stride(), strict=True)])
-    return tensor if span <= _MOST_APART else tensor.contiguous()
-
-
-def _dense(tensor: Tensor | None) -> Tensor | None:
-    return tensor if tensor is None or tensor.is_contiguous() else tensor.contiguous()
+def plan_type() -> Any:
+    """The extension's class of plans."""
+    return extension.machine().module.Plan  # type: ignore[union-attr]
 
 
 def _address(tensor: Tensor | None) -> int:

@@ -1,4 +1,4 @@
-"""The launches of :mod:`lora_edge.ops.cuda_launch` as operators of torch, one node each for ``torch.compile``.
+"""The launches of an engine (:mod:`lora_edge.ops.engines`) as operators of torch, one node each for ``torch.compile``.
 
 ``lora_edge::tt_block``, ``lora_edge::tt_fuse`` and their backwards, with shapes for fake tensors and gradients.
 """
@@ -12,15 +12,16 @@ import torch
 from torch import Tensor
 from torch.library import custom_op
 
-from lora_edge.ops import cuda_launch, cuda_plan
+from lora_edge.ops import plan
 from lora_edge.ops.activation import Activation
 from lora_edge.ops.conv_args import ConvArgs
-from lora_edge.ops.cuda_plan import BlockPlan, Epilogue, FusePlan, Saves, Sizes
+from lora_edge.ops.engines import engine
+from lora_edge.ops.plan import BlockPlan, Epilogue, FusePlan, Saves, Sizes
 
-# what is fixed for a layer, as arguments of an operator; padding is low and high of each dimension, flat
+# the engine's name and what is fixed for a layer, as arguments of an operator; padding is low and high of each dimension, flat
 _LAYER = (
-    "SymInt[] stride, SymInt[] padding, SymInt[] dilation, SymInt groups, float scale, str? activation, float low, float high, "
-    "ScalarType? saved_dtype, bool save_h, bool save_bits"
+    "str kernels, SymInt[] stride, SymInt[] padding, SymInt[] dilation, SymInt groups, float scale, str? activation, "
+    "float low, float high, ScalarType? saved_dtype, bool save_h, bool save_bits"
 )
 
 
@@ -29,6 +30,7 @@ class _Layer:
 
     def __init__(
         self,
+        kernels: str,
         stride: Sequence[int],
         padding: Sequence[int],
         dilation: Sequence[int],
@@ -42,20 +44,22 @@ class _Layer:
         save_bits: bool,
     ) -> None:
         pairs = tuple(zip(padding[::2], padding[1::2], strict=True))
+        self.kernels = kernels
         self.args = ConvArgs(tuple(stride), pairs, tuple(dilation), groups)
         kind = None if activation is None else Activation(activation, (low, high) if activation == "hardtanh" else ())
         self.epilogue = Epilogue(scale, kind, saved_dtype)
         self.saves = Saves(save_h, save_bits)
 
     def plan(self, sizes: Sizes) -> BlockPlan:
-        unit = cuda_plan.precision(sizes.dtype)
-        plan = cuda_plan.block_plan(cuda_launch.extension_module(), sizes, self.args, self.epilogue, self.saves, "factor", unit)
-        if isinstance(plan, str):
-            raise RuntimeError(f"lora_edge::tt_block: the kernels do not take this call: {plan}")
-        return plan
+        unit, found = plan.precision(sizes.dtype), engine(self.kernels)
+        planned = plan.block_plan(found, found.plan_type(), sizes, self.args, self.epilogue, self.saves, "factor", unit)
+        if isinstance(planned, str):
+            raise RuntimeError(f"lora_edge::tt_block: the kernels do not take this call: {planned}")
+        return planned
 
 
 def block(
+    kernels: str,
     x: Tensor,
     weight: Tensor,
     core: Tensor | None,
@@ -75,14 +79,26 @@ def block(
     activation = epilogue.activation
     name = None if activation is None else activation.name
     bounds = (activation.numbers if activation is not None else ()) or (0.0, 0.0)
-    layer = (args.stride, padding, args.dilation, args.groups, epilogue.scale, name, *bounds, epilogue.saved_dtype, *saves)
+    layer = (
+        kernels,
+        args.stride,
+        padding,
+        args.dilation,
+        args.groups,
+        epilogue.scale,
+        name,
+        *bounds,
+        epilogue.saved_dtype,
+        *saves,
+    )
     return tt_block(x, weight, core, bias, residual, factors, a, b, residual_a, residual_b, *layer)[0]
 
 
-def block_refusal(sizes: Sizes, args: ConvArgs, epilogue: Epilogue, saves: Saves, route: str) -> str | None:
+def block_refusal(kernels: str, sizes: Sizes, args: ConvArgs, epilogue: Epilogue, saves: Saves, route: str) -> str | None:
     """The name of what the kernels do not take, found while tracing."""
-    why = cuda_plan.rule(sizes, args, epilogue, saves, route)
-    return why or cuda_plan.refused_when_traced(
+    why = plan.rule(sizes, args, epilogue, saves, route)
+    return why or plan.refused_when_traced(
+        kernels,
         tuple(sizes.weight),
         (sizes.weight_dtype, sizes.dtype, sizes.core_dtype),
         tuple([tuple(shape) for shape in sizes.factors]),
@@ -112,17 +128,17 @@ def tt_block(
     *layer: Any,
 ) -> tuple[Tensor, Tensor]:
     """``y`` and the saved buffer, which has no bytes where backward needs nothing."""
-    plan = _Layer(*layer).plan(cuda_plan.sizes_of(x, weight, core, factors, (a, b, residual_a, residual_b)))
-    y, saved = cuda_launch.block_forward(plan, x, weight, core, bias, residual, factors, a, b, residual_a, residual_b)
+    planned = _Layer(*layer).plan(plan.sizes_of(x, weight, core, factors, (a, b, residual_a, residual_b)))
+    y, saved = planned.engine.block_forward(planned, x, weight, core, bias, residual, factors, a, b, residual_a, residual_b)
     return y, x.new_empty(0, dtype=torch.uint8) if saved is None else saved
 
 
 @tt_block.register_fake
 def _(x: Tensor, weight: Tensor, core: Tensor | None, bias: Any, residual: Any, factors: Any, a: Any, *rest: Any) -> Any:
     layer = _Layer(*rest[3:])
-    sizes = cuda_plan.sizes_of(x, weight, core, factors, ())
-    _, saved_bytes = cuda_plan.saved_layout(sizes, layer.args, layer.epilogue, layer.saves)
-    y = x.new_empty_strided(*cuda_plan.output_layout(sizes, layer.args))
+    sizes = plan.sizes_of(x, weight, core, factors, ())
+    _, saved_bytes = plan.saved_layout(sizes, layer.args, layer.epilogue, layer.saves)
+    y = x.new_empty_strided(*plan.output_layout(sizes, layer.args))
     return y, x.new_empty(saved_bytes, dtype=torch.uint8)
 
 
@@ -130,19 +146,19 @@ def _remember(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor]) 
     x, weight, core, _, _, factors, a, _, residual_a, _, *layer = inputs
     ctx.save_for_backward(output[1], weight, core, a, residual_a, *factors)
     ctx.x_shape, ctx.layer = x.shape, layer
-    ctx.channels_last = cuda_plan.is_channels_last(x) or cuda_plan.is_channels_last(weight)
+    ctx.channels_last = plan.is_channels_last(x) or plan.is_channels_last(weight)
 
 
 def _block_gradients(ctx: Any, dy: Tensor, _: Tensor) -> tuple[Any, ...]:
     saved, weight, core, a, residual_a, *factors = ctx.saved_tensors
     needs_x, _, needs_core, needs_bias, needs_residual, *_ = ctx.needs_input_grad
-    passed_on = needs_residual and cuda_launch.is_passed_on(_Layer(*ctx.layer).saves, residual_a)
+    passed_on = needs_residual and plan.is_passed_on(_Layer(*ctx.layer).saves, residual_a)
     needs = [needs_x, needs_core, needs_bias, needs_residual and not passed_on]
     found = tt_block_backward(
         dy, saved, weight, core, factors, a, residual_a, ctx.x_shape, ctx.channels_last, needs, *ctx.layer
     )  # fmt: skip
     dx, dcore, dbias, dresidual = (t if need else None for t, need in zip(found, needs, strict=True))
-    return dx, None, dcore, dbias, dy if passed_on else dresidual, [None] * len(factors), *[None] * 15
+    return dx, None, dcore, dbias, dy if passed_on else dresidual, [None] * len(factors), *[None] * 16
 
 
 tt_block.register_autograd(_block_gradients, setup_context=_remember)
@@ -168,8 +184,8 @@ def tt_block_backward(
     *layer: Any,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """Gradients of x, core, bias and residual; one that is not needed has no elements."""
-    plan = _Layer(*layer).plan(_backward_sizes(dy, weight, core, factors, (a, residual_a), x_shape, channels_last))
-    found = cuda_launch.block_backward(plan, dy, saved, weight, core, factors, a, residual_a, needs)
+    planned = _Layer(*layer).plan(_backward_sizes(dy, weight, core, factors, (a, residual_a), x_shape, channels_last))
+    found = planned.engine.block_backward(planned, dy, saved, weight, core, factors, a, residual_a, needs)
     dx, dcore, dbias, dresidual = (dy.new_empty(0) if t is None else t for t in found)
     return dx, dcore, dbias, dresidual
 
@@ -181,10 +197,10 @@ def _(
 ) -> Any:  # fmt: skip
     layer = _Layer(*rest)
     sizes = _backward_sizes(dy, weight, core, factors, (), x_shape, channels_last)
-    dx = dy.new_empty_strided(x_shape, cuda_plan.dense_stride(x_shape, channels_last)) if needs[0] else dy.new_empty(0)
+    dx = dy.new_empty_strided(x_shape, plan.dense_stride(x_shape, channels_last)) if needs[0] else dy.new_empty(0)
     dcore = core.new_empty(core.shape) if needs[1] else dy.new_empty(0)
     dbias = dy.new_empty(weight.shape[0]) if needs[2] else dy.new_empty(0)
-    dresidual = dy.new_empty_strided(*cuda_plan.output_layout(sizes, layer.args)) if needs[3] else dy.new_empty(0)
+    dresidual = dy.new_empty_strided(*plan.output_layout(sizes, layer.args)) if needs[3] else dy.new_empty(0)
     return dx, dcore, dbias, dresidual
 
 
@@ -197,15 +213,16 @@ def _backward_sizes(
     x_shape: Sequence[int],
     channels_last: bool,
 ) -> Sizes:
-    return cuda_plan.sizes_of(dy, weight, core, factors, affines)._replace(x=tuple(x_shape), channels_last=channels_last)
+    return plan.sizes_of(dy, weight, core, factors, affines)._replace(x=tuple(x_shape), channels_last=channels_last)
 
 
-def fuse(weight: Tensor, core: Tensor, factors: list[Tensor], scale: float) -> Tensor:
+def fuse(kernels: str, weight: Tensor, core: Tensor, factors: list[Tensor], scale: float) -> Tensor:
     """The fused kernel of a call that the kernels take, by the operator."""
-    return tt_fuse(weight, core, factors, scale)
+    return tt_fuse(weight, core, factors, kernels, scale)
 
 
 def fuse_refusal(
+    kernels: str,
     weight: Sequence[int],
     weight_dtype: torch.dtype,
     core_dtype: torch.dtype,
@@ -213,9 +230,10 @@ def fuse_refusal(
     factor_dtypes: tuple[torch.dtype, ...],
 ) -> str | None:
     """The name of what the kernels do not take, found while tracing."""
-    why = cuda_plan.fuse_rule(weight, weight_dtype, core_dtype, factors, factor_dtypes)
+    why = plan.fuse_rule(weight, weight_dtype, core_dtype, factors, factor_dtypes)
     ones = (1,) * (len(weight) - 2)
-    return why or cuda_plan.refused_when_traced(
+    return why or plan.refused_when_traced(
+        kernels,
         tuple(weight),
         (weight_dtype, weight_dtype, core_dtype),
         tuple([tuple(shape) for shape in factors]),
@@ -226,50 +244,53 @@ def fuse_refusal(
 
 
 @custom_op(
-    "lora_edge::tt_fuse", mutates_args=(), schema="(Tensor weight, Tensor core, Tensor[] factors, float scale) -> Tensor"
+    "lora_edge::tt_fuse",
+    mutates_args=(),
+    schema="(Tensor weight, Tensor core, Tensor[] factors, str kernels, float scale) -> Tensor",
 )
-def tt_fuse(weight: Tensor, core: Tensor, factors: Sequence[Tensor], scale: float) -> Tensor:
+def tt_fuse(weight: Tensor, core: Tensor, factors: Sequence[Tensor], kernels: str, scale: float) -> Tensor:
     """The fused kernel."""
-    return cuda_launch.fuse_forward(_fuse_plan(weight, core, factors, scale), weight, core, factors)
+    return engine(kernels).fuse_forward(_fuse_plan(weight, core, factors, kernels, scale), weight, core, factors)
 
 
 @tt_fuse.register_fake
-def _(weight: Tensor, core: Tensor, factors: Any, scale: float) -> Tensor:
+def _(weight: Tensor, core: Tensor, factors: Any, kernels: str, scale: float) -> Tensor:
     return weight.new_empty(weight.shape)
 
 
 @custom_op(
     "lora_edge::tt_fuse_backward",
     mutates_args=(),
-    schema="(Tensor dout, Tensor core, Tensor[] factors, float scale) -> Tensor",
+    schema="(Tensor dout, Tensor core, Tensor[] factors, str kernels, float scale) -> Tensor",
 )
-def tt_fuse_backward(dout: Tensor, core: Tensor, factors: Sequence[Tensor], scale: float) -> Tensor:
+def tt_fuse_backward(dout: Tensor, core: Tensor, factors: Sequence[Tensor], kernels: str, scale: float) -> Tensor:
     """The gradient of the core."""
-    return cuda_launch.fuse_backward(_fuse_plan(dout, core, factors, scale), dout, core, factors)
+    return engine(kernels).fuse_backward(_fuse_plan(dout, core, factors, kernels, scale), dout, core, factors)
 
 
 @tt_fuse_backward.register_fake
-def _(dout: Tensor, core: Tensor, factors: Any, scale: float) -> Tensor:
+def _(dout: Tensor, core: Tensor, factors: Any, kernels: str, scale: float) -> Tensor:
     return core.new_empty(core.shape)
 
 
 def _remember_fuse(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
-    _, core, factors, ctx.scale = inputs
+    _, core, factors, *ctx.fixed = inputs
     ctx.save_for_backward(core, *factors)
 
 
 def _fuse_gradients(ctx: Any, dout: Tensor) -> tuple[Any, ...]:
     core, *factors = ctx.saved_tensors
-    dcore = tt_fuse_backward(dout, core, factors, ctx.scale) if ctx.needs_input_grad[1] else None
-    return dout if ctx.needs_input_grad[0] else None, dcore, [None] * len(factors), None
+    dcore = tt_fuse_backward(dout, core, factors, *ctx.fixed) if ctx.needs_input_grad[1] else None
+    return dout if ctx.needs_input_grad[0] else None, dcore, [None] * len(factors), None, None
 
 
 tt_fuse.register_autograd(_fuse_gradients, setup_context=_remember_fuse)
 
 
-def _fuse_plan(weight: Tensor, core: Tensor, factors: Sequence[Tensor], scale: float) -> FusePlan:
+def _fuse_plan(weight: Tensor, core: Tensor, factors: Sequence[Tensor], kernels: str, scale: float) -> FusePlan:
     shapes, dtypes = tuple([t.shape for t in factors]), tuple([t.dtype for t in factors])
-    plan = cuda_plan.fuse_plan(cuda_launch.extension_module(), weight.shape, weight.dtype, core.dtype, shapes, dtypes, scale)
-    if isinstance(plan, str):
-        raise RuntimeError(f"lora_edge::tt_fuse: the kernels do not take this call: {plan}")
-    return plan
+    found = engine(kernels)
+    planned = plan.fuse_plan(found, found.plan_type(), weight.shape, weight.dtype, core.dtype, shapes, dtypes, scale)
+    if isinstance(planned, str):
+        raise RuntimeError(f"lora_edge::tt_fuse: the kernels do not take this call: {planned}")
+    return planned

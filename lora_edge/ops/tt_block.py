@@ -17,7 +17,7 @@ import torch
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
-from lora_edge.ops import cuda, reference
+from lora_edge.ops import kernels, reference
 from lora_edge.ops.activation import Activation, apply, check_activation, inside, masked
 from lora_edge.ops.bits import memory_format, pack, unpack
 from lora_edge.ops.checks import (
@@ -30,7 +30,7 @@ from lora_edge.ops.checks import (
     check_weight,
 )
 from lora_edge.ops.conv_args import ConvArgs, conv, conv_args, conv_input_grad, conv_weight_grad, symmetric
-from lora_edge.ops.cuda_plan import Epilogue
+from lora_edge.ops.plan import Epilogue
 from lora_edge.ops.route import choose_route
 from lora_edge.ops.tt_conv import factor_core_grad
 from lora_edge.ops.tt_fuse import core_grad, suffix_grad
@@ -151,7 +151,7 @@ def _run_block(
     backend: str,
 ) -> Tensor:
     tensors = (x, weight, core, suffix, bias, residual)
-    y = cuda.try_block("tt_block", backend, *tensors, affine, residual_affine, args, fixed)
+    y = kernels.try_block("tt_block", backend, *tensors, affine, residual_affine, args, fixed)
     if y is not None:
         return y
     suffix = None if suffix is None else contracted(suffix)

@@ -13,10 +13,10 @@ import torch
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
-from lora_edge.ops import cuda, reference
+from lora_edge.ops import kernels, reference
 from lora_edge.ops.checks import check_conv, check_factors, check_output, check_saved_dtype
 from lora_edge.ops.conv_args import ConvArgs, conv, conv_args, conv_input_grad, conv_weight_grad
-from lora_edge.ops.cuda_plan import Epilogue
+from lora_edge.ops.plan import Epilogue
 from lora_edge.ops.route import ROUTES, choose_route
 from lora_edge.ops.tt_fuse import core_grad, suffix_grad
 from lora_edge.tt import contracted
@@ -96,7 +96,7 @@ def _tt_conv(
         x = x.unsqueeze(0)
         return _tt_conv(x, weight, core, suffix, bias, args, scale, route, saved_dtype, backend).squeeze(0)
     epilogue = Epilogue(scale, saved_dtype=saved_dtype)
-    y = cuda.try_block("tt_conv", backend, x, weight, core, suffix, bias, None, None, None, args, epilogue, route)
+    y = kernels.try_block("tt_conv", backend, x, weight, core, suffix, bias, None, None, None, args, epilogue, route)
     if y is not None:
         return y
     suffix = contracted(suffix)

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
-from lora_edge.ops import cuda, reference
+from lora_edge.ops import kernels, reference
 from lora_edge.ops.checks import check_factors
 from lora_edge.tt import contracted
 
@@ -34,7 +34,7 @@ def tt_fuse(
         RuntimeError: the named backend does not work here or does not take this call; the message says why.
     """
     check_factors(weight, core, suffix, "tt_fuse")
-    out = cuda.try_fuse(backend, weight, core, suffix, float(scale))
+    out = kernels.try_fuse(backend, weight, core, suffix, float(scale))
     if out is not None:
         return out
     return _TTFuse.apply(weight, core, contracted(suffix), float(scale))

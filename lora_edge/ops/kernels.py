@@ -1,4 +1,4 @@
-"""``tt_fuse``, ``tt_conv`` and ``tt_block`` on the compiled extension, where its kernels take the call.
+"""``tt_fuse``, ``tt_conv`` and ``tt_block`` on an engine's kernels, where these take the call.
 
 In eager mode a call is one ``autograd.Function`` on one cached plan; under ``torch.compile`` it is an operator of torch
 (:mod:`lora_edge.ops.custom_ops`), whose dispatch is slower. Both are made of the same launches.
@@ -13,11 +13,11 @@ import torch
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
-from lora_edge.ops import cuda_plan, custom_ops, extension
+from lora_edge.ops import custom_ops, plan
 from lora_edge.ops.backends import choose_backend
 from lora_edge.ops.conv_args import ConvArgs
-from lora_edge.ops.cuda_launch import block_backward, block_forward, extension_module, fuse_backward, fuse_forward, is_passed_on
-from lora_edge.ops.cuda_plan import BlockPlan, Epilogue, FusePlan, Saves
+from lora_edge.ops.engines import chosen, engine, reason
+from lora_edge.ops.plan import BlockPlan, Epilogue, FusePlan, Saves
 
 _Affine = tuple[Tensor, Tensor] | None
 _Frozen = tuple[Tensor, list[Tensor], Tensor | None, Tensor | None, Tensor | None, Tensor | None]
@@ -50,24 +50,25 @@ def try_block(
     a, b = affine or (None, None)
     residual_a, residual_b = residual_affine or (None, None)
     saves = saves_of(x, core, bias, residual, epilogue)
-    plan: BlockPlan | str | None = extension.reason(x.device) or cuda_plan.trained(weight, factors)
-    if plan is None:
-        sizes = cuda_plan.sizes_of(x, weight, core, factors, (a, b, residual_a, residual_b))
+    kernels = chosen(name, x.device)
+    planned: BlockPlan | str | None = reason(kernels, x.device) or plan.trained(weight, factors)
+    if planned is None:
+        sizes = plan.sizes_of(x, weight, core, factors, (a, b, residual_a, residual_b))
         if torch.compiler.is_compiling():
-            why = custom_ops.block_refusal(sizes, args, epilogue, saves, route)
+            why = custom_ops.block_refusal(kernels, sizes, args, epilogue, saves, route)
             if why is None:
                 tensors = (x, weight, core, bias, residual, factors, a, b, residual_a, residual_b)
-                return custom_ops.block(*tensors, args, epilogue, saves)
-            plan = why
+                return custom_ops.block(kernels, *tensors, args, epilogue, saves)
+            planned = why
         else:
-            unit = cuda_plan.precision(x.dtype)
-            plan = cuda_plan.block_plan(extension_module(), sizes, args, epilogue, saves, route, unit)
-    if isinstance(plan, str):
-        _refuse(op, name, plan)
+            found = engine(kernels)
+            planned = plan.block_plan(found, found.plan_type(), sizes, args, epilogue, saves, route, plan.precision(x.dtype))
+    if isinstance(planned, str):
+        _refuse(op, name, planned)
         return None
     if torch.is_grad_enabled() and any(t is not None and t.requires_grad for t in (x, core, bias, residual)):
-        return _Block.apply(x, core, bias, residual, plan, (weight, factors, a, b, residual_a, residual_b))
-    return block_forward(plan, x, weight, core, bias, residual, factors, a, b, residual_a, residual_b)[0]
+        return _Block.apply(x, core, bias, residual, planned, (weight, factors, a, b, residual_a, residual_b))
+    return planned.engine.block_forward(planned, x, weight, core, bias, residual, factors, a, b, residual_a, residual_b)[0]
 
 
 def try_fuse(backend: str, weight: Tensor, core: Tensor, suffix: Tensor | Sequence[Tensor], scale: float) -> Tensor | None:
@@ -76,36 +77,45 @@ def try_fuse(backend: str, weight: Tensor, core: Tensor, suffix: Tensor | Sequen
     if name == "torch":
         return None
     factors = factors_of(suffix)
-    plan: FusePlan | str | None = extension.reason(weight.device)
-    if plan is None and torch.is_grad_enabled() and any(t.requires_grad for t in factors):
-        plan = "suffix requires a gradient; the kernels compute it for weight and core"
-    if plan is None:
+    kernels = chosen(name, weight.device)
+    planned: FusePlan | str | None = reason(kernels, weight.device)
+    if planned is None and torch.is_grad_enabled() and any(t.requires_grad for t in factors):
+        planned = "suffix requires a gradient; the kernels compute it for weight and core"
+    if planned is None:
         sizes = (weight.shape, weight.dtype, core.dtype, tuple([t.shape for t in factors]), tuple([t.dtype for t in factors]))
         if torch.compiler.is_compiling():
-            why = custom_ops.fuse_refusal(*sizes)
+            why = custom_ops.fuse_refusal(kernels, *sizes)
             if why is None:
-                return custom_ops.fuse(weight, core, factors, scale)
-            plan = why
+                return custom_ops.fuse(kernels, weight, core, factors, scale)
+            planned = why
         else:
-            plan = cuda_plan.fuse_plan(extension_module(), *sizes, scale)
-    if isinstance(plan, str):
-        _refuse("tt_fuse", name, plan)
+            found = engine(kernels)
+            planned = plan.fuse_plan(found, found.plan_type(), *sizes, scale)
+    if isinstance(planned, str):
+        _refuse("tt_fuse", name, planned)
         return None
-    return _Fuse.apply(weight, core, factors, plan)
+    return _Fuse.apply(weight, core, factors, planned)
 
 
 def refusal(
-    x: Tensor, weight: Tensor, core: Tensor | None, suffix: Tensor | Sequence[Tensor] | None, args: ConvArgs, epilogue: Epilogue
+    kernels: str,
+    x: Tensor,
+    weight: Tensor,
+    core: Tensor | None,
+    suffix: Tensor | Sequence[Tensor] | None,
+    args: ConvArgs,
+    epilogue: Epilogue,
 ) -> str | None:
-    """The name of what the kernels do not take of a training step's call, None where they take it; ``x`` may be on "meta"."""
+    """The name of what an engine does not take of a training step's call, None where it takes it; ``x`` may be on "meta"."""
     factors = factors_of(suffix)
     saves = Saves(core is not None and core.requires_grad, epilogue.activation is not None)
-    sizes = cuda_plan.sizes_of(x, weight, core, factors, ())
-    why = extension.reason(weight.device) or cuda_plan.trained(weight, factors)
+    sizes = plan.sizes_of(x, weight, core, factors, ())
+    why = reason(kernels, weight.device) or plan.trained(weight, factors)
     if why is not None:
         return why
-    plan = cuda_plan.block_plan(extension_module(), sizes, args, epilogue, saves, "auto", cuda_plan.precision(x.dtype))
-    return plan if isinstance(plan, str) else None
+    found = engine(kernels)
+    planned = plan.block_plan(found, found.plan_type(), sizes, args, epilogue, saves, "auto", plan.precision(x.dtype))
+    return planned if isinstance(planned, str) else None
 
 
 def factors_of(suffix: Tensor | Sequence[Tensor] | None) -> list[Tensor]:
@@ -130,12 +140,18 @@ class _Block(torch.autograd.Function):
 
     @staticmethod
     def forward(
-        ctx: Any, x: Tensor, core: Tensor | None, bias: Tensor | None, residual: Tensor | None, plan: BlockPlan, frozen: _Frozen
+        ctx: Any,
+        x: Tensor,
+        core: Tensor | None,
+        bias: Tensor | None,
+        residual: Tensor | None,
+        planned: BlockPlan,
+        frozen: _Frozen,
     ) -> Tensor:
         weight, factors, a, b, residual_a, residual_b = frozen
-        y, saved = block_forward(plan, x, weight, core, bias, residual, factors, a, b, residual_a, residual_b)
+        y, saved = planned.engine.block_forward(planned, x, weight, core, bias, residual, factors, a, b, residual_a, residual_b)
         ctx.save_for_backward(saved, weight, core, a, residual_a, *factors)
-        ctx.plan = plan
+        ctx.plan = planned
         return y
 
     @staticmethod
@@ -143,28 +159,29 @@ class _Block(torch.autograd.Function):
     def backward(ctx: Any, dy: Tensor) -> tuple[Tensor | None, ...]:  # type: ignore[override]
         saved, weight, core, a, residual_a, *factors = ctx.saved_tensors
         needs_x, needs_core, needs_bias, needs_residual, *_ = ctx.needs_input_grad
-        passed_on = needs_residual and is_passed_on(ctx.plan.saves, residual_a)
+        passed_on = needs_residual and plan.is_passed_on(ctx.plan.saves, residual_a)
         needs = (needs_x, needs_core, needs_bias, needs_residual and not passed_on)
-        dx, dcore, dbias, dresidual = block_backward(ctx.plan, dy, saved, weight, core, factors, a, residual_a, needs)
+        backward = ctx.plan.engine.block_backward
+        dx, dcore, dbias, dresidual = backward(ctx.plan, dy, saved, weight, core, factors, a, residual_a, needs)
         return dx, dcore, dbias, dy if passed_on else dresidual, None, None
 
 
 class _Fuse(torch.autograd.Function):
     @staticmethod
-    def forward(ctx: Any, weight: Tensor, core: Tensor, factors: list[Tensor], plan: FusePlan) -> Tensor:
+    def forward(ctx: Any, weight: Tensor, core: Tensor, factors: list[Tensor], planned: FusePlan) -> Tensor:
         ctx.save_for_backward(core, *factors)
-        ctx.plan = plan
-        return fuse_forward(plan, weight, core, factors)
+        ctx.plan = planned
+        return planned.engine.fuse_forward(planned, weight, core, factors)
 
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, dout: Tensor) -> tuple[Tensor | None, ...]:  # type: ignore[override]
         core, *factors = ctx.saved_tensors
-        dcore = fuse_backward(ctx.plan, dout, core, factors) if ctx.needs_input_grad[1] else None
+        dcore = ctx.plan.engine.fuse_backward(ctx.plan, dout, core, factors) if ctx.needs_input_grad[1] else None
         return dout if ctx.needs_input_grad[0] else None, dcore, None, None
 
 
 def _refuse(op: str, name: str, why: str) -> None:
     """Raise where the kernels were asked for by name; else the call is torch's."""
-    if name == "cuda":
-        raise RuntimeError(f"{op}: backend 'cuda' does not take this call: {why}")
+    if name != "auto":
+        raise RuntimeError(f"{op}: backend {name!r} does not take this call: {why}")

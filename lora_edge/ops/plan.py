@@ -1,7 +1,7 @@
-"""Which calls the compiled kernels take, and everything about a call that its sizes decide, in a bounded cache.
+"""Which calls the kernels take, and everything about a call that its sizes decide, in a bounded cache.
 
-The rule is explicit: :func:`rule` gives the name of what the kernels do not take, the extension itself adds the limits of its
-tiles (``refusal`` in csrc/plan.h). Nothing is tried first and caught afterwards.
+The rule is explicit: :func:`rule` gives the name of what no kernels take, an engine itself adds the limits of its tiles
+(``refusal`` in csrc/plan.h and in triton_plan.py). Nothing is tried first and caught afterwards.
 """
 
 from __future__ import annotations
@@ -14,9 +14,10 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from lora_edge.ops import extension
 from lora_edge.ops.activation import Activation
 from lora_edge.ops.conv_args import ConvArgs
+from lora_edge.ops.engines import Engine, engine
+from lora_edge.ops.extension import constant_when_traced
 from lora_edge.ops.route import choose_route
 
 PLANS = 1024
@@ -63,7 +64,8 @@ class Saves(NamedTuple):
 class BlockPlan(NamedTuple):
     """A call of the convolution kernels, ready but for its addresses."""
 
-    native: Any
+    engine: Engine
+    native: Any  # the engine's own plan
     y_shape: tuple[int, ...]
     y_stride: tuple[int, ...]
     dx_shape: tuple[int, ...]
@@ -79,6 +81,7 @@ class BlockPlan(NamedTuple):
 class FusePlan(NamedTuple):
     """A call of the fusing kernels, ready but for its addresses."""
 
+    engine: Engine
     native: Any
     partial: int  # bytes of scratch
 
@@ -157,13 +160,13 @@ def precision(dtype: torch.dtype) -> int:
 
 @functools.lru_cache(maxsize=PLANS)
 def block_plan(
-    module: Any, sizes: Sizes, args: ConvArgs, epilogue: Epilogue, saves: Saves, route: str, precision: int
+    engine: Engine, plan_type: Any, sizes: Sizes, args: ConvArgs, epilogue: Epilogue, saves: Saves, route: str, precision: int
 ) -> BlockPlan | str:
     """The plan of ``tt_conv`` or ``tt_block``, or the name of what the kernels do not take."""
     why = rule(sizes, args, epilogue, saves, route)
     if why is not None:
         return why
-    native = module.Plan(**_fields(sizes, args, epilogue, precision))
+    native = plan_type(**_fields(sizes, args, epilogue, precision))
     why = native.refusal("tt_block")
     if why is not None:
         return why
@@ -172,14 +175,15 @@ def block_plan(
     bits_at, saved_bytes = saved_layout(sizes, args, epilogue, saves)
     dx_stride = dense_stride(sizes.x, sizes.channels_last)
     return BlockPlan(
-        native, y_shape, y_stride, tuple(sizes.x), dx_stride, saves, bits_at, saved_bytes,
+        engine, native, y_shape, y_stride, tuple(sizes.x), dx_stride, saves, bits_at, saved_bytes,
         scratch["packed_forward"], scratch["packed_backward"], scratch["partial"],
     )  # fmt: skip
 
 
 @functools.lru_cache(maxsize=PLANS)
 def fuse_plan(
-    module: Any,
+    engine: Engine,
+    plan_type: Any,
     weight: Sequence[int],
     weight_dtype: torch.dtype,
     core_dtype: torch.dtype,
@@ -191,8 +195,8 @@ def fuse_plan(
     why = fuse_rule(weight, weight_dtype, core_dtype, factors, factor_dtypes)
     if why is not None:
         return why
-    native = module.Plan(**_fuse_fields(weight, weight_dtype, core_dtype, factors, factor_dtypes, scale))
-    return native.refusal("tt_fuse") or FusePlan(native, native.scratch()["fuse_partial"])
+    native = plan_type(**_fuse_fields(weight, weight_dtype, core_dtype, factors, factor_dtypes, scale))
+    return native.refusal("tt_fuse") or FusePlan(engine, native, native.scratch()["fuse_partial"])
 
 
 def fuse_rule(
@@ -207,8 +211,9 @@ def fuse_rule(
     return rule(sizes, args, Epilogue(1.0), Saves(False, False), "factor")
 
 
-@extension.constant_when_traced
+@constant_when_traced
 def refused_when_traced(
+    kernels: str,
     weight: tuple[int, ...],
     dtypes: tuple[torch.dtype, torch.dtype, torch.dtype | None],
     factors: tuple[tuple[int, ...], ...],
@@ -216,19 +221,22 @@ def refused_when_traced(
     args: tuple[Any, ...],
     op: str,
 ) -> str | None:
-    """The extension's own refusal for a layer under ``torch.compile``, where the sizes of ``x`` may be symbols.
+    """An engine's own refusal for a layer under ``torch.compile``, where the sizes of ``x`` may be symbols.
 
-    It is asked about one position; the extension's limits are on the layer, and :func:`rule` has those on sizes.
+    It is asked about one position; an engine's limits are on the layer, and :func:`rule` has those on sizes.
     """
-    found = extension.machine()
-    assert not isinstance(found, str)
     weight_dtype, x_dtype, core_dtype = dtypes
     sizes, _ = _one_position(weight, weight_dtype, core_dtype, factors, factor_dtypes)
     stride, padding, dilation, groups = args
     extent = [d * (k - 1) + 1 for d, k in zip(dilation, weight[2:], strict=True)]
     sizes = sizes._replace(x=(1, weight[1] * groups, *extent), dtype=x_dtype)
     fields = _fields(sizes, ConvArgs(stride, padding, dilation, groups), Epilogue(1.0), precision(x_dtype))
-    return found.module.Plan(**fields).refusal(op)
+    return engine(kernels).plan_type()(**fields).refusal(op)
+
+
+def is_passed_on(saves: Saves, residual_a: Tensor | None) -> bool:
+    """Whether the residual's gradient is ``dy`` itself."""
+    return not saves.bits and residual_a is None
 
 
 def output_shape(sizes: Sizes, args: ConvArgs) -> tuple[int, ...]:

@@ -1,0 +1,1 @@
+"""The ops as Triton kernels, the same stems as in csrc/. Importing a kernel's file imports triton."""

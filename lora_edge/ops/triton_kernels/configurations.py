@@ -1,0 +1,25 @@
+"""The tiles of the two implicit GEMMs that the tuner tries, by the unit that multiplies; the first is taken where it may not.
+
+Each fits sm_87: at most 163 KB of shared memory a block, no spilled register. ``benchmarks/results/sm87/triton.csv`` has what
+the compiler makes of each, and a test holds it.
+"""
+
+from __future__ import annotations
+
+from lora_edge.ops.triton_kernels.tuner import Configuration
+
+MOST_PADDED = 1.2  # of a tap's channels, before k runs over taps and channels as one
+
+MOST_REGISTERS = 255  # of a thread: without a word ptxas may spill a few for one block more an SM
+
+_TENSOR_CORES = (Configuration(64, 64, 32, 4, 3), Configuration(128, 64, 32, 8, 3), Configuration(64, 32, 32, 4, 3))
+GEMM = {
+    "ieee": (Configuration(64, 64, 16, 8, 3), Configuration(64, 32, 16, 4, 3), Configuration(128, 32, 16, 8, 3)),
+    "tf32": _TENSOR_CORES,
+    "half": _TENSOR_CORES,
+}
+
+
+def is_flat(channels: int, depth: int) -> bool:
+    """Whether k runs over taps and channels as one, for a group's channels (forward) or outputs (backward)."""
+    return -(-channels // depth) * depth > MOST_PADDED * channels

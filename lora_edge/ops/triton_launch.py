@@ -1,0 +1,104 @@
+"""One call of Triton's kernels: outputs from torch's allocator, as :mod:`lora_edge.ops.cuda_launch` for the extension.
+
+Nothing waits for the device and nothing is allocated elsewhere, so a CUDA graph captures a call. What backward needs beside the
+layer's own tensors is one buffer of bytes: ``h``, then the packed bits.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor
+
+from lora_edge.ops.memory_layout import dense, near
+from lora_edge.ops.plan import BlockPlan, FusePlan
+from lora_edge.ops.triton_kernels import tt_block, tt_fuse
+from lora_edge.ops.triton_kernels.calls import Backward, Forward
+from lora_edge.ops.triton_plan import DTYPES, Plan
+
+
+def plan_type() -> type[Plan]:
+    """The class of plans, the same on every machine."""
+    return Plan
+
+
+def block_forward(
+    plan: BlockPlan,
+    x: Tensor,
+    weight: Tensor,
+    core: Tensor | None,
+    bias: Tensor | None,
+    residual: Tensor | None,
+    factors: Sequence[Tensor],
+    a: Tensor | None,
+    b: Tensor | None,
+    residual_a: Tensor | None,
+    residual_b: Tensor | None,
+) -> tuple[Tensor, Tensor | None]:
+    """``y``, and what backward needs as one buffer of bytes, None where it needs nothing."""
+    y = x.new_empty_strided(plan.y_shape, plan.y_stride)
+    saved = x.new_empty(plan.saved_bytes, dtype=torch.uint8) if plan.saved_bytes else None
+    if plan.y_shape[0] == 0:
+        return y, saved
+    h, bits = _parts(plan, saved)
+    vectors = (
+        dense(bias),
+        dense(a),
+        dense(b),
+        None if residual is None else near(residual),
+        dense(residual_a),
+        dense(residual_b),
+    )
+    call = Forward(near(x), *vectors, y, h, bits)
+    tt_block.forward(plan.native, weight.contiguous(), dense(core), [t.contiguous() for t in factors], call)
+    return y, saved
+
+
+def block_backward(
+    plan: BlockPlan,
+    dy: Tensor,
+    saved: Tensor | None,
+    weight: Tensor,
+    core: Tensor | None,
+    factors: Sequence[Tensor],
+    a: Tensor | None,
+    residual_a: Tensor | None,
+    needs: Sequence[bool],
+) -> tuple[Tensor | None, Tensor | None, Tensor | None, Tensor | None]:
+    """Gradients of x, core, bias and residual, each None where ``needs`` says so. ``dy`` may have any strides."""
+    needs_x, needs_core, needs_bias, needs_residual = needs
+    empty = plan.y_shape[0] == 0
+    dx = dy.new_empty_strided(plan.dx_shape, plan.dx_stride) if needs_x else None
+    dcore = None if core is None or not needs_core else core.new_zeros(core.shape) if empty else core.new_empty(core.shape)
+    outputs = plan.y_shape[1]
+    dbias = None if not needs_bias else dy.new_zeros(outputs) if empty else dy.new_empty(outputs)
+    dresidual = dy.new_empty_strided(plan.y_shape, plan.y_stride) if needs_residual else None
+    if not empty and any(t is not None for t in (dx, dcore, dbias, dresidual)):
+        h, bits = _parts(plan, saved)
+        call = Backward(near(dy), h, bits, dense(a), dense(residual_a), dx, dresidual, dcore, dbias)
+        tt_block.backward(plan.native, weight.contiguous(), dense(core), [t.contiguous() for t in factors], call)
+    return dx, dcore, dbias, dresidual
+
+
+def fuse_forward(plan: FusePlan, weight: Tensor, core: Tensor, factors: Sequence[Tensor]) -> Tensor:
+    """``W + scale * B S``, dense."""
+    out = weight.new_empty(weight.shape)
+    tt_fuse.forward(plan.native, weight.contiguous(), core.contiguous(), [t.contiguous() for t in factors], out)
+    return out
+
+
+def fuse_backward(plan: FusePlan, dout: Tensor, core: Tensor, factors: Sequence[Tensor]) -> Tensor:
+    """``scale * dW' S^T``, the gradient of the core."""
+    dcore = core.new_empty(core.shape)
+    tt_fuse.backward(plan.native, dout.contiguous(), [t.contiguous() for t in factors], dcore)
+    return dcore
+
+
+def _parts(plan: BlockPlan, saved: Tensor | None) -> tuple[Tensor | None, Tensor | None]:
+    """``h`` and the bits in the buffer of bytes."""
+    if saved is None:
+        return None, None
+    h_bytes = plan.bits_at // 16 * 16 if plan.saves.bits else plan.bits_at
+    h = saved[:h_bytes].view(DTYPES[plan.native.saved_type]) if plan.saves.h else None
+    return h, saved[plan.bits_at :] if plan.saves.bits else None
