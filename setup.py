@@ -1,4 +1,4 @@
-"""Builds lora_edge._C: module.cpp always, the kernels where nvcc is found. It needs no network, no GPU and no torch.
+"""Builds lora_edge._C: module.cpp and the CPU engine always, the kernels where nvcc is found. It needs no network, no GPU and no torch.
 
 LORA_EDGE_CUDA          1: the kernels or an error; 0: no kernels; unset: the kernels where nvcc is found
 CUDA_HOME, CUDA_PATH    the CUDA toolkit; otherwise the one whose nvcc is on PATH, otherwise /usr/local/cuda
@@ -174,7 +174,8 @@ def main() -> None:
         sys.exit('lora_edge: without build isolation, first: pip install "setuptools>=77" "pybind11>=2.11" ninja')
     from pybind11.setup_helpers import Pybind11Extension
 
-    extension = Pybind11Extension("lora_edge._C", ["csrc/module.cpp"], cxx_std=17, extra_compile_args=["-Wall", "-Wextra"])
+    sources = ["csrc/module.cpp", *sorted(map(str, Path("csrc/cpu").glob("*.cpp")))]
+    extension = Pybind11Extension("lora_edge._C", sources, cxx_std=17, extra_compile_args=["-O3", "-Wall", "-Wextra"])
     setup(
         ext_modules=[extension],
         cmdclass={"build_ext": BuildExtension},

@@ -7,6 +7,8 @@
 #include <string>
 #include <vector>
 
+#include "cpu/block.h"
+#include "cpu/kernels_of.h"
 #include "device.h"
 #include "fields.h"
 #include "plan.h"
@@ -213,6 +215,25 @@ class Plan {
     }
   }
 
+  py::object cpu_refusal() const {
+    const char* why = cpu::refusal(problem_);
+    return why == nullptr ? py::none() : py::object(py::str(why));
+  }
+
+  py::dict cpu_scratch() const {
+    const cpu::Scratch bytes = cpu::scratch(problem_);
+    return py::dict("packed_forward"_a = bytes.packed_forward, "packed_backward"_a = bytes.packed_backward);
+  }
+
+  template <class Call>
+  void run_on_cpu(const char* name, void (*run)(const Problem&, const Call&, int), py::handle args, py::handle threads) const {
+    const Call call = read_call<Call>(name, args);
+    const int count = static_cast<int>(number_of(name, "threads", threads));
+    if (const char* why = cpu::refusal(problem_)) throw std::runtime_error(std::string(name) + ": " + why);
+    py::gil_scoped_release unlocked;
+    run(problem_, call, count);
+  }
+
  private:
   static const char* name_of(Op op) { return op == Op::tt_fuse ? "tt_fuse" : "tt_block"; }
 
@@ -224,8 +245,8 @@ std::vector<std::string> call_fields(const std::string& op) {
   if (op == "Plan") return names<Problem>();
   if (op == "tt_fuse_forward") return names<FuseCall>();
   if (op == "tt_fuse_backward") return names<FuseBackwardCall>();
-  if (op == "tt_block_forward") return names<ForwardCall>();
-  if (op == "tt_block_backward") return names<BackwardCall>();
+  if (op == "tt_block_forward" || op == "cpu_block_forward") return names<ForwardCall>();
+  if (op == "tt_block_backward" || op == "cpu_block_backward") return names<BackwardCall>();
   throw py::value_error("call_fields: there is no op " + op + "; it must be Plan or the name of a launch");
 }
 
@@ -245,7 +266,7 @@ py::dict build_info() {
 #else
   const bool host = false;
 #endif
-  return py::dict("cuda"_a = version_or_none(compiled_cuda_version()), "architectures"_a = LORA_EDGE_ARCHITECTURES,
+  return py::dict("cpu"_a = cpu::instruction_set(), "cuda"_a = version_or_none(compiled_cuda_version()), "architectures"_a = LORA_EDGE_ARCHITECTURES,
                   "compiler"_a = compiler, "host"_a = host);
 }
 
@@ -275,6 +296,15 @@ void define_launch(py::class_<Plan>& plan, const char* name, Op op,
       "with 0 for None, strides in elements. TypeError: a wrong tuple. RuntimeError: the launch was refused or failed.");
 }
 
+template <class Call>
+void define_run(py::class_<Plan>& plan, const char* name, void (*run)(const Problem&, const Call&, int)) {
+  plan.def(
+      name, [name, run](const Plan& self, py::handle args, py::handle threads) { self.run_on_cpu(name, run, args, threads); },
+      "args"_a, "threads"_a,
+      "Run on the CPU, on up to so many threads. args as for a launch; channels are neighbours in every map, h is float32, the "
+      "suffix contracted. TypeError: a wrong tuple. RuntimeError: the CPU engine does not take this plan.");
+}
+
 }  // namespace
 }  // namespace lora_edge
 
@@ -291,6 +321,10 @@ PYBIND11_MODULE(LORA_EDGE_MODULE, m) {
   define_launch(plan, "tt_fuse_backward", Op::tt_fuse, tt_fuse_backward);
   define_launch(plan, "tt_block_forward", Op::tt_block, tt_block_forward);
   define_launch(plan, "tt_block_backward", Op::tt_block, tt_block_backward);
+  plan.def("cpu_refusal", &Plan::cpu_refusal, "Why the CPU engine does not take this plan for tt_block, or None.");
+  plan.def("cpu_scratch", &Plan::cpu_scratch, "The sizes in bytes of what a run on the CPU writes besides its results.");
+  define_run(plan, "cpu_block_forward", cpu::block_forward);
+  define_run(plan, "cpu_block_backward", cpu::block_backward);
   m.def("call_fields", &call_fields, "op"_a, "The names of a launch's args, or of Plan's keywords (\"Plan\"), in order.");
   m.def("build_info", &build_info,
         "CUDA version (None: built without), architectures, compiler, and whether it is the host layer.");

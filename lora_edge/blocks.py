@@ -26,6 +26,7 @@ from lora_edge.layers import LoRAEdgeConv
 from lora_edge.lean import FrozenBatchNorm, LeanActivation, LeanConv, LeanLayer
 from lora_edge.ops.activation import Activation, activate
 from lora_edge.ops.conv_args import ConvArgs, conv_args
+from lora_edge.ops.kernels import channels_last_for_the_cpu
 from lora_edge.ops.padding import pad
 from lora_edge.ops.tt_block import run_block
 
@@ -75,7 +76,7 @@ class LeanModule(nn.Module):
         if len(args) == 1 and not kwargs and isinstance(args[0], Tensor) and _wanted():
             plan = _current_plan(self)
             if plan is not None:
-                return plan.forward(self, args[0])
+                return plan.forward(self, channels_last_for_the_cpu(args[0]))
         return self.base_class.forward(self, *args, **kwargs)
 
     def __reduce_ex__(self, protocol: Any) -> Any:

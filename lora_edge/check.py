@@ -93,7 +93,7 @@ def about() -> Iterator[str]:
     module = _extension.load()
     build, found = module.build_info(), module.device_info()
     made = f"CUDA {build['cuda']} for {build['architectures']}" if build["cuda"] else "no CUDA"
-    yield f"extension: built with {made}, {build['compiler']}"
+    yield f"extension: built with {made}, {build['compiler']}; on the CPU by {build['cpu']}"
     yield f"driver: {'none' if found['driver'] is None else 'for CUDA up to ' + found['driver']}"
     yield from ([] if found["error"] is None else [f"device: none; {found['error']}"])
     for device in found["devices"]:
@@ -109,17 +109,21 @@ def about() -> Iterator[str]:
 
 
 def check_backend(backend: str) -> Iterator[Outcome]:
-    """Every op on every case and dtype."""
+    """Every op on every case and dtype that the backend takes."""
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     if backend in engines.ENGINES:
         device = torch.device(engines.device_type(backend))
     dtypes: list[tuple[torch.dtype, bool]] = [(torch.float32, False), (torch.float16, False), (torch.bfloat16, False)]
-    if backend in engines.ENGINES:
+    runs = [("tt_fuse", _fuse), ("tt_conv", _conv), ("tt_block", _block)]
+    cases = CASES
+    if backend == "cpu":  # the rest it leaves to torch
+        dtypes, runs, cases = dtypes[:1], runs[1:], [case for case in CASES if case.groups == 1]
+    elif backend in engines.ENGINES:
         dtypes.insert(1, (torch.float32, True))
     for dtype, tf32 in dtypes:
         unit = "tf32" if tf32 else str(dtype).removeprefix("torch.")
-        for case in CASES:
-            for op, run in (("tt_fuse", _fuse), ("tt_conv", _conv), ("tt_block", _block)):
+        for case in cases:
+            for op, run in runs:
                 yield _outcome(f"{op} {case.name}, {unit}", backend, case, device, dtype, tf32, run)
 
 

@@ -54,7 +54,7 @@ class FrozenBatchNorm(_BatchNorm):
         return scale, shift if self.bias is None else shift + self.bias.detach()
 
     def forward(self, x: Tensor) -> Tensor:
-        if self.is_lean() and torch.is_grad_enabled() and x.requires_grad:
+        if self.is_lean() and torch.is_grad_enabled():
             self._check_input_dim(x)
             return _FrozenBatchNorm.apply(x, self.running_mean, self.running_var, self.weight, self.bias, self.eps)
         return self.stock.forward(self, x)
@@ -67,6 +67,8 @@ class _FrozenBatchNorm(torch.autograd.Function):
     ) -> Tensor:
         ctx.save_for_backward(var, weight)
         ctx.eps = eps
+        if x.dim() == 3 and not x.is_contiguous() and x.stride(1) == 1:  # (N, C, 1, L) in channels-last, which torch keeps
+            return F.batch_norm(x.unsqueeze(2), mean, var, weight, bias, False, 0.0, eps).squeeze(2)
         return F.batch_norm(x, mean, var, weight, bias, False, 0.0, eps)
 
     @staticmethod

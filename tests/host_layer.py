@@ -185,7 +185,7 @@ def extension() -> ModuleType:
     flags = [*_COMMON, "-O2", f"-I{CSRC}", "-fvisibility=hidden"]
     module = [*flags, "-DLORA_EDGE_MODULE=_C_host", f"-I{pybind11.get_include()}", f"-I{sysconfig.get_paths()['include']}"]
     machine = [path for path in sorted((CSRC / "host").glob("*.cpp")) if path.name not in ("run.cpp", "problem_ops.cpp")]
-    parts = [(path, flags) for path in [*sorted(CSRC.glob("*.cu")), CSRC / "without_cuda.cpp"]]
+    parts = [(path, flags) for path in [*sorted(CSRC.glob("*.cu")), *sorted(CSRC.glob("cpu/*.cpp")), CSRC / "without_cuda.cpp"]]
     objects = _compile([(CSRC / "module.cpp", module), *parts, *((path, _engine(False, CSRC)) for path in machine)])
     library = _link("_C_host" + sysconfig.get_config_var("EXT_SUFFIX"), objects, ["-shared"])
     spec = importlib.util.spec_from_file_location("_C_host", library)

@@ -1,8 +1,8 @@
-"""Which backend runs an op: ``torch`` (any device torch has), ``cuda`` (the compiled extension) and ``triton``.
+"""Which backend runs an op: ``torch`` (any device torch has), ``cuda`` and ``cpu`` (the compiled extension) and ``triton``.
 
 A call's own ``backend=`` wins over :func:`use_backend`, that over the variable LORA_EDGE_BACKEND, that over "auto". "auto"
 takes for tensors on a CUDA device the extension where it works, else Triton's kernels where they work, by an explicit rule and
-never by a caught exception; else torch. Under ``torch.compile`` the choice is made when the call is traced.
+never by a caught exception; on the CPU the extension's own engine for whole blocks; else torch. Under ``torch.compile`` the choice is made when the call is traced.
 """
 
 from __future__ import annotations
@@ -16,7 +16,7 @@ from lora_edge.ops import engines
 from lora_edge.ops.extension import constant_when_traced
 
 AVAILABLE = "available"
-NAMES = ("auto", "cuda", "triton", "torch")
+NAMES = ("auto", "cuda", "triton", "cpu", "torch")
 VARIABLE = "LORA_EDGE_BACKEND"
 _context: ContextVar[str | None] = ContextVar("lora_edge_backend", default=None)
 
@@ -31,7 +31,7 @@ def use_backend(backend: str) -> Iterator[None]:
     """Inside, calls that do not name a backend themselves use this one; safe with threads and asyncio.
 
     Args:
-        backend: "auto", "cuda", "triton" or "torch".
+        backend: "auto", "cuda", "triton", "cpu" or "torch".
 
     Raises:
         ValueError: ``backend`` is not a known name.

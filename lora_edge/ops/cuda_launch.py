@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 
 from lora_edge.ops import extension
-from lora_edge.ops.memory_layout import dense, near
+from lora_edge.ops.memory_layout import address, dense, near, strides
 from lora_edge.ops.plan import BlockPlan, FusePlan
 
 _ABSENT = (0, 0, 0, 0)
@@ -39,17 +39,17 @@ def block_forward(
         return y, saved
     x, residual = near(x), None if residual is None else near(residual)
     held = [dense(t) for t in (weight, core, bias, a, b, residual_a, residual_b)]
-    at_weight, at_core, at_bias, at_a, at_b, at_residual_a, at_residual_b = map(_address, held)
+    at_weight, at_core, at_bias, at_a, at_b, at_residual_a, at_residual_b = map(address, held)
     factors = [t.contiguous() for t in factors]
     packed = x.new_empty(plan.packed_forward, dtype=torch.uint8)
-    at_saved = _address(saved)
+    at_saved = address(saved)
     found, index = extension.machine(), x.device.index or 0
     plan.native.tt_block_forward(
         (
             at_weight, at_core, *_addresses(factors),
-            x.data_ptr(), *_strides(x), at_bias, at_a, at_b,
-            _address(residual), *_strides(residual), at_residual_a, at_residual_b,
-            y.data_ptr(), *_strides(y),
+            x.data_ptr(), *strides(x), at_bias, at_a, at_b,
+            address(residual), *strides(residual), at_residual_a, at_residual_b,
+            y.data_ptr(), *strides(y),
             at_saved if plan.saves.h else 0, at_saved + plan.bits_at if plan.saves.bits else 0, packed.data_ptr(),
         ),
         index,
@@ -81,19 +81,19 @@ def block_backward(
         return dx, dcore, dbias, dresidual
     dy = near(dy)
     held = [dense(t) for t in (weight, core, a, residual_a)]
-    at_weight, at_core, at_a, at_residual_a = map(_address, held)
+    at_weight, at_core, at_a, at_residual_a = map(address, held)
     factors = [t.contiguous() for t in factors]
     packed_bytes = plan.packed_backward if needs_x else 0
     scratch = dy.new_empty(packed_bytes + (plan.partial if needs_core or needs_bias else 0), dtype=torch.uint8)
-    at_saved, at_scratch = _address(saved), scratch.data_ptr()
+    at_saved, at_scratch = address(saved), scratch.data_ptr()
     found, index = extension.machine(), dy.device.index or 0
     plan.native.tt_block_backward(
         (
             at_weight, at_core, *_addresses(factors),
-            dy.data_ptr(), *_strides(dy),
+            dy.data_ptr(), *strides(dy),
             at_saved if plan.saves.h else 0, at_saved + plan.bits_at if plan.saves.bits else 0, at_a, at_residual_a,
-            _address(dx), *_strides(dx), _address(dresidual), *_strides(dresidual),
-            _address(dcore), _address(dbias), at_scratch, at_scratch + packed_bytes,
+            address(dx), *strides(dx), address(dresidual), *strides(dresidual),
+            address(dcore), address(dbias), at_scratch, at_scratch + packed_bytes,
         ),
         index,
         found.stream(index),  # type: ignore[union-attr]
@@ -127,20 +127,8 @@ def plan_type() -> Any:
     return extension.machine().module.Plan  # type: ignore[union-attr]
 
 
-def _address(tensor: Tensor | None) -> int:
-    return 0 if tensor is None else tensor.data_ptr()
-
-
 def _addresses(factors: Sequence[Tensor]) -> tuple[int, ...]:
     """suffix, core2, core3, core4."""
     if len(factors) < 2:
         return (factors[0].data_ptr(), 0, 0, 0) if factors else _ABSENT
     return (0, factors[0].data_ptr(), factors[1].data_ptr(), factors[2].data_ptr() if len(factors) == 3 else 0)
-
-
-def _strides(tensor: Tensor | None) -> tuple[int, ...]:
-    """Strides of ``(N, C, H, W)``; a 1-D map has height 1."""
-    if tensor is None:
-        return _ABSENT
-    stride = tensor.stride()
-    return stride if len(stride) == 4 else (stride[0], stride[1], stride[2] * tensor.shape[2], stride[2])

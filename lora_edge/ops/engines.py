@@ -1,4 +1,4 @@
-"""The engines: two sets of kernels, ``cuda`` (the compiled extension) and ``triton``, for the same calls.
+"""The engines: sets of kernels for the same calls, ``cuda`` and ``cpu`` (the compiled extension) and ``triton``.
 
 They share the checks, the rule of what is taken, the plans, autograd and the operators of torch. An engine is a module with
 :class:`Engine`'s functions, imported when it is first asked for, and a word on whether it works on a machine.
@@ -14,15 +14,15 @@ from typing import TYPE_CHECKING, Any, Protocol, cast
 import torch
 from torch import Tensor
 
-from lora_edge.ops import extension, triton_machine
+from lora_edge.ops import cpu_machine, extension, triton_machine
 from lora_edge.ops.extension import constant_when_traced
 
 if TYPE_CHECKING:
     from lora_edge.ops.plan import BlockPlan, FusePlan
 
-ENGINES = ("cuda", "triton")  # "auto" takes the first that works
-_MACHINES = {"cuda": extension, "triton": triton_machine}
-_LAUNCHES = {"cuda": "lora_edge.ops.cuda_launch", "triton": "lora_edge.ops.triton_launch"}
+ENGINES = ("cuda", "triton", "cpu")  # "auto" takes the first that works
+_MACHINES = {"cuda": extension, "triton": triton_machine, "cpu": cpu_machine}
+_LAUNCHES = {"cuda": "lora_edge.ops.cuda_launch", "triton": "lora_edge.ops.triton_launch", "cpu": "lora_edge.ops.cpu_launch"}
 
 
 class Engine(Protocol):

@@ -14,9 +14,10 @@ from torch import Tensor
 from torch.autograd.function import once_differentiable
 
 from lora_edge.ops import custom_ops, plan
-from lora_edge.ops.backends import choose_backend
+from lora_edge.ops.backends import choose_backend, requested
 from lora_edge.ops.conv_args import ConvArgs
 from lora_edge.ops.engines import chosen, engine, reason
+from lora_edge.ops.memory_layout import channels_last
 from lora_edge.ops.plan import BlockPlan, Epilogue, FusePlan, Saves
 
 _Affine = tuple[Tensor, Tensor] | None
@@ -52,8 +53,12 @@ def try_block(
     saves = saves_of(x, core, bias, residual, epilogue)
     kernels = chosen(name, x.device)
     planned: BlockPlan | str | None = reason(kernels, x.device) or plan.trained(weight, factors)
+    if planned is None and kernels == "cpu":
+        planned = _not_on_the_cpu(op, name)
     if planned is None:
         sizes = plan.sizes_of(x, weight, core, factors, (a, b, residual_a, residual_b))
+        if kernels == "cpu":
+            sizes = sizes._replace(channels_last=True)
         if torch.compiler.is_compiling():
             why = custom_ops.block_refusal(kernels, sizes, args, epilogue, saves, route)
             if why is None:
@@ -179,6 +184,27 @@ class _Fuse(torch.autograd.Function):
         core, *factors = ctx.saved_tensors
         dcore = ctx.plan.engine.fuse_backward(ctx.plan, dout, core, factors) if ctx.needs_input_grad[1] else None
         return dout if ctx.needs_input_grad[0] else None, dcore, None, None
+
+
+def channels_last_for_the_cpu(x: Tensor) -> Tensor:
+    """``x`` in the memory layout that the CPU engine keeps from block to block, copied once at a network's door."""
+    if (
+        x.device.type != "cpu"
+        or x.dtype != torch.float32
+        or x.dim() not in (3, 4)
+        or requested("auto")[0] not in ("auto", "cpu")
+    ):
+        return x
+    return x if reason("cpu") is not None else channels_last(x)
+
+
+def _not_on_the_cpu(op: str, name: str) -> str | None:
+    """Why the CPU engine leaves a call to torch, None where it does not."""
+    if torch.compiler.is_compiling():
+        return "it is traced by torch.compile; the CPU engine runs in eager mode"
+    if name == "auto" and op == "tt_conv":
+        return "a convolution by itself, which on torch is bit-identical to the stock layer"
+    return None
 
 
 def _refuse(op: str, name: str, why: str) -> None:

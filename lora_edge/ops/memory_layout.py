@@ -1,4 +1,4 @@
-"""Tensors as the kernels can count them: in 32 bits, parameters dense."""
+"""Tensors as compiled code takes them: near enough to count in 32 bits, parameters dense, addresses and strides as ints."""
 
 from __future__ import annotations
 
@@ -18,3 +18,21 @@ def near(tensor: Tensor) -> Tensor:
 def dense(tensor: Tensor | None) -> Tensor | None:
     """``tensor`` contiguous."""
     return tensor if tensor is None or tensor.is_contiguous() else tensor.contiguous()
+
+
+def channels_last(x: Tensor) -> Tensor:
+    """``x``, or a copy in which neighbours in memory are channels; a 3-D tensor too."""
+    return x if x.shape[1] == 1 or x.stride(1) == 1 else x.movedim(1, -1).contiguous().movedim(-1, 1)
+
+
+def address(tensor: Tensor | None) -> int:
+    """Where the data begin, 0 for None."""
+    return 0 if tensor is None else tensor.data_ptr()
+
+
+def strides(tensor: Tensor | None) -> tuple[int, ...]:
+    """Strides of ``(N, C, H, W)``, zeros for None; a 1-D map has height 1."""
+    if tensor is None:
+        return (0, 0, 0, 0)
+    stride = tensor.stride()
+    return stride if len(stride) == 4 else (stride[0], stride[1], stride[2] * tensor.shape[2], stride[2])

@@ -1,0 +1,296 @@
+"""``python -m benchmarks.train_step``: the time of a training step on W1, W2 and W3, method beside method, on this CPU.
+
+Every method's step, forward, backward and Adam, is timed in interleaved rounds within one process; full fine-tuning as users
+write it is timed twice, which shows the noise. A row has p20, p50 and p80 in milliseconds, the parts' medians, and the median
+over rounds of the ratio to full fine-tuning and to PEFT's conv LoRA with p20 and p80. ``inference`` times the adapted and the
+merged model without gradients against the base. ``profile`` gives each block's direct multiply-adds over its time beside a plain
+matrix product's. Rows go to ``results/<device>/train_step.csv`` and ``blocks.csv``; the exit code is 1 where a bound is missed.
+"""
+
+from __future__ import annotations
+
+import argparse
+import copy
+import sys
+import time
+import warnings
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+import lora_edge
+from lora_edge.har.adaptation import machine
+from lora_edge.ops import cpu_launch
+
+from . import RESULTS, write_rows
+from .workloads import WORKLOADS, Workload
+
+RANK = 2
+LEARNING_RATE = 1e-4
+# the most that lora_edge's step may take of full fine-tuning's, and of PEFT's, at batch 64
+BOUNDS = {"W1": (0.45, 0.40), "W2": (0.33, 0.30), "W3": (0.55, 0.50)}
+INFERENCE_BOUNDS = {"adapted": 1.05, "merged": 1.00}
+NOISE = 0.02  # of a ratio that should be 1
+CONVOLUTIONS = (nn.Conv1d, nn.Conv2d)
+FIELDS = (
+    "device", "lora_edge", "torch", "threads", "date", "workload", "batch", "what", "method", "rounds", "ms_p20", "ms_p50",
+    "ms_p80", "forward_ms", "backward_ms", "optimizer_ms", "over_full", "over_full_p20", "over_full_p80", "over_peft",
+    "over_peft_p20", "over_peft_p80",
+)  # fmt: skip
+BLOCK_FIELDS = (
+    "device", "lora_edge", "torch", "threads", "date", "workload", "batch", "direction", "outputs", "weight", "count", "ms",
+    "direct_gflops", "product_gflops",
+)  # fmt: skip
+
+Step = Callable[[], tuple[float, float, float]]
+
+
+def adapted_names(workload: Workload, model: nn.Module) -> list[str]:
+    """The convolutions that are adapted, by name."""
+    targets = workload.targets(model)
+    return [n for n, m in model.named_modules() if isinstance(m, CONVOLUTIONS) and (targets is None or n in targets)]
+
+
+def methods(workload: Workload) -> Iterator[tuple[str, Callable[[], nn.Module]]]:
+    """Name and maker of each method's model, ready to be trained. One that is not installed is left out."""
+    yield "full", workload.model
+    yield "full again", workload.model
+
+    def channels_last() -> nn.Module:
+        return workload.model().to(memory_format=torch.channels_last)
+
+    def compiled() -> nn.Module:
+        return torch.compile(workload.model())  # type: ignore[return-value]
+
+    def head_only() -> nn.Module:
+        model = workload.model()
+        head = [m for m in model.modules() if isinstance(m, nn.Linear)][-1]
+        model.requires_grad_(False)
+        head.requires_grad_(True)
+        return model
+
+    def ours() -> nn.Module:
+        model = workload.model()
+        return lora_edge.adapt(model, RANK, targets=workload.targets(model))
+
+    if len(workload.input_shape) == 3:
+        yield "full, channels-last", channels_last
+    yield "full, torch.compile", compiled
+    yield "frozen backbone", head_only
+    try:
+        import peft
+
+        def conv_lora() -> nn.Module:
+            model = workload.model()
+            config = peft.LoraConfig(r=RANK, target_modules=adapted_names(workload, model))
+            return peft.get_peft_model(model, config)  # type: ignore[arg-type]
+
+        yield "PEFT conv LoRA", conv_lora
+    except ImportError:
+        print("PEFT is not installed: no rows of it")
+    try:
+        from lycoris import LycorisNetwork, create_lycoris
+
+        def locon(bypass: bool) -> nn.Module:
+            model = workload.model()
+            names = adapted_names(workload, model)
+            LycorisNetwork.apply_preset({"enable_conv": True, "target_module": [], "target_name": names})
+            network = create_lycoris(
+                model, 1.0, linear_dim=RANK, linear_alpha=RANK, conv_dim=RANK, conv_alpha=RANK, algo="locon", bypass_mode=bypass
+            )
+            network.apply_to()
+            model.requires_grad_(False)
+            model.adapters = network
+            network.requires_grad_(True)
+            return model
+
+        yield "LyCORIS LoCon", lambda: locon(False)
+        yield "LyCORIS LoCon, bypass", lambda: locon(True)
+    except ImportError:
+        print("LyCORIS is not installed: no rows of it")
+    yield "lora_edge", ours
+
+
+def step_of(model: nn.Module, x: Tensor, y: Tensor) -> Step:
+    """A training step in train mode: seconds of forward, backward and the optimizer."""
+    model.train()
+    optimizer = torch.optim.Adam([p for p in model.parameters() if p.requires_grad], lr=LEARNING_RATE)
+    head_in_eval = x.shape[0] == 1  # a batch statistic of one sample and one position is none
+    if head_in_eval:
+        for m in model.modules():
+            if isinstance(m, nn.modules.batchnorm._BatchNorm):
+                m.eval()
+
+    def step() -> tuple[float, float, float]:
+        begin = time.perf_counter()
+        loss = F.cross_entropy(model(x), y)
+        forward = time.perf_counter()
+        loss.backward()
+        backward = time.perf_counter()
+        optimizer.step()
+        optimizer.zero_grad()
+        return forward - begin, backward - forward, time.perf_counter() - backward
+
+    return step
+
+
+def interleaved(steps: dict[str, Step], rounds: int) -> dict[str, np.ndarray]:
+    """Seconds ``(rounds, parts)`` of each, after two rounds that do not count."""
+    found: dict[str, list[tuple[float, ...]]] = {name: [] for name in steps}
+    for _ in range(rounds + 2):
+        for name, step in steps.items():
+            found[name].append(step())
+    return {name: np.array(values[2:]) for name, values in found.items()}
+
+
+def rows_of(seconds: dict[str, np.ndarray], fixed: dict[str, Any]) -> list[dict[str, Any]]:
+    """A row a method."""
+    rows = []
+    whole = {name: parts.sum(axis=1) for name, parts in seconds.items()}
+    for name, parts in seconds.items():
+        row = {**fixed, "method": name, "rounds": len(parts)}
+        row |= dict(zip(("ms_p20", "ms_p50", "ms_p80"), _rounded(1e3 * np.percentile(whole[name], [20, 50, 80])), strict=True))
+        if parts.shape[1] == 3:
+            medians = _rounded(1e3 * np.median(parts, axis=0))
+            row |= dict(zip(("forward_ms", "backward_ms", "optimizer_ms"), medians, strict=True))
+        for other, column in (("full", "over_full"), ("base", "over_full"), ("PEFT conv LoRA", "over_peft")):
+            if other in whole:
+                low, middle, high = _rounded(np.percentile(whole[name] / whole[other], [20, 50, 80]))
+                row |= {column: middle, f"{column}_p20": low, f"{column}_p80": high}
+        rows.append(row)
+    return rows
+
+
+def _rounded(values: np.ndarray) -> list[float]:
+    return [round(float(v), 3) for v in values]
+
+
+def inference(workload: Workload, x: Tensor, rounds: int) -> dict[str, np.ndarray]:
+    """The base model, the adapted and the merged one, without gradients."""
+    base = workload.model().eval()
+    adapted = copy.deepcopy(base)
+    lora_edge.adapt(adapted, RANK, targets=workload.targets(adapted)).eval()
+    merged = lora_edge.merge(copy.deepcopy(adapted)).eval()
+
+    def run(model: nn.Module) -> Step:
+        def step() -> tuple[float, ...]:
+            begin = time.perf_counter()
+            with torch.no_grad():
+                model(x)
+            return (time.perf_counter() - begin,)
+
+        return step  # type: ignore[return-value]
+
+    return interleaved({"base": run(base), "adapted": run(adapted), "merged": run(merged)}, rounds)
+
+
+def profile(workload: Workload, x: Tensor, y: Tensor, steps: int, fixed: dict[str, Any]) -> list[dict[str, Any]]:
+    """A row for each kind of block of the CPU engine; the direct form's operations, which filtering does not all do."""
+    model = workload.model()
+    step = step_of(lora_edge.adapt(model, RANK, targets=workload.targets(model)), x, y)
+    a = torch.randn(1024, 1024)
+    product = min(_seconds(lambda: a @ a) for _ in range(20))
+    times: dict[tuple[str, tuple[int, ...], tuple[int, ...]], list[float]] = {}
+    originals = {"forward": cpu_launch.block_forward, "backward": cpu_launch.block_backward}
+
+    def timed(direction: str) -> Callable[..., Any]:
+        def run(plan: Any, *arguments: Any) -> Any:
+            begin = time.perf_counter()
+            result = originals[direction](plan, *arguments)
+            weight = arguments[1 if direction == "forward" else 2]
+            times.setdefault((direction, plan.y_shape, tuple(weight.shape)), []).append(time.perf_counter() - begin)
+            return result
+
+        return run
+
+    try:
+        cpu_launch.block_forward, cpu_launch.block_backward = timed("forward"), timed("backward")
+        for _ in range(steps + 1):
+            step()
+    finally:
+        cpu_launch.block_forward, cpu_launch.block_backward = originals["forward"], originals["backward"]
+    rows = []
+    for (direction, outputs, weight), seconds in times.items():
+        median = float(np.median(seconds))
+        operations = 2 * np.prod(outputs) * np.prod(weight[1:])
+        rows.append(
+            {
+                **fixed, "direction": direction, "outputs": "x".join(map(str, outputs)), "weight": "x".join(map(str, weight)),
+                "count": len(seconds) // (steps + 1), "ms": round(1e3 * median, 3),
+                "direct_gflops": round(operations / median / 1e9, 1), "product_gflops": round(2 * 1024**3 / product / 1e9, 1),
+            }
+        )  # fmt: skip
+    return rows
+
+
+def _seconds(call: Callable[[], Any]) -> float:
+    begin = time.perf_counter()
+    call()
+    return time.perf_counter() - begin
+
+
+def misses(rows: list[dict[str, Any]]) -> list[str]:
+    """Each bound that the rows miss, in words."""
+    found = []
+    for row in rows:
+        place = f"{row['workload']} at batch {row['batch']}"
+        if row["what"] == "inference" and row["method"] in INFERENCE_BOUNDS:
+            if row["over_full"] > INFERENCE_BOUNDS[row["method"]] + NOISE:
+                found.append(f"{place}: inference {row['method']} is {row['over_full']} of the base model's")
+        elif row["what"] == "step" and row["method"] == "lora_edge":
+            for column, bound in zip(("over_full", "over_peft"), BOUNDS[row["workload"]], strict=True):
+                if row["batch"] == 64 and row.get(column, 0) > bound:
+                    found.append(f"{place}: {column} is {row[column]}, bound {bound}")
+            peers = [r for r in rows if all(r[k] == row[k] for k in ("workload", "batch", "what")) and r is not row]
+            for peer in peers:
+                if peer["ms_p50"] < row["ms_p50"] and peer["method"] != "frozen backbone":  # which trains the head alone
+                    found.append(f"{place}: {peer['method']} takes {peer['ms_p50']} ms, lora_edge {row['ms_p50']}")
+    return found
+
+
+def main() -> int:
+    parser = argparse.ArgumentParser(prog="python -m benchmarks.train_step", description=__doc__)
+    parser.add_argument("--workload", nargs="+", choices=list(WORKLOADS), default=list(WORKLOADS))
+    parser.add_argument("--batch", type=int, nargs="+", default=[1, 8, 64])
+    parser.add_argument("--rounds", type=int, default=15, help="at batch 64; more at smaller ones")
+    parser.add_argument("--device", default="cpu", help="folder of the results")
+    parser.add_argument("--out", type=Path, help="another folder for the tables")
+    options = parser.parse_args()
+    warnings.simplefilter("ignore")
+    about = {key: machine()[key] for key in ("lora_edge", "torch", "threads", "date")} | {"device": options.device}
+    rows: list[dict[str, Any]] = []
+    blocks: list[dict[str, Any]] = []
+    for name in options.workload:
+        workload = WORKLOADS[name]
+        for batch in options.batch:
+            x, y = workload.batch(batch)
+            fixed = {**about, "workload": name, "batch": batch}
+            rounds = options.rounds * (4 if batch == 1 else 2 if batch == 8 else 1)
+            steps = {}
+            for method, make in methods(workload):
+                torch.compiler.reset()
+                format_ = torch.channels_last if method == "full, channels-last" else torch.contiguous_format
+                steps[method] = step_of(make(), x.to(memory_format=format_) if x.dim() == 4 else x, y)
+            measured = rows_of(interleaved(steps, rounds), {**fixed, "what": "step"})
+            del steps
+            measured += rows_of(inference(workload, x, rounds), {**fixed, "what": "inference"})
+            rows += measured
+            for row in measured:
+                print(name, batch, row["what"], row["method"], row["ms_p50"], "ms", row.get("over_full"), row.get("over_peft"))
+            if batch == max(options.batch):
+                blocks += profile(workload, x, y, 5, fixed)
+    folder = options.out or RESULTS / options.device
+    write_rows(folder / "train_step.csv", FIELDS, rows)
+    write_rows(folder / "blocks.csv", BLOCK_FIELDS, blocks)
+    for line in misses(rows):
+        print("missed:", line)
+    return 1 if misses(rows) else 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,103 @@
+// The inner loops as the drivers call them, for the instruction set that this machine has. kernels.h implements them.
+#pragma once
+
+#include <cstdint>
+
+#include "../problem.h"
+
+namespace lora_edge::cpu {
+
+constexpr int kTileRows = 6;  // rows that gemm_rows does at a time; it reads its table and writes its sums in whole tiles
+
+// sums[row][column] (+)= sum over taps and channels of source[offsets[row][tap] + channel] * packed[tap][channel][column].
+// A negative offset is a row of zeros.
+struct GemmRows {
+  const float *source, *zeros, *packed;
+  const int32_t* offsets;
+  float* sums;  // (rows, panel)
+  int rows, taps, channels, vectors;
+  int tap, tap_end, channel, channel_end;  // the part of k
+  bool adds;
+};
+
+// For each place t: by_two[t] = x[p] - x[p + 2], sum[t] = x[p] + x[p + 1], by_one[t] = x[p + 1] - x[p], with p = first + t and
+// zeros outside of the line.
+struct FilterLine {
+  const float *source, *zeros;
+  float *by_two, *sum, *by_one;
+  int64_t stride;
+  int width, channels, first, places;
+};
+
+// Outputs 2 u and 2 u + 1 of a line from the four products of pair u, in rows of a panel.
+struct CombineLine {
+  const float *m0, *m1, *m2, *m3;
+  float* sums;
+  int rows;
+};
+
+// y = act(sums + shift + residual_scale * residual) and the bits where the slope is 1, for `columns` channels of each row.
+struct FinishRows {
+  const float* sums;
+  float* y;
+  const float *shift, *residual, *residual_scale;
+  const int32_t *y_at, *residual_at;
+  uint8_t* bits;
+  int rows, pitch, columns, octets;
+  Activation activation;
+  float low, high;
+};
+
+// dz = dy where the bit is set, else 0; dresidual = residual_scale * dz; sums[q] += dz h[q], and sums[rank] += dz.
+struct MaskRows {
+  const float* dy;
+  const int32_t* dy_at;
+  const uint8_t* bits;
+  const float *h, *residual_scale;
+  float *dz, *dresidual, *sums;
+  const int32_t* dresidual_at;
+  int rows, channels, octets, rank, pitch;  // pitch: floats from one sum to the next, a multiple of 8
+  bool keeps_dz, sums_bias;
+};
+
+// sums[row][c] = sum over taps of source[offsets[row][tap] + c] * packed[tap][c]; channels are a multiple of 8.
+struct DepthwiseRows {
+  const float *source, *packed;
+  const int32_t* offsets;
+  float* sums;
+  int rows, taps, channels;
+};
+
+// out[row][q] = sum over channels of source[offsets[row] + c] * vectors[q][c].
+struct DotRows {
+  const float *source, *zeros, *vectors;
+  const int32_t* offsets;
+  float* out;
+  int rows, channels, count;
+};
+
+// out = a * (weight + scale * sum over q of core[q] * suffix[q]), one output's `count` elements.
+struct ComposeRow {
+  const float *weight, *core, *suffix;
+  float* out;
+  int64_t count;
+  int rank;
+  float scale, a;
+};
+
+struct Kernels {
+  int lanes, panel;  // floats of a vector; columns that gemm_rows does at most
+  void (*gemm_rows)(const GemmRows&);
+  void (*filter_line)(const FilterLine&);
+  void (*combine_line)(const CombineLine&);
+  void (*finish_rows)(const FinishRows&);
+  void (*mask_rows)(const MaskRows&);
+  void (*depthwise_rows)(const DepthwiseRows&);
+  void (*dot_rows)(const DotRows&);
+  void (*compose_row)(const ComposeRow&);
+};
+
+const Kernels& kernels_here();
+const char* instruction_set();
+
+}  // namespace lora_edge::cpu

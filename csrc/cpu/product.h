@@ -1,0 +1,79 @@
+// One convolution as products of matrices: rows are positions, columns the panels of a packed kernel.
+//
+// directly    the rows' sources are read where they lie, a table of offsets names one for each tap ("indirect convolution":
+//             Dukhan, The Indirect Convolution Algorithm, 2019); stride, dilation and any padding are in the table alone
+// filtered    where neighbouring taps meet neighbouring positions, two outputs of three taps take four products instead of six,
+//             of two taps three instead of four (Winograd's minimal filtering F(2, 3), here along the width):
+//               y0 = m0 + m1 + m2    m0 = (x0 - x2) g0    m1 = (x1 + x2) (g0 + g1 + g2) / 2
+//               y1 = m1 - m2 - m3    m3 = (x1 - x3) g2    m2 = (x2 - x1) (g0 - g1 + g2) / 2
+//             A longer kernel is a sum of such pieces, and all pieces share m0 .. m3. Only sums and halves: the rounding error
+//             stays that of the direct form.
+#pragma once
+
+#include <cstdint>
+#include <vector>
+
+#include "../problem.h"
+
+namespace lora_edge::cpu {
+
+// The taps that a product runs over, in each axis: source position u * step + origin - j * advance for tap j < taps.
+struct Reach {
+  int rows_h, rows_w;  // positions u
+  int step_h, step_w, origin_h, origin_w;
+  int advance_h, advance_w, taps_h, taps_w;
+
+  int rows() const { return rows_h * rows_w; }
+  int taps() const { return taps_h * taps_w; }
+};
+
+// The map that is read: its size in positions, its channels, and strides in elements with channels as neighbours.
+struct Source {
+  int height, width, channels;
+  Strides strides;
+};
+
+// One packed operand's piece: sum of factor * tap over up to three taps of the kernel.
+struct Term {
+  int taps[3];
+  float factors[3];
+  int count;
+};
+
+// For `samples` samples, the offset of each row's source for each tap, -1 outside; with -1 behind, for the last tile of rows.
+std::vector<int32_t> offsets_of(const Reach&, int samples, const Source&);
+
+class Product {
+ public:
+  // `samples`: the most that `run` is given at once.
+  Product(const Reach&, const Source&, int columns, int samples);
+
+  int64_t packed_floats() const;
+  int groups() const { return filtered_ ? 4 : 1; }
+  const std::vector<Term>& terms(int group) const { return terms_[group]; }
+  // Where a column of a term and channel is packed, and the floats from there to the next channel.
+  float* packed_at(float* packed, int group, int term, int channel, int column) const;
+  int width_of(int column) const;
+
+  // What the rows of some samples share: to be called before `run` by the same thread.
+  const float* prepare(const float* source, int samples) const;
+  // Writes the panel that begins at `column` for the lines (sample, u_h) in [line, line_end) to sums (rows, panel).
+  void run(const float* prepared, const float* packed, int column, int line, int line_end, float* sums) const;
+  // Floats that `sums` must have for so many lines.
+  int64_t sums_floats(int lines) const;
+
+  const Reach reach;
+
+ private:
+  void run_group(int group, const float* source, const float* packed, int column, int row, int rows, float* sums) const;
+  int64_t group_floats(int group) const;
+
+  Source source_;
+  int columns_, pairs_, first_, places_;  // filtered: pairs of a line, the first position that is transformed, and how many are
+  bool filtered_;
+  int64_t apart_ = 0;  // floats between the transformed maps of the three kinds
+  std::vector<Term> terms_[4];
+  std::vector<int32_t> offsets_[4];
+};
+
+}  // namespace lora_edge::cpu

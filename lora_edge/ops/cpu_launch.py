@@ -1,0 +1,143 @@
+"""One run of the CPU engine (csrc/cpu): outputs and scratch from torch's allocator, work on torch's own threads.
+
+Maps are channels-last, in 1-D too, where a 3-D tensor is so in memory: what comes otherwise is copied, what goes out stays so,
+and one copy at a network's door is the only one. ``h`` is computed in float32 and kept in the dtype asked for.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from lora_edge.ops import cpu_machine
+from lora_edge.ops.memory_layout import address, channels_last, dense, near, strides
+from lora_edge.ops.plan import TYPES, BlockPlan, FusePlan
+from lora_edge.tt import contracted
+
+
+def block_forward(
+    plan: BlockPlan,
+    x: Tensor,
+    weight: Tensor,
+    core: Tensor | None,
+    bias: Tensor | None,
+    residual: Tensor | None,
+    factors: Sequence[Tensor],
+    a: Tensor | None,
+    b: Tensor | None,
+    residual_a: Tensor | None,
+    residual_b: Tensor | None,
+) -> tuple[Tensor, Tensor | None]:
+    """``y``, and what backward needs as one buffer of bytes, None where it needs nothing."""
+    y = x.new_empty_strided(plan.y_shape, plan.y_stride)
+    saved = x.new_empty(plan.saved_bytes, dtype=torch.uint8) if plan.saved_bytes else None
+    if plan.y_shape[0] == 0:
+        return y, saved
+    x, residual = channels_last(near(x)), None if residual is None else channels_last(near(residual))
+    held = [dense(t) for t in (weight, core, _suffix(factors), bias, a, b, residual_a, residual_b)]
+    at_weight, at_core, at_suffix, at_bias, at_a, at_b, at_residual_a, at_residual_b = map(address, held)
+    packed = x.new_empty(plan.packed_forward, dtype=torch.uint8)
+    kept = _saved_h(plan, saved, factors)
+    h = None if kept is None else kept if kept.dtype == torch.float32 else torch.empty_like(kept, dtype=torch.float32)
+    plan.native.run.cpu_block_forward(
+        (
+            at_weight, at_core, at_suffix, 0, 0, 0,
+            x.data_ptr(), *strides(x), at_bias, at_a, at_b,
+            address(residual), *strides(residual), at_residual_a, at_residual_b,
+            y.data_ptr(), *strides(y), address(h), _bits(plan, saved), packed.data_ptr(),
+        ),
+        torch.get_num_threads(),
+    )  # fmt: skip
+    if h is not kept and kept is not None and h is not None:
+        kept.copy_(h)
+    return y, saved
+
+
+def block_backward(
+    plan: BlockPlan,
+    dy: Tensor,
+    saved: Tensor | None,
+    weight: Tensor,
+    core: Tensor | None,
+    factors: Sequence[Tensor],
+    a: Tensor | None,
+    residual_a: Tensor | None,
+    needs: Sequence[bool],
+) -> tuple[Tensor | None, Tensor | None, Tensor | None, Tensor | None]:
+    """Gradients of x, core, bias and residual, each None where ``needs`` says so. ``dy`` may have any strides."""
+    needs_x, needs_core, needs_bias, needs_residual = needs
+    empty = plan.y_shape[0] == 0
+    dx = dy.new_empty_strided(plan.dx_shape, plan.dx_stride) if needs_x else None
+    dcore = None if core is None or not needs_core else core.new_zeros(core.shape) if empty else core.new_empty(core.shape)
+    outputs = plan.y_shape[1]
+    dbias = None if not needs_bias else dy.new_zeros(outputs) if empty else dy.new_empty(outputs)
+    dresidual = dy.new_empty_strided(plan.y_shape, plan.y_stride) if needs_residual else None
+    if empty:
+        return dx, dcore, dbias, dresidual
+    dy = channels_last(near(dy))
+    held = [dense(t) for t in (weight, core, _suffix(factors), a, residual_a)]
+    at_weight, at_core, at_suffix, at_a, at_residual_a = map(address, held)
+    packed = dy.new_empty(plan.packed_backward if needs_x else 0, dtype=torch.uint8)
+    kept = _saved_h(plan, saved, factors) if dcore is not None else None
+    h = None if kept is None else kept.float()
+    plan.native.run.cpu_block_backward(
+        (
+            at_weight, at_core, at_suffix, 0, 0, 0,
+            dy.data_ptr(), *strides(dy), address(h), _bits(plan, saved), at_a, at_residual_a,
+            address(dx), *strides(dx), address(dresidual), *strides(dresidual),
+            address(dcore), address(dbias), packed.data_ptr(), 0,
+        ),
+        torch.get_num_threads(),
+    )  # fmt: skip
+    return dx, dcore, dbias, dresidual
+
+
+def fuse_forward(plan: FusePlan, weight: Tensor, core: Tensor, factors: Sequence[Tensor]) -> Tensor:
+    """Never called: :class:`Plan` leaves ``tt_fuse`` to torch."""
+    raise NotImplementedError
+
+
+def fuse_backward(plan: FusePlan, dout: Tensor, core: Tensor, factors: Sequence[Tensor]) -> Tensor:
+    """Never called: :class:`Plan` leaves ``tt_fuse`` to torch."""
+    raise NotImplementedError
+
+
+class Plan:
+    """The extension's plan, asked about the CPU engine."""
+
+    def __init__(self, **fields: int | float) -> None:
+        self.saved_dtype = next(dtype for dtype, number in TYPES.items() if number == fields["saved_type"])
+        self.run = cpu_machine.machine().module.Plan(**fields)  # type: ignore[union-attr]
+
+    def refusal(self, op: str) -> str | None:
+        """Why the engine does not take this plan, None where it does."""
+        return "tt_fuse by itself, which torch does at the memory's rate" if op == "tt_fuse" else self.run.cpu_refusal()
+
+    def scratch(self) -> dict[str, int]:
+        """Bytes that a run writes besides its results."""
+        return {**self.run.cpu_scratch(), "partial": 0, "fuse_partial": 0}
+
+
+def plan_type() -> Any:
+    """The class of plans."""
+    return Plan
+
+
+def _suffix(factors: Sequence[Tensor]) -> Tensor | None:
+    return contracted(factors[0] if len(factors) == 1 else list(factors)) if factors else None
+
+
+def _saved_h(plan: BlockPlan, saved: Tensor | None, factors: Sequence[Tensor]) -> Tensor | None:
+    """The saved buffer's ``h``, flat, in the dtype that it is kept in."""
+    if saved is None or not plan.saves.h:
+        return None
+    elements = plan.y_shape[0] * math.prod(plan.y_shape[2:]) * factors[0].shape[0]
+    return saved[: elements * plan.native.saved_dtype.itemsize].view(plan.native.saved_dtype)
+
+
+def _bits(plan: BlockPlan, saved: Tensor | None) -> int:
+    return address(saved) + plan.bits_at if plan.saves.bits else 0
