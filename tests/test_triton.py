@@ -50,7 +50,7 @@ def test_interpreted_tests_are_not_collected_without_the_interpreter():
     environment = {k: v for k, v in os.environ.items() if k != "TRITON_INTERPRET"}
     command = [sys.executable, "-m", "pytest", "--collect-only", "-q", "tests/interpreted"]
     done = subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True)
-    assert "no tests" in done.stdout
+    assert done.returncode == pytest.ExitCode.NO_TESTS_COLLECTED, done.stdout
 
 
 @pytest.fixture
@@ -69,6 +69,19 @@ def put_device(monkeypatch, capability=(8, 7)):
     monkeypatch.setattr(torch.cuda, "device_count", lambda: 1)
     monkeypatch.setattr(torch.cuda, "get_device_name", lambda index: "Orin")
     monkeypatch.setattr(torch.cuda, "get_device_capability", lambda index: capability)
+
+
+def test_calls_on_other_backends_do_not_import_triton():
+    code = (
+        "import sys, torch, lora_edge; from lora_edge.ops import tt_conv, use_backend\n"
+        "model = lora_edge.adapt(torch.nn.Sequential(torch.nn.Conv1d(3, 4, 3)))\n"
+        "model(torch.randn(2, 3, 9)).sum().backward(); str(lora_edge.summary(model, torch.randn(2, 3, 9)))\n"
+        "with use_backend('torch'): model(torch.randn(2, 3, 9))\n"
+        "print('triton' in sys.modules, lora_edge.backends()['triton'], 'triton' in sys.modules)"
+    )
+    done = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True, check=True)
+    assert done.stdout.startswith("False ")
+    assert done.stdout.endswith(" True\n")
 
 
 def test_missing(machine):
