@@ -91,7 +91,7 @@ def test_missing(machine):
 
 def test_too_old(machine):
     machine.setattr(triton_machine.importlib, "import_module", lambda name: type("triton", (), {"__version__": "2.1.0"}))
-    assert backends()["triton"] == "too old: 2.1.0; the kernels need 3.3 or newer"
+    assert backends()["triton"] == "too old: 2.1.0; the kernels need 3.5 or newer"
 
 
 def test_broken_wheel(machine):

@@ -12,7 +12,7 @@ import re
 
 import torch
 
-OLDEST = (3, 3)  # the first in which a product may be 8 columns wide
+OLDEST = (3, 5)  # the first in which a product may be 8 columns wide
 OLDEST_CAPABILITY = (8, 0)  # bfloat16 and TF32
 
 

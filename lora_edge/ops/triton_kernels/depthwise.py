@@ -278,7 +278,6 @@ def depthwise_backward(
         total = tl.zeros((ROWS, COLUMNS), tl.float32)
         for tap in range(taps):
             tap_row = tap // kernel_w
-            # of the output position times the stride, made positive where it is not so that the rest is one
             at_row = in_row + pad_h - tap_row * dilation_h
             at_column = in_column + pad_w - (tap - tap_row * kernel_w) * dilation_w
             out_row = at_row // stride_h
