@@ -29,7 +29,7 @@ def interpreted():
     environment = {**os.environ, "TRITON_INTERPRET": "1", "OMP_NUM_THREADS": "1"}
     running = {
         path.stem: subprocess.Popen(
-            [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", str(path)],
+            [sys.executable, "-m", "pytest", "-p", "no:cacheprovider", str(path)],
             cwd=ROOT, env=environment, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True,
         )
         for path in sorted((ROOT / "tests" / "interpreted").glob("test_*.py"))

@@ -14,11 +14,10 @@ MOST_PADDED = {"ieee": 1.15, "tf32": 2.5, "half": 2.5}
 
 MOST_REGISTERS = 255  # of a thread: without a word ptxas may spill a few for one block more an SM
 
-_TENSOR_CORES = (Configuration(64, 64, 32, 4, 3), Configuration(128, 64, 32, 8, 3), Configuration(64, 32, 32, 4, 3))
 GEMM = {
     "ieee": (Configuration(64, 64, 16, 8, 3), Configuration(64, 32, 16, 4, 3), Configuration(128, 32, 16, 8, 3)),
-    "tf32": _TENSOR_CORES,
-    "half": _TENSOR_CORES,
+    "tf32": (Configuration(64, 64, 32, 8, 3), Configuration(128, 64, 32, 8, 3), Configuration(64, 32, 32, 4, 3)),
+    "half": (Configuration(64, 64, 32, 4, 3), Configuration(128, 64, 32, 8, 3), Configuration(64, 32, 32, 4, 3)),
 }
 
 
