@@ -12,7 +12,7 @@ from lora_edge.blocks import describe
 from lora_edge.layers import LoRAEdgeConv
 from lora_edge.ops import engines, kernels
 from lora_edge.ops.activation import Activation
-from lora_edge.ops.backends import AVAILABLE, backends, requested
+from lora_edge.ops.backends import AVAILABLE, NAMES, requested, state
 from lora_edge.ops.conv_args import ConvArgs, conv_args
 from lora_edge.ops.plan import Epilogue
 from lora_edge.ops.route import choose_route, saved_channels_positions
@@ -160,7 +160,7 @@ def _row(name: str, layer: LoRAEdgeConv, inputs: list[Tensor], activation: Activ
 def _backend(layer: LoRAEdgeConv, x: Tensor | None, args: ConvArgs | None, epilogue: Epilogue | None) -> str | None:
     """What a layer's op runs on, by the rule of :mod:`lora_edge.ops.backends`; None where an input would decide and none is."""
     wanted, source = requested(layer.backend)
-    works = {**backends(), "auto": AVAILABLE}.get(wanted, "unknown")
+    works = state(wanted) if wanted in NAMES else "unknown"
     if works != AVAILABLE:
         return f"none ({wanted}{source} is {works})"
     if wanted == "torch":

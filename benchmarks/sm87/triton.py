@@ -70,11 +70,11 @@ def uses(workloads: Iterable[str], layouts: Iterable[str] = LAYOUTS) -> Iterator
 
 def _ops(layer: Layer, precision: str, layout: str) -> Iterator[tuple[str, list[Variant]]]:
     """Each op's call on tensors without memory, recorded instead of launched."""
-    found = triton_machine.Machine("cpu")
     allowed = torch.backends.cudnn.allow_tf32
     torch.backends.cudnn.allow_tf32 = precision == "tf32"
     try:
-        with mock.patch.object(triton_machine, "machine", return_value=found), FakeTensorMode():
+        here = mock.patch.multiple(triton_machine, DEVICE_TYPE="cpu", machine=lambda: None)
+        with here, FakeTensorMode():
             for op, make in calls(layer, precision, layout, torch.device("cpu")).items():
                 with recorded():
                     call = make("triton")

@@ -23,7 +23,12 @@ _context: ContextVar[str | None] = ContextVar("lora_edge_backend", default=None)
 
 def backends() -> dict[str, str]:
     """Each backend's name with ``"available"`` or the reason why it does not work here."""
-    return {"torch": AVAILABLE, **{name: engines.reason(name) or AVAILABLE for name in engines.ENGINES}}
+    return {name: state(name) for name in ("torch", *engines.ENGINES)}
+
+
+def state(backend: str) -> str:
+    """``"available"`` or why a backend does not work here; the others are not asked, nor imported."""
+    return AVAILABLE if backend in ("auto", "torch") else engines.reason(backend) or AVAILABLE
 
 
 @contextmanager
@@ -72,6 +77,6 @@ def require_backend(backend: str, op: str, source: str = "") -> None:
     """Refuse a name that is unknown (ValueError) or does not work here (RuntimeError); never fall back silently."""
     if backend not in NAMES:
         raise ValueError(f"{op}: backend is {backend!r}{source}; give one of {', '.join(map(repr, NAMES))}")
-    reason = AVAILABLE if backend == "auto" else backends()[backend]
+    reason = state(backend)
     if reason != AVAILABLE:
         raise RuntimeError(f'{op}: backend {backend!r}{source} is {reason}; or use "torch" or "auto"')

@@ -85,9 +85,7 @@ def reason(name: str, device: torch.device | None = None) -> str | None:
 
 def device_type(name: str) -> str:
     """Type of the devices whose tensors an engine that works takes."""
-    found = _MACHINES[name].machine()
-    assert not isinstance(found, str)
-    return found.device_type
+    return _MACHINES[name].device_type()
 
 
 @constant_when_traced

@@ -55,6 +55,11 @@ def machine() -> Machine | str:
     return Machine(module, "cuda", _current_stream())
 
 
+def device_type() -> str:
+    """Type of the devices whose tensors the kernels take, where the extension works."""
+    return machine().device_type  # type: ignore[union-attr]
+
+
 @constant_when_traced
 def reason(device: torch.device | None = None) -> str | None:
     """Why the extension's kernels do not run here (on this device), None where they do."""

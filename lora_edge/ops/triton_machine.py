@@ -9,27 +9,19 @@ import functools
 import importlib
 import importlib.util
 import re
-from typing import NamedTuple
 
 import torch
 
-OLDEST = (3, 3)  # the first in which a product may be 8 columns wide
+OLDEST = (3, 5)  # the first in which a product may be 8 columns wide
 OLDEST_CAPABILITY = (8, 0)  # bfloat16 and TF32
 
 
-class Machine(NamedTuple):
-    """What a launch needs to know. The tests put CPU tensors and the interpreter here.
-
-    Attributes:
-        device_type: type of the devices whose tensors the kernels take.
-    """
-
-    device_type: str
+DEVICE_TYPE = "cuda"  # whose tensors the kernels take; the tests put "cpu" here, for the interpreter
 
 
 @functools.cache
-def machine() -> Machine | str:
-    """The machine, or the reason why Triton's kernels do not work on it, such as "missing: ..."."""
+def machine() -> str | None:
+    """The reason why Triton's kernels do not work on this machine, such as "missing: ...", None where they do."""
     if importlib.util.find_spec("triton") is None:
         return "missing: pip install triton, or lora_edge[triton]"
     try:
@@ -47,19 +39,22 @@ def machine() -> Machine | str:
         _probe(torch.device("cuda", reasons.index(None)))
     except Exception as error:  # compilers, linkers and drivers that are missing or broken, each with an exception of its own
         return f"not usable: a first launch failed: {_first_line(error)}"
-    return Machine("cuda")
+    return None
+
+
+def device_type() -> str:
+    """Type of the devices whose tensors the kernels take."""
+    return DEVICE_TYPE
 
 
 def reason(device: torch.device | None = None) -> str | None:
-    """Why Triton's kernels do not run here (on this device), None where they do."""
-    found = machine()
-    if isinstance(found, str):
-        return found
-    if device is None:
-        return None
-    if device.type != found.device_type:
-        return f"its tensors are on {device}; the kernels take tensors on {found.device_type}"
-    return None if device.type != "cuda" else _not_covered(device.index)
+    """Why Triton's kernels do not run here (on this device), None where they do; triton is not imported for another device."""
+    if device is not None and device.type != DEVICE_TYPE:
+        return f"its tensors are on {device}; the kernels take tensors on {DEVICE_TYPE}"
+    why = machine()
+    if why is not None or device is None or device.type != "cuda":
+        return why
+    return _not_covered(device.index)
 
 
 @functools.cache

@@ -1,6 +1,6 @@
 """The whole Python side of the Triton backend in the interpreter, on CPU tensors: the tests of the compiled extension's.
 
-Only :func:`lora_edge.ops.triton_machine.machine` is replaced.
+Only what :mod:`lora_edge.ops.triton_machine` says of the machine is replaced.
 """
 
 from __future__ import annotations
@@ -9,6 +9,7 @@ import pytest
 import torch
 
 from cases import ConvCase
+from lora_edge import check
 from lora_edge.ops import triton_machine, tt_block, tt_conv
 from lora_edge.ops.activation import Activation
 from lora_edge.ops.triton_kernels import tt_block as block_launches
@@ -61,8 +62,8 @@ def kernels(monkeypatch):
     for module in (block_launches, fuse_launches):
         for name in ("forward", "backward"):
             monkeypatch.setattr(module, name, launches.counted(getattr(module, name)))
-    machine = triton_machine.Machine("cpu")
-    monkeypatch.setattr(triton_machine, "machine", lambda: machine)
+    monkeypatch.setattr(triton_machine, "machine", lambda: None)
+    monkeypatch.setattr(triton_machine, "DEVICE_TYPE", "cpu")
     monkeypatch.setattr(torch.backends.cudnn, "allow_tf32", False)
     return launches
 
@@ -99,6 +100,15 @@ def test_strides_beyond_the_extensions(kernels):
     torch.testing.assert_close(y, want)
     gradients = [torch.autograd.grad(z.sum(), positional[0])[0] for z in (y, want)]
     torch.testing.assert_close(*gradients)
+
+
+def test_check(kernels, monkeypatch):
+    """lora-edge check runs its ops, TF32 among the types."""
+    monkeypatch.setattr(check, "CASES", check.CASES[:1])
+    outcomes = list(check.check_backend("triton"))
+    assert [outcome for outcome in outcomes if not outcome.passed] == []
+    assert len(outcomes) == 4 * 3
+    assert kernels.count == 2 * len(outcomes)
 
 
 def test_sums_in_one_order(kernels):

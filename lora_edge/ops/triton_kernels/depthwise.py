@@ -24,6 +24,7 @@ from torch import Tensor
 from lora_edge.ops.triton_kernels import sum_partials
 from lora_edge.ops.triton_kernels.activation import activate, store_bits
 from lora_edge.ops.triton_kernels.calls import Backward, Forward
+from lora_edge.ops.triton_kernels.configurations import MOST_REGISTERS
 from lora_edge.ops.triton_kernels.launching import on_device, strides
 from lora_edge.ops.triton_kernels.maps import FAR, load_tile, masked, position_of, store_tile
 from lora_edge.ops.triton_kernels.tuner import Configuration, Tuned
@@ -174,7 +175,7 @@ def forward(p: Plan, packed: Tensor, t: Forward) -> None:
             *strides(t.x), *strides(t.residual), *strides(t.y), p.low, p.high,
             ACTIVATION=ACTIVATIONS[p.activation], X_LAST=t.x.stride(1) == 1, Y_LAST=t.y.stride(1) == 1,
             RESIDUAL_LAST=t.residual is None or t.residual.stride(1) == 1,
-            ROWS=tile.rows, COLUMNS=tile.columns, num_warps=tile.warps,
+            ROWS=tile.rows, COLUMNS=tile.columns, num_warps=tile.warps, maxnreg=MOST_REGISTERS,
         )  # fmt: skip
 
     with on_device(t.x, "depthwise_forward"):
@@ -277,7 +278,6 @@ def depthwise_backward(
         total = tl.zeros((ROWS, COLUMNS), tl.float32)
         for tap in range(taps):
             tap_row = tap // kernel_w
-            # of the output position times the stride, made positive where it is not so that the rest is one
             at_row = in_row + pad_h - tap_row * dilation_h
             at_column = in_column + pad_w - (tap - tap_row * kernel_w) * dilation_w
             out_row = at_row // stride_h
@@ -317,7 +317,7 @@ def backward(p: Plan, packed: Tensor | None, t: Backward) -> None:
             p.pad_h, p.pad_w, p.dilation_h, p.dilation_w, *strides(t.dy), *strides(t.dx), *strides(t.dresidual),
             DY_LAST=t.dy.stride(1) == 1, DX_LAST=t.dx is None or t.dx.stride(1) == 1,
             DR_LAST=t.dresidual is None or t.dresidual.stride(1) == 1,
-            ROWS=tile.rows, COLUMNS=tile.columns, num_warps=tile.warps,
+            ROWS=tile.rows, COLUMNS=tile.columns, num_warps=tile.warps, maxnreg=MOST_REGISTERS,
         )  # fmt: skip
         if partial is not None:
             sum_partials.launch(partial, rank, p.scale, t.dcore, t.dbias, t.a)

@@ -285,7 +285,7 @@ def backward(p: Plan, packed: Tensor | None, t: Backward) -> None:
             p.stride_h, p.stride_w, p.pad_h, p.pad_w, p.dilation_h, p.dilation_w,
             p.stride_h // gcd(p.dilation_h, p.stride_h), p.stride_w // gcd(p.dilation_w, p.stride_w),
             *strides(t.dy), *strides(t.dx), *strides(t.dresidual),
-            UNIT=p.unit, SUMS_UNIT=unit, SUMS_TYPE=dtype, FLAT=is_flat(p.group_outputs, tile.depth),
+            UNIT=p.unit, SUMS_UNIT=unit, SUMS_TYPE=dtype, FLAT=is_flat(p.group_outputs, tile.depth, p.unit),
             DY_LAST=t.dy.stride(1) == 1, DX_LAST=t.dx is None or t.dx.stride(1) == 1,
             DR_LAST=t.dresidual is None or t.dresidual.stride(1) == 1,
             WORDS=t.bits is not None and p.octets % 4 == 0 and t.bits.storage_offset() % 4 == 0,

@@ -182,7 +182,7 @@ def forward(p: Plan, packed: Tensor, t: Forward) -> None:
             p.positions, p.out_h, p.out_w, p.in_h, p.in_w, p.groups, p.group_channels, p.group_outputs, p.outputs, p.rank,
             p.octets, p.forward_pitch, p.taps, p.kernel_w, p.stride_h, p.stride_w, p.pad_h, p.pad_w, p.dilation_h, p.dilation_w,
             *strides(t.x), *strides(t.residual), *strides(t.y), p.low, p.high,
-            ACTIVATION=ACTIVATIONS[p.activation], UNIT=p.unit, FLAT=is_flat(p.group_channels, tile.depth),
+            ACTIVATION=ACTIVATIONS[p.activation], UNIT=p.unit, FLAT=is_flat(p.group_channels, tile.depth, p.unit),
             X_LAST=t.x.stride(1) == 1, Y_LAST=t.y.stride(1) == 1,
             RESIDUAL_LAST=t.residual is None or t.residual.stride(1) == 1,
             H=triton.next_power_of_2(max(8, p.rank)), ROWS=tile.rows, COLUMNS=tile.columns, DEPTH=tile.depth,

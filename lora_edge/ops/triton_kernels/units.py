@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
+import os
+
 import triton
 import triton.language as tl
-from triton import knobs
 
-INTERPRETED = tl.constexpr(bool(knobs.runtime.interpret))
+INTERPRETED = tl.constexpr(os.environ.get("TRITON_INTERPRET") == "1")
 
 
 @triton.jit
