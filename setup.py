@@ -1,4 +1,6 @@
-"""Builds lora_edge._C: module.cpp and the CPU engine always, the kernels where nvcc is found. It needs no network, no GPU and no torch.
+"""Builds lora_edge._C: module.cpp and the CPU engine always, the CUDA kernels where nvcc is found.
+
+It needs no network, no GPU and no torch.
 
 LORA_EDGE_CUDA          1: the kernels or an error; 0: no kernels; unset: the kernels where nvcc is found
 CUDA_HOME, CUDA_PATH    the CUDA toolkit; otherwise the one whose nvcc is on PATH, otherwise /usr/local/cuda

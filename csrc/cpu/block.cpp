@@ -1,5 +1,5 @@
-// The drivers of the CPU engine. Channels are neighbours in every map; a convolution is a product (product.h), a depthwise one a
-// sum of rows. The batch falls into units of a few samples, some hundred rows, which stay in a core's cache:
+// The drivers of the CPU engine. Channels are neighbours in every map; a convolution is a product (product.h), a depthwise
+// one a sum of rows. The batch falls into units of a few samples, some hundred rows, which stay in a core's cache:
 //   forward    h, then panel by panel of outputs the product, and y, residual, activation and bits as the panel is done
 //   backward   dy is masked into a scratch map of the unit, dcore, dbias and dresidual on the way; then dx from there, phase by
 //              phase (packing.h)
@@ -48,7 +48,8 @@ std::vector<int32_t> places_of(int samples, int rows_h, int rows_w, int first_h,
   return table;
 }
 
-// How the work is cut: units of `samples` samples, and each of them in `parts` ranges of lines, one width of a map each.
+// How the work is cut: units of `samples` samples, each in `parts` ranges of lines (the rows of one height of a map) for
+// threads to share, and these in strips, which stay in the cache from the product to the finished map.
 struct Cut {
   int samples, units, parts;
 
@@ -59,6 +60,13 @@ struct Cut {
   }
   int samples_of(int unit, int batch) const { return std::min(samples, batch - unit * samples); }
 };
+
+// Calls work(line, line_end) for each strip of a part of `lines` lines of `width` rows.
+template <class Work>
+void for_each_strip(const Cut& cut, int part, int lines, int width, const Work& work) {
+  const int end = (part + 1) * lines / cut.parts, step = std::max(1, kUnitRows / std::max(1, width));
+  for (int line = part * lines / cut.parts; line < end; line += step) work(line, std::min(line + step, end));
+}
 
 const float* floats(const void* p) { return static_cast<const float*>(p); }
 float* floats(void* p) { return static_cast<float*>(p); }
@@ -82,7 +90,8 @@ void pack_forward(const Problem& p, const ForwardCall& call, const Product& prod
     float* rows = kept<float, Keep::composed>(static_cast<size_t>(row * lanes));
     std::fill(rows + count * row, rows + lanes * row, 0.0f);
     for (int o = 0; o < count; ++o) {
-      compose(p, floats(call.weight), floats(call.core), floats(call.suffix), floats(call.affine_scale), first + o, rows + o * row);
+      float* to = rows + o * row;
+      compose(p, floats(call.weight), floats(call.core), floats(call.suffix), floats(call.affine_scale), first + o, to);
     }
     for (int group = 0; group < product.groups(); ++group) {
       const std::vector<Term>& terms = product.terms(group);
@@ -275,33 +284,34 @@ void block_forward(const Problem& p, const ForwardCall& call, int threads) {
   parallel_for(threads, cut.units * cut.parts, [&](int i) {
     const int unit = i / cut.parts, part = i % cut.parts, samples = cut.samples_of(unit, c.batch);
     const int64_t sample = int64_t{unit} * cut.samples;
-    const int lines = samples * c.out_h, line = part * lines / cut.parts, line_end = (part + 1) * lines / cut.parts;
     const float* x = floats(call.x) + sample * call.x_strides.n;
     if (part == 0 && call.h != nullptr) suffix[0].run(x, samples, floats(call.h) + sample * rows * c.rank);
-    if (line == line_end) return;
-    const int64_t first_row = int64_t{line} * c.out_w;
-    const float* prepared = is_depthwise(c) ? x : product.prepare(x, samples);
-    float* sums = kept<float, Keep::sums>(
-        static_cast<size_t>(is_depthwise(c) ? int64_t{line_end - line} * c.out_w * width : product.sums_floats(line_end - line)));
-    FinishRows f{};
-    f.sums = sums, f.pitch = width, f.rows = (line_end - line) * c.out_w, f.octets = octets;
-    f.activation = p.activation, f.low = p.activation == Activation::clamp ? p.low : 0.0f, f.high = p.high;
-    f.y_at = y_at.data() + first_row, f.residual_at = residual_at.data() + first_row;
-    for (int first = 0; first < c.outputs; first += width) {
-      if (is_depthwise(c)) {
-        k.depthwise_rows({x, packed, offsets.data() + first_row * reach.taps(), sums, f.rows, reach.taps(), c.outputs});
-      } else {
-        product.run(prepared, packed, first, line, line_end, sums);
+    int done = 0;
+    for_each_strip(cut, part, samples * c.out_h, c.out_w, [&](int line, int line_end) {
+      const int64_t first_row = int64_t{line} * c.out_w;
+      FinishRows f{};
+      f.rows = (line_end - line) * c.out_w, f.pitch = width, f.octets = octets;
+      f.activation = p.activation, f.low = p.activation == Activation::clamp ? p.low : 0.0f, f.high = p.high;
+      f.y_at = y_at.data() + first_row, f.residual_at = residual_at.data() + first_row;
+      float* sums = kept<float, Keep::sums>(static_cast<size_t>(up(f.rows, kTileRows)) * width);
+      f.sums = sums;
+      const float* prepared = is_depthwise(c) ? x : product.prepare(x, line, line_end, done);
+      for (int first = 0; first < c.outputs; first += width) {
+        if (is_depthwise(c)) {
+          k.depthwise_rows({x, packed, offsets.data() + first_row * reach.taps(), sums, f.rows, reach.taps(), c.outputs});
+        } else {
+          product.run(prepared, packed, first, line, line_end, sums);
+        }
+        f.columns = std::min(width, c.outputs - first);
+        f.y = floats(call.y) + sample * call.y_strides.n + first;
+        f.shift = shift.data() + first;
+        f.residual = call.residual == nullptr ? nullptr : floats(call.residual) + sample * call.residual_strides.n + first;
+        f.residual_scale = plus(floats(call.residual_scale), first);
+        uint8_t* bits = static_cast<uint8_t*>(call.bits);
+        f.bits = bits == nullptr ? nullptr : bits + (sample * rows + first_row) * octets + first / 8;
+        k.finish_rows(f);
       }
-      f.columns = std::min(width, c.outputs - first);
-      f.y = floats(call.y) + sample * call.y_strides.n + first;
-      f.shift = shift.data() + first;
-      f.residual = call.residual == nullptr ? nullptr : floats(call.residual) + sample * call.residual_strides.n + first;
-      f.residual_scale = plus(floats(call.residual_scale), first);
-      uint8_t* bits = static_cast<uint8_t*>(call.bits);
-      f.bits = bits == nullptr ? nullptr : bits + (sample * rows + first_row) * octets + first / 8;
-      k.finish_rows(f);
-    }
+    });
   });
 }
 
@@ -363,27 +373,27 @@ struct Backward {
     for (size_t i = 0; i < phases.size(); ++i) {
       const Product& product = phases[i].product;
       const Reach& r = product.reach;
-      const int lines = samples * r.rows_h, line = part * lines / cut.parts, line_end = (part + 1) * lines / cut.parts;
-      if (line == line_end) continue;
       const float* packed = floats(call.packed) + phases[i].base;
-      const float* prepared = is_depthwise(c) ? dz : product.prepare(dz, samples);
-      const int64_t first_row = int64_t{line} * r.rows_w;
-      FinishRows f{};
-      f.rows = (line_end - line) * r.rows_w, f.pitch = width, f.y_at = dx_at[i].data() + first_row;
-      float* tile = kept<float, Keep::sums>(
-          static_cast<size_t>(is_depthwise(c) ? int64_t{f.rows} * width : product.sums_floats(line_end - line)));
-      f.sums = tile;
-      for (int first = 0; first < c.channels; first += width) {
-        if (is_depthwise(c)) {
-          const int32_t* from = depthwise_offsets[i].data() + first_row * r.taps();
-          kernels_here().depthwise_rows({dz, packed, from, tile, f.rows, r.taps(), c.channels});
-        } else {
-          product.run(prepared, packed, first, line, line_end, tile);
+      int done = 0;
+      for_each_strip(cut, part, samples * r.rows_h, r.rows_w, [&](int line, int line_end) {
+        const int64_t first_row = int64_t{line} * r.rows_w;
+        FinishRows f{};
+        f.rows = (line_end - line) * r.rows_w, f.pitch = width, f.y_at = dx_at[i].data() + first_row;
+        float* tile = kept<float, Keep::sums>(static_cast<size_t>(up(f.rows, kTileRows)) * width);
+        f.sums = tile;
+        const float* prepared = is_depthwise(c) ? dz : product.prepare(dz, line, line_end, done);
+        for (int first = 0; first < c.channels; first += width) {
+          if (is_depthwise(c)) {
+            const int32_t* from = depthwise_offsets[i].data() + first_row * r.taps();
+            kernels_here().depthwise_rows({dz, packed, from, tile, f.rows, r.taps(), c.channels});
+          } else {
+            product.run(prepared, packed, first, line, line_end, tile);
+          }
+          f.columns = std::min(width, c.channels - first);
+          f.y = floats(call.dx) + sample * call.dx_strides.n + first;
+          kernels_here().finish_rows(f);
         }
-        f.columns = std::min(width, c.channels - first);
-        f.y = floats(call.dx) + sample * call.dx_strides.n + first;
-        kernels_here().finish_rows(f);
-      }
+      });
     }
   }
 
@@ -414,7 +424,10 @@ void block_backward(const Problem& p, const BackwardCall& call, int threads) {
     std::vector<float> dz(b.unit_floats() * b.cut.units);
     auto of = [&](int unit) { return dz.data() + b.unit_floats() * static_cast<size_t>(unit); };
     parallel_for(threads, b.cut.units, [&](int unit) { b.mask(unit, of(unit)); });
-    parallel_for(threads, b.cut.units * b.cut.parts, [&](int i) { b.input_gradient(i / b.cut.parts, i % b.cut.parts, of(i / b.cut.parts)); });
+    parallel_for(threads, b.cut.units * b.cut.parts, [&](int i) {
+      const int unit = i / b.cut.parts;
+      b.input_gradient(unit, i % b.cut.parts, of(unit));
+    });
   }
   b.write_sums();
 }

@@ -236,4 +236,5 @@ void compose_row(const ComposeRow& c) {
   }
 }
 
-const Kernels kernels = {kLanes, kPanel, gemm_rows, filter_line, combine_line, finish_rows, mask_rows, depthwise_rows, dot_rows, compose_row};
+const Kernels kernels = {kLanes,    kPanel,         gemm_rows, filter_line, combine_line, finish_rows,
+                         mask_rows, depthwise_rows, dot_rows,  compose_row};

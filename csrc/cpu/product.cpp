@@ -98,20 +98,30 @@ float* Product::packed_at(float* packed, int group, int term, int channel, int c
   for (int before = 0; before < group; ++before) packed += group_floats(before);
   const int panel = column / kernels_here().panel * kernels_here().panel;
   const int64_t terms = static_cast<int64_t>(terms_[group].size());
-  return packed + terms * source_.channels * panel + (int64_t{term} * source_.channels + channel) * width_of(column) + column - panel;
+  const int64_t row = int64_t{term} * source_.channels + channel;
+  return packed + terms * source_.channels * panel + row * width_of(column) + column - panel;
 }
 
-const float* Product::prepare(const float* source, int samples) const {
+// The first or the last line of the source, counted over samples, that a line reads.
+int Product::source_line(int line, bool last) const {
+  const int n = line / reach.rows_h, from = line % reach.rows_h * reach.step_h + reach.origin_h;
+  const int to = from - (reach.taps_h - 1) * reach.advance_h;
+  const int h = last ? std::max(from, to) : std::min(from, to);
+  return n * source_.height + std::clamp(h, 0, source_.height - 1);
+}
+
+const float* Product::prepare(const float* source, int line, int line_end, int& done) const {
   if (!filtered_) return source;
-  const int64_t line = int64_t{places_} * source_.channels;
   float* to = kept<float, Keep::transformed>(static_cast<size_t>(3 * apart_));
   const Strides& s = source_.strides;
-  for (int n = 0; n < samples; ++n)
-    for (int h = 0; h < source_.height; ++h) {
-      float* at = to + (int64_t{n} * source_.height + h) * line;
-      kernels_here().filter_line({source + n * s.n + h * s.h, zeros(source_.channels), at, at + apart_, at + 2 * apart_, s.w,
-                                  source_.width, source_.channels, first_, places_});
-    }
+  const int end = source_line(line_end - 1, true) + 1;
+  for (int i = std::max(done, source_line(line, false)); i < end; ++i) {
+    float* at = to + int64_t{i} * places_ * source_.channels;
+    const float* from = source + i / source_.height * s.n + i % source_.height * s.h;
+    kernels_here().filter_line({from, zeros(source_.channels), at, at + apart_, at + 2 * apart_, s.w, source_.width,
+                                source_.channels, first_, places_});
+  }
+  done = std::max(done, end);
   return to;
 }
 

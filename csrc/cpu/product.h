@@ -55,9 +55,10 @@ class Product {
   float* packed_at(float* packed, int group, int term, int channel, int column) const;
   int width_of(int column) const;
 
-  // What the rows of some samples share: to be called before `run` by the same thread.
-  const float* prepare(const float* source, int samples) const;
-  // Writes the panel that begins at `column` for the lines (sample, u_h) in [line, line_end) to sums (rows, panel).
+  // What the lines (sample, u_h) in [line, line_end) read, to be called before `run` by the same thread. Source lines up to
+  // `done` are there from the strips before, of the same samples; it grows.
+  const float* prepare(const float* source, int line, int line_end, int& done) const;
+  // Writes the panel that begins at `column` for the lines in [line, line_end) to sums (rows, panel).
   void run(const float* prepared, const float* packed, int column, int line, int line_end, float* sums) const;
   // Floats that `sums` must have for so many lines.
   int64_t sums_floats(int lines) const;
@@ -65,6 +66,7 @@ class Product {
   const Reach reach;
 
  private:
+  int source_line(int line, bool last) const;
   void run_group(int group, const float* source, const float* packed, int column, int row, int rows, float* sums) const;
   int64_t group_floats(int group) const;
 

@@ -1,8 +1,9 @@
 """Which backend runs an op: ``torch`` (any device torch has), ``cuda`` and ``cpu`` (the compiled extension) and ``triton``.
 
 A call's own ``backend=`` wins over :func:`use_backend`, that over the variable LORA_EDGE_BACKEND, that over "auto". "auto"
-takes for tensors on a CUDA device the extension where it works, else Triton's kernels where they work, by an explicit rule and
-never by a caught exception; on the CPU the extension's own engine for whole blocks; else torch. Under ``torch.compile`` the choice is made when the call is traced.
+takes for tensors on a CUDA device the extension where it works, else Triton's kernels where they work; for whole blocks on the
+CPU the extension's own engine; else torch. That is by an explicit rule and never by a caught exception. Under
+``torch.compile`` the choice is made when the call is traced.
 """
 
 from __future__ import annotations
