@@ -4,7 +4,7 @@ Every method's step, forward, backward and Adam, is timed in interleaved rounds 
 write it is timed twice, which shows the noise. A row has p20, p50 and p80 in milliseconds, the parts' medians, and the median
 over rounds of the ratio to full fine-tuning and to PEFT's conv LoRA with p20 and p80. ``inference`` times the adapted and the
 merged model without gradients against the base. The blocks' table has each block's direct multiply-adds over its time, and a
-plain matrix product's. Rows go to ``results/<device>/train_step.csv`` and ``blocks.csv``; the exit code is 1 where a bound is missed.
+plain matrix product's. Rows go to ``results/<device>/train_step.csv`` and ``blocks.csv``; exit code 1 where a bound is missed.
 """
 
 from __future__ import annotations

@@ -22,6 +22,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, fx, nn
 
+from lora_edge import inference
 from lora_edge.layers import LoRAEdgeConv
 from lora_edge.lean import FrozenBatchNorm, LeanActivation, LeanConv, LeanLayer
 from lora_edge.ops.activation import Activation, activate
@@ -146,6 +147,7 @@ def fused_block(
     core, suffix, scale, saved_dtype = None, None, 1.0, None
     if isinstance(conv, LoRAEdgeConv):
         core, suffix, scale, saved_dtype = conv.core, conv.suffix, conv.scale, conv.saved_dtype
+        inference.drop(conv)
     return run_block(
         x, weight, core, suffix, conv.bias, args, scale, None if bn is None else bn.scale_and_shift(), residual,
         None if residual_bn is None else residual_bn.scale_and_shift(), activation, saved_dtype,

@@ -14,6 +14,7 @@ from typing import Any, ClassVar, TypeVar
 import torch
 from torch import Tensor, nn
 
+from lora_edge.inference import inference_weight
 from lora_edge.ops import tt_conv, tt_fuse
 from lora_edge.ops.checks import DTYPES
 from lora_edge.ops.padding import pad
@@ -84,6 +85,10 @@ class LoRAEdgeConv(nn.modules.conv._ConvNd):
     def forward(self, x: Tensor) -> Tensor:
         if not self.enabled:
             return self.stock.forward(self, x)  # type: ignore[misc, arg-type]
+        if not torch.is_grad_enabled() and x.device.type == "cpu" and not torch.compiler.is_compiling():
+            weight = inference_weight(self, x)
+            if weight is not None:
+                return self._conv_forward(x, weight, self.bias)
         padding = self.padding
         if self.padding_mode != "zeros":
             x, padding = pad(x, self._reversed_padding_repeated_twice, self.padding_mode), 0  # type: ignore[assignment]

@@ -50,8 +50,9 @@ class FrozenBatchNorm(_BatchNorm):
         scale = torch.rsqrt(self.running_var + self.eps)
         if self.weight is not None:
             scale = scale * self.weight.detach()
-        shift = -self.running_mean * scale
-        return scale, shift if self.bias is None else shift + self.bias.detach()
+        if self.bias is None:
+            return scale, -self.running_mean * scale
+        return scale, torch.addcmul(self.bias.detach(), self.running_mean, scale, value=-1)
 
     def forward(self, x: Tensor) -> Tensor:
         if self.is_lean() and torch.is_grad_enabled():

@@ -431,3 +431,35 @@ def test_every_drop_in_layer_is_a_stock_convolution_to_isinstance():
     assert issubclass(LoRAEdgeConv1d, nn.Conv1d)
     assert issubclass(LoRAEdgeConv2d, LoRAEdgeConv)
     assert isinstance(lora_edge.adapt(Residual(), 2).stem, nn.Conv2d)
+
+
+def test_inference_follows_every_change_of_the_layer():
+    """The fused kernel is kept between forwards without gradients, and never stale, pickled or copied."""
+    layer = lora_edge.LoRAEdgeConv2d(3, 8, 3, rank=2, padding=1)
+    x = torch.randn(2, 3, 6, 5)
+
+    def check(layer):
+        with torch.no_grad():
+            y, fused = layer(x), layer.weight + layer.scale * (layer.core @ layer.suffix.flatten(1)).view_as(layer.weight)
+            assert torch.allclose(y, nn.functional.conv2d(x, fused, layer.bias, padding=1), atol=1e-4)
+
+    check(layer)
+    layer.core.data.normal_()
+    check(layer)
+    check(layer)
+    for tensor in (layer.core, layer.weight, layer.suffix):
+        with torch.no_grad():
+            tensor.mul_(1.5)
+        check(layer)
+    layer.scale = 0.5
+    check(layer)
+    layer.load_state_dict({name: torch.randn_like(value) for name, value in layer.state_dict().items()})
+    check(layer)
+    layer.weight = nn.Parameter(torch.randn_like(layer.weight), requires_grad=False)
+    check(layer)
+    assert len(pickle.dumps(layer)) < 1.2 * len(pickle.dumps(copy.deepcopy(layer).train()))
+    check(copy.deepcopy(layer))
+    with torch.inference_mode():
+        inferred = layer(x)
+    check(layer)
+    assert torch.equal(layer(x).detach(), inferred.clone())

@@ -48,8 +48,9 @@ std::vector<int32_t> places_of(int samples, int rows_h, int rows_w, int first_h,
   return table;
 }
 
-// How the work is cut: units of `samples` samples, each in `parts` ranges of lines (the rows of one height of a map) for
-// threads to share, and these in strips, which stay in the cache from the product to the finished map.
+// How the work is cut: units of `samples` samples, each in `parts` for threads to share: ranges of lines (the rows of one
+// height of a map), or of panels where there are fewer lines than parts. Lines are taken in strips, which stay in the cache from
+// the product to the finished map.
 struct Cut {
   int samples, units, parts;
 
@@ -61,11 +62,18 @@ struct Cut {
   int samples_of(int unit, int batch) const { return std::min(samples, batch - unit * samples); }
 };
 
-// Calls work(line, line_end) for each strip of a part of `lines` lines of `width` rows.
+// Calls work(line, line_end, panel, panel_end) for each strip of a part, of `lines` lines of `width` rows in all.
 template <class Work>
-void for_each_strip(const Cut& cut, int part, int lines, int width, const Work& work) {
-  const int end = (part + 1) * lines / cut.parts, step = std::max(1, kUnitRows / std::max(1, width));
-  for (int line = part * lines / cut.parts; line < end; line += step) work(line, std::min(line + step, end));
+void for_each_strip(const Cut& cut, int part, int lines, int width, int panels, const Work& work) {
+  const int step = std::max(1, kUnitRows / std::max(1, width));
+  const bool by_lines = lines >= cut.parts;
+  auto from = [&](int of, int i) { return i * of / cut.parts; };
+  const int panel = by_lines ? 0 : from(panels, part), panel_end = by_lines ? panels : from(panels, part + 1);
+  const int end = by_lines ? from(lines, part + 1) : lines;
+  if (panel == panel_end) return;
+  for (int line = by_lines ? from(lines, part) : 0; line < end; line += step) {
+    work(line, std::min(line + step, end), panel, panel_end);
+  }
 }
 
 const float* floats(const void* p) { return static_cast<const float*>(p); }
@@ -84,7 +92,7 @@ void compose(const Problem& p, const float* weight, const float* core, const flo
 void pack_forward(const Problem& p, const ForwardCall& call, const Product& product, int threads) {
   const Conv& c = p.conv;
   const int taps = c.kernel_h * c.kernel_w, lanes = kernels_here().lanes;
-  const int64_t row = int64_t{c.channels} * taps;
+  const int64_t row = up(c.channels * taps, 16) + 16;  // not a power of two, whose rows would share a few places in the cache
   parallel_for(threads, (c.outputs + lanes - 1) / lanes, [&](int block) {
     const int first = block * lanes, count = std::min(lanes, c.outputs - first);
     float* rows = kept<float, Keep::composed>(static_cast<size_t>(row * lanes));
@@ -98,7 +106,8 @@ void pack_forward(const Problem& p, const ForwardCall& call, const Product& prod
       for (size_t t = 0; t < terms.size(); ++t) {
         const Term& term = terms[t];
         float* to = product.packed_at(floats(call.packed), group, static_cast<int>(t), 0, first);
-        for (int i = 0; i < c.channels; ++i, to += product.width_of(first)) {
+        const int step = product.width_of(first);
+        for (int i = 0; i < c.channels; ++i, to += step) {
           const float* from = rows + int64_t{i} * taps;
           for (int o = 0; o < lanes; ++o) to[o] = term.factors[0] * from[o * row + term.taps[0]];
           for (int n = 1; n < term.count; ++n)
@@ -287,7 +296,8 @@ void block_forward(const Problem& p, const ForwardCall& call, int threads) {
     const float* x = floats(call.x) + sample * call.x_strides.n;
     if (part == 0 && call.h != nullptr) suffix[0].run(x, samples, floats(call.h) + sample * rows * c.rank);
     int done = 0;
-    for_each_strip(cut, part, samples * c.out_h, c.out_w, [&](int line, int line_end) {
+    const int panels = (c.outputs + width - 1) / width;
+    for_each_strip(cut, part, samples * c.out_h, c.out_w, panels, [&](int line, int line_end, int panel, int panel_end) {
       const int64_t first_row = int64_t{line} * c.out_w;
       FinishRows f{};
       f.rows = (line_end - line) * c.out_w, f.pitch = width, f.octets = octets;
@@ -296,7 +306,7 @@ void block_forward(const Problem& p, const ForwardCall& call, int threads) {
       float* sums = kept<float, Keep::sums>(static_cast<size_t>(up(f.rows, kTileRows)) * width);
       f.sums = sums;
       const float* prepared = is_depthwise(c) ? x : product.prepare(x, line, line_end, done);
-      for (int first = 0; first < c.outputs; first += width) {
+      for (int first = panel * width; first < std::min(panel_end * width, c.outputs); first += width) {
         if (is_depthwise(c)) {
           k.depthwise_rows({x, packed, offsets.data() + first_row * reach.taps(), sums, f.rows, reach.taps(), c.outputs});
         } else {
@@ -375,14 +385,15 @@ struct Backward {
       const Reach& r = product.reach;
       const float* packed = floats(call.packed) + phases[i].base;
       int done = 0;
-      for_each_strip(cut, part, samples * r.rows_h, r.rows_w, [&](int line, int line_end) {
+      const int panels = (c.channels + width - 1) / width;
+      for_each_strip(cut, part, samples * r.rows_h, r.rows_w, panels, [&](int line, int line_end, int panel, int panel_end) {
         const int64_t first_row = int64_t{line} * r.rows_w;
         FinishRows f{};
         f.rows = (line_end - line) * r.rows_w, f.pitch = width, f.y_at = dx_at[i].data() + first_row;
         float* tile = kept<float, Keep::sums>(static_cast<size_t>(up(f.rows, kTileRows)) * width);
         f.sums = tile;
         const float* prepared = is_depthwise(c) ? dz : product.prepare(dz, line, line_end, done);
-        for (int first = 0; first < c.channels; first += width) {
+        for (int first = panel * width; first < std::min(panel_end * width, c.channels); first += width) {
           if (is_depthwise(c)) {
             const int32_t* from = depthwise_offsets[i].data() + first_row * r.taps();
             kernels_here().depthwise_rows({dz, packed, from, tile, f.rows, r.taps(), c.channels});
