@@ -88,6 +88,20 @@ void compose(const Problem& p, const float* weight, const float* core, const flo
                               core == nullptr ? 0 : c.rank, p.scale, a == nullptr ? one : a[o]});
 }
 
+// to[i] = the term's sum at element i of `from`, whose elements are `apart`; `taps` gives the place of each tap of the product.
+template <class Taps>
+void combine(const Term& term, float* to, const float* from, const Taps& taps, int count, int64_t apart) {
+  const float *a = from + taps(term.taps[0]), *b = from + taps(term.taps[1]), *c = from + taps(term.taps[2]);
+  const float fa = term.factors[0], fb = term.factors[1], fc = term.factors[2];
+  if (term.count == 1) {
+    for (int i = 0; i < count; ++i) to[i] = fa * a[i * apart];
+  } else if (term.count == 2) {
+    for (int i = 0; i < count; ++i) to[i] = fa * a[i * apart] + fb * b[i * apart];
+  } else {
+    for (int i = 0; i < count; ++i) to[i] = fa * a[i * apart] + fb * b[i * apart] + fc * c[i * apart];
+  }
+}
+
 // The kernel for forward: columns are outputs. Some outputs at a time, whose lines are then written whole.
 void pack_forward(const Problem& p, const ForwardCall& call, const Product& product, int threads) {
   const Conv& c = p.conv;
@@ -101,18 +115,23 @@ void pack_forward(const Problem& p, const ForwardCall& call, const Product& prod
       float* to = rows + o * row;
       compose(p, floats(call.weight), floats(call.core), floats(call.suffix), floats(call.affine_scale), first + o, to);
     }
+    struct Stream {
+      const Term* term;
+      float* to;
+    };
+    std::vector<Stream> streams;
     for (int group = 0; group < product.groups(); ++group) {
       const std::vector<Term>& terms = product.terms(group);
       for (size_t t = 0; t < terms.size(); ++t) {
-        const Term& term = terms[t];
-        float* to = product.packed_at(floats(call.packed), group, static_cast<int>(t), 0, first);
-        const int step = product.width_of(first);
-        for (int i = 0; i < c.channels; ++i, to += step) {
-          const float* from = rows + int64_t{i} * taps;
-          for (int o = 0; o < lanes; ++o) to[o] = term.factors[0] * from[o * row + term.taps[0]];
-          for (int n = 1; n < term.count; ++n)
-            for (int o = 0; o < lanes; ++o) to[o] += term.factors[n] * from[o * row + term.taps[n]];
-        }
+        streams.push_back({&terms[t], product.packed_at(floats(call.packed), group, static_cast<int>(t), 0, first)});
+      }
+    }
+    const int step = product.width_of(first);
+    for (int i = 0; i < c.channels; ++i) {  // all terms of a channel, while its taps are in the first cache
+      const float* from = rows + int64_t{i} * taps;
+      for (Stream& stream : streams) {
+        combine(*stream.term, stream.to, from, [](int tap) { return tap; }, lanes, row);
+        stream.to += step;
       }
     }
   });
@@ -163,11 +182,8 @@ void pack_backward(const Problem& p, const BackwardCall& call, const std::vector
             float* to = phase.product.packed_at(floats(call.packed) + phase.base, group, static_cast<int>(t), o, first);
             const int count = std::min(panel, c.channels - first);
             std::fill(to + count, to + std::min(panel, whole - first), 0.0f);
-            for (int n = 0; n < terms[t].count; ++n) {
-              const float* from = row + int64_t{first} * taps + phase.kernel_taps[static_cast<size_t>(terms[t].taps[n])];
-              const float factor = terms[t].factors[n];
-              for (int i = 0; i < count; ++i) to[i] = (n == 0 ? 0.0f : to[i]) + factor * from[int64_t{i} * taps];
-            }
+            auto tap_of = [&](int tap) { return phase.kernel_taps[static_cast<size_t>(tap)]; };
+            combine(terms[t], to, row + int64_t{first} * taps, tap_of, count, taps);
           }
       }
   });
