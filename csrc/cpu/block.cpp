@@ -48,9 +48,9 @@ std::vector<int32_t> places_of(int samples, int rows_h, int rows_w, int first_h,
   return table;
 }
 
-// How the work is cut: units of `samples` samples, each in `parts` for threads to share: ranges of lines (the rows of one
-// height of a map), or of panels where there are fewer lines than parts. Lines are taken in strips, which stay in the cache from
-// the product to the finished map.
+// How the work is cut: units of `samples` samples, each in `parts` for threads to share: ranges of lines (the rows of a
+// height of a map), or of panels where there are fewer lines than parts. Lines are taken in strips, which stay in the cache
+// from the product to the finished map.
 struct Cut {
   int samples, units, parts;
 
