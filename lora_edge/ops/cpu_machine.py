@@ -37,3 +37,10 @@ def reason(device: torch.device | None = None) -> str | None:
     if device is None or device.type == found.device_type:
         return None
     return f"its tensors are on {device}; the engine takes tensors on {found.device_type}"
+
+
+def device_type() -> str:
+    """Type of the devices whose tensors the engine takes, where it works."""
+    found = machine()
+    assert not isinstance(found, str)
+    return found.device_type
