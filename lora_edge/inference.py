@@ -13,7 +13,6 @@ from torch import Tensor
 
 from lora_edge.ops import reference
 from lora_edge.ops.backends import requested
-from lora_edge.ops.checks import check_conv
 
 if TYPE_CHECKING:
     from lora_edge.layers import LoRAEdgeConv
@@ -30,20 +29,15 @@ class _Kept(NamedTuple):
 _kept: WeakKeyDictionary[LoRAEdgeConv, _Kept] = WeakKeyDictionary()
 
 
-def inference_weight(layer: LoRAEdgeConv, x: Tensor) -> Tensor | None:
+def inference_weight(layer: LoRAEdgeConv) -> Tensor | None:
     """``W + scale * B S`` in the weight's dtype, made anew where something changed; None where the op itself must run.
 
     The frozen tensors are known by address and version, which an in-place change under ``.data`` does not count.
-
-    Raises:
-        TypeError, ValueError: ``x`` does not fit the layer; the message names it.
     """
     weight, core, suffix = layer.weight, layer.core, layer.suffix
     named = requested(layer.backend)[0] not in ("auto", "torch")
     if named or torch.is_autocast_enabled("cpu") or weight.is_inference() or suffix.is_inference():
         return None
-    if x.dim() == weight.dim():
-        check_conv(x, weight, layer.bias, layer.groups, "tt_conv")
     frozen = (weight.data_ptr(), weight._version, suffix.data_ptr(), suffix._version, layer.scale)
     kept = _kept.get(layer)
     if kept is None or kept.frozen != frozen or not torch.equal(kept.core, core):

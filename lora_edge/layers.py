@@ -16,7 +16,7 @@ from torch import Tensor, nn
 
 from lora_edge.inference import inference_weight
 from lora_edge.ops import tt_conv, tt_fuse
-from lora_edge.ops.checks import DTYPES
+from lora_edge.ops.checks import DTYPES, check_conv
 from lora_edge.ops.padding import pad
 from lora_edge.subspace import weight_suffix
 from lora_edge.tt import attainable_ranks, check_rank, contract_suffix
@@ -86,9 +86,13 @@ class LoRAEdgeConv(nn.modules.conv._ConvNd):
         if not self.enabled:
             return self.stock.forward(self, x)  # type: ignore[misc, arg-type]
         if not torch.is_grad_enabled() and x.device.type == "cpu" and not torch.compiler.is_compiling():
-            weight = inference_weight(self, x)
+            weight = inference_weight(self)
             if weight is not None:
-                return self._conv_forward(x, weight, self.bias)
+                try:
+                    return self._conv_forward(x, weight, self.bias)
+                except RuntimeError:  # of two reasons the one that names the argument
+                    check_conv(x, weight, self.bias, self.groups, "tt_conv")
+                    raise
         padding = self.padding
         if self.padding_mode != "zeros":
             x, padding = pad(x, self._reversed_padding_repeated_twice, self.padding_mode), 0  # type: ignore[assignment]

@@ -55,7 +55,7 @@ class FrozenBatchNorm(_BatchNorm):
         return scale, torch.addcmul(self.bias.detach(), self.running_mean, scale, value=-1)
 
     def forward(self, x: Tensor) -> Tensor:
-        if self.is_lean() and torch.is_grad_enabled():
+        if torch.is_grad_enabled() and self.is_lean():
             self._check_input_dim(x)
             return _FrozenBatchNorm.apply(x, self.running_mean, self.running_var, self.weight, self.bias, self.eps)
         return self.stock.forward(self, x)

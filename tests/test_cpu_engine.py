@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 import subprocess
 import sys
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -21,6 +22,7 @@ from lora_edge import ops
 from lora_edge.har.models import MobileNetV2, ResNet18, TResNet, pointwise
 from lora_edge.ops import backends, cpu_machine, reference, use_backend
 from lora_edge.ops.activation import Activation
+from lora_edge.ops.conv_args import ConvArgs
 from lora_edge.ops.route import choose_route
 from lora_edge.ops.tt_block import run_block
 from test_tt_conv import relative_error
@@ -107,12 +109,17 @@ def taken(case: Case) -> bool:
     return groups == 1 or (not case.adapted and groups == case.conv.inputs == case.conv.outputs and groups % 8 == 0)
 
 
+@pytest.mark.parametrize("times", [1, 6], ids=["few positions", "many positions"])
 @pytest.mark.parametrize("case", [case for case in CASES if taken(case)], ids=lambda case: case.name)
-def test_case(case):
+def test_case(case, times):
+    """With six times the batch most have more positions than the engine takes for few, and more units."""
+    if times > 1:
+        case = replace(case, conv=replace(case.conv, batch=case.conv.batch * times))
     inputs = kernel_cases._Inputs(case)
     got = results(case, inputs, "cpu")
     for name, want in results(case, inputs, None).items():
-        assert relative_error(got[name], want) <= 1e-6 * (5 if name == "bias" else 1), name
+        summed = name == "bias" or (name == "core" and times > 1)  # over so many positions, whose terms cancel
+        assert relative_error(got[name], want) <= 1e-6 * (5 if summed else 1), name
 
 
 def digest(threads: int) -> list[float]:
@@ -178,6 +185,27 @@ def test_any_convolution(dims, inputs, outputs, kernel, size, stride, padding, d
     got = results(case, made, "auto")
     for name, want in exact.items():
         assert torch.allclose(got[name].double(), want, rtol=1e-4, atol=1e-5 * float(want.abs().max()) + 1e-9), name
+
+
+@pytest.mark.parametrize("batch", [1, 2, 5, 40])
+@pytest.mark.parametrize("kernel", [1, 3])
+def test_y_in_the_place_of_x(batch, kernel):
+    x = torch.randn(batch, 72, 9, 10).contiguous(memory_format=torch.channels_last)
+    weight, core, suffix = torch.randn(72, 72, kernel, kernel), torch.randn(72, 2), torch.randn(2, 72, kernel, kernel)
+    core.requires_grad_()
+    residual, dy = torch.randn(batch, 72, 9, 10), torch.randn(batch, 72, 9, 10)
+    args = ConvArgs((1, 1), (kernel // 2, kernel // 2), (1, 1), 1)
+
+    def run(overwrite: bool) -> tuple[Tensor, ...]:
+        leaf = x.clone().requires_grad_()
+        inner = leaf * 1  # which backward of the product does not need
+        y = run_block(
+            inner, weight, core, suffix, None, args, 0.7, None, residual, None, Activation("relu"), None, overwrite, "cpu"
+        )  # fmt: skip
+        assert (y.data_ptr() == inner.data_ptr()) == overwrite
+        return (y, *torch.autograd.grad(y, (leaf, core), dy))
+
+    assert all(torch.equal(a, b) for a, b in zip(run(True), run(False), strict=True))
 
 
 def test_nan_spreads_no_further_than_it_should():

@@ -246,8 +246,8 @@ def test_saved_buffer_is_as_large_as_the_kernels_say(case, kernels):
     found = (cuda_launch, host_layer.extension().Plan)
     planned = plan.block_plan(*found, sizes, args, epilogue, Saves(True, True), "factor", plan.FP32)
     scratch = planned.native.scratch()
-    assert scratch["h"] <= planned.bits_at < scratch["h"] + 16
-    assert planned.bits_at + scratch["bits"] == planned.saved_bytes
+    assert scratch["h"] <= planned.saved.bits_at < scratch["h"] + 16
+    assert planned.saved.bits_at + scratch["bits"] == planned.saved.bytes
 
 
 def test_views_that_reach_too_far_are_copied():

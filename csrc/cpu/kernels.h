@@ -231,10 +231,14 @@ void compose_row(const ComposeRow& c) {
   for (int64_t i = 0; i < c.count; ++i) c.out[i] = c.a * c.weight[i];
   for (int q = 0; q < c.rank; ++q) {
     const float factor = c.core[q] * c.scale * c.a;
-    const float* suffix = c.suffix + q * c.count;
+    const float* suffix = c.suffix + q * c.apart;
     for (int64_t i = 0; i < c.count; ++i) c.out[i] += factor * suffix[i];
   }
 }
 
+void gather_row(const GatherRow& g) {
+  for (int i = 0; i < g.count; ++i) g.to[i] = g.index[i] < 0 ? 0.0f : g.from[g.index[i]];
+}
+
 const Kernels kernels = {kLanes,    kPanel,         gemm_rows, filter_line, combine_line, finish_rows,
-                         mask_rows, depthwise_rows, dot_rows,  compose_row};
+                         mask_rows, depthwise_rows, dot_rows,  compose_row, gather_row};

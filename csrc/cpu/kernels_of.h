@@ -76,13 +76,21 @@ struct DotRows {
   int rows, channels, count;
 };
 
-// out = a * (weight + scale * sum over q of core[q] * suffix[q]), one output's `count` elements.
+// out = a * (weight + scale * sum over q of core[q] * suffix[q]), `count` elements of one output; `apart` from q to the next.
 struct ComposeRow {
   const float *weight, *core, *suffix;
   float* out;
-  int64_t count;
+  int64_t count, apart;
   int rank;
   float scale, a;
+};
+
+// to[i] = from[index[i]], 0 where the index is negative.
+struct GatherRow {
+  const float* from;
+  const int32_t* index;
+  float* to;
+  int count;
 };
 
 struct Kernels {
@@ -95,6 +103,7 @@ struct Kernels {
   void (*depthwise_rows)(const DepthwiseRows&);
   void (*dot_rows)(const DotRows&);
   void (*compose_row)(const ComposeRow&);
+  void (*gather_row)(const GatherRow&);
 };
 
 const Kernels& kernels_here();

@@ -12,6 +12,10 @@ constexpr int kChunk = 256;  // of k that is summed in registers: what follows i
 
 }  // namespace
 
+Reach forward_reach(const Conv& c) {
+  return {c.out_h, c.out_w, c.stride_h, c.stride_w, -c.pad_h, -c.pad_w, -c.dilation_h, -c.dilation_w, c.kernel_h, c.kernel_w};
+}
+
 std::vector<int32_t> offsets_of(const Reach& r, int samples, const Source& source) {
   const Strides& s = source.strides;
   std::vector<int32_t> table(static_cast<size_t>(samples * r.rows() + kTileRows) * r.taps(), -1);

@@ -27,6 +27,8 @@ struct Reach {
   int taps() const { return taps_h * taps_w; }
 };
 
+Reach forward_reach(const Conv&);
+
 // The map that is read: its size in positions, its channels, and strides in elements with channels as neighbours.
 struct Source {
   int height, width, channels;

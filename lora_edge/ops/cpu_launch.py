@@ -6,7 +6,6 @@ and one copy at a network's door is the only one. ``h`` is computed in float32 a
 
 from __future__ import annotations
 
-import math
 from collections.abc import Sequence
 from typing import Any
 
@@ -15,7 +14,8 @@ from torch import Tensor
 
 from lora_edge.ops import cpu_machine
 from lora_edge.ops.memory_layout import address, channels_last, dense, near, strides
-from lora_edge.ops.plan import TYPES, BlockPlan, FusePlan
+from lora_edge.ops.outputs import new_gradients, new_outputs, saved_parts
+from lora_edge.ops.plan import BlockPlan, FusePlan
 from lora_edge.tt import contracted
 
 
@@ -33,22 +33,21 @@ def block_forward(
     residual_b: Tensor | None,
 ) -> tuple[Tensor, Tensor | None]:
     """``y``, and what backward needs as one buffer of bytes, None where it needs nothing."""
-    y = x.new_empty_strided(plan.y_shape, plan.y_stride)
-    saved = x.new_empty(plan.saved_bytes, dtype=torch.uint8) if plan.saved_bytes else None
+    x, residual = channels_last(near(x)), None if residual is None else channels_last(near(residual))
+    y, saved = new_outputs(plan, x, plan.overwrites and x.stride() == plan.y_stride)
     if plan.y_shape[0] == 0:
         return y, saved
-    x, residual = channels_last(near(x)), None if residual is None else channels_last(near(residual))
     held = [dense(t) for t in (weight, core, _suffix(factors), bias, a, b, residual_a, residual_b)]
     at_weight, at_core, at_suffix, at_bias, at_a, at_b, at_residual_a, at_residual_b = map(address, held)
     packed = x.new_empty(plan.packed_forward, dtype=torch.uint8)
-    kept = _saved_h(plan, saved, factors)
+    kept, bits = saved_parts(plan, saved)
     h = None if kept is None else kept if kept.dtype == torch.float32 else torch.empty_like(kept, dtype=torch.float32)
     plan.native.run.cpu_block_forward(
         (
             at_weight, at_core, at_suffix, 0, 0, 0,
             x.data_ptr(), *strides(x), at_bias, at_a, at_b,
             address(residual), *strides(residual), at_residual_a, at_residual_b,
-            y.data_ptr(), *strides(y), address(h), _bits(plan, saved), packed.data_ptr(),
+            y.data_ptr(), *strides(y), address(h), address(bits), packed.data_ptr(),
         ),
         torch.get_num_threads(),
     )  # fmt: skip
@@ -69,25 +68,19 @@ def block_backward(
     needs: Sequence[bool],
 ) -> tuple[Tensor | None, Tensor | None, Tensor | None, Tensor | None]:
     """Gradients of x, core, bias and residual, each None where ``needs`` says so. ``dy`` may have any strides."""
-    needs_x, needs_core, needs_bias, needs_residual = needs
-    empty = plan.y_shape[0] == 0
-    dx = dy.new_empty_strided(plan.dx_shape, plan.dx_stride) if needs_x else None
-    dcore = None if core is None or not needs_core else core.new_zeros(core.shape) if empty else core.new_empty(core.shape)
-    outputs = plan.y_shape[1]
-    dbias = None if not needs_bias else dy.new_zeros(outputs) if empty else dy.new_empty(outputs)
-    dresidual = dy.new_empty_strided(plan.y_shape, plan.y_stride) if needs_residual else None
-    if empty:
+    dx, dcore, dbias, dresidual = new_gradients(plan, dy, core, needs)
+    if plan.y_shape[0] == 0:
         return dx, dcore, dbias, dresidual
     dy = channels_last(near(dy))
     held = [dense(t) for t in (weight, core, _suffix(factors), a, residual_a)]
     at_weight, at_core, at_suffix, at_a, at_residual_a = map(address, held)
-    packed = dy.new_empty(plan.packed_backward if needs_x else 0, dtype=torch.uint8)
-    kept = _saved_h(plan, saved, factors) if dcore is not None else None
-    h = None if kept is None else kept.float()
+    packed = dy.new_empty(plan.packed_backward if dx is not None else 0, dtype=torch.uint8)
+    kept, bits = saved_parts(plan, saved)
+    h = None if kept is None or dcore is None else kept.float()
     plan.native.run.cpu_block_backward(
         (
             at_weight, at_core, at_suffix, 0, 0, 0,
-            dy.data_ptr(), *strides(dy), address(h), _bits(plan, saved), at_a, at_residual_a,
+            dy.data_ptr(), *strides(dy), address(h), address(bits), at_a, at_residual_a,
             address(dx), *strides(dx), address(dresidual), *strides(dresidual),
             address(dcore), address(dbias), packed.data_ptr(), 0,
         ),
@@ -110,7 +103,6 @@ class Plan:
     """The extension's plan, asked about the CPU engine."""
 
     def __init__(self, **fields: int | float) -> None:
-        self.saved_dtype = next(dtype for dtype, number in TYPES.items() if number == fields["saved_type"])
         self.run = cpu_machine.machine().module.Plan(**fields)  # type: ignore[union-attr]
 
     def refusal(self, op: str) -> str | None:
@@ -129,15 +121,3 @@ def plan_type() -> Any:
 
 def _suffix(factors: Sequence[Tensor]) -> Tensor | None:
     return contracted(factors[0] if len(factors) == 1 else list(factors)) if factors else None
-
-
-def _saved_h(plan: BlockPlan, saved: Tensor | None, factors: Sequence[Tensor]) -> Tensor | None:
-    """The saved buffer's ``h``, flat, in the dtype that it is kept in."""
-    if saved is None or not plan.saves.h:
-        return None
-    elements = plan.y_shape[0] * math.prod(plan.y_shape[2:]) * factors[0].shape[0]
-    return saved[: elements * plan.native.saved_dtype.itemsize].view(plan.native.saved_dtype)
-
-
-def _bits(plan: BlockPlan, saved: Tensor | None) -> int:
-    return address(saved) + plan.bits_at if plan.saves.bits else 0

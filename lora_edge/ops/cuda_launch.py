@@ -14,6 +14,7 @@ from torch import Tensor
 
 from lora_edge.ops import extension
 from lora_edge.ops.memory_layout import address, dense, near, strides
+from lora_edge.ops.outputs import new_gradients, new_outputs
 from lora_edge.ops.plan import BlockPlan, FusePlan
 
 _ABSENT = (0, 0, 0, 0)
@@ -33,8 +34,7 @@ def block_forward(
     residual_b: Tensor | None,
 ) -> tuple[Tensor, Tensor | None]:
     """``y``, and what backward needs as one buffer of bytes, None where it needs nothing."""
-    y = x.new_empty_strided(plan.y_shape, plan.y_stride)
-    saved = x.new_empty(plan.saved_bytes, dtype=torch.uint8) if plan.saved_bytes else None
+    y, saved = new_outputs(plan, x)
     if plan.y_shape[0] == 0:
         return y, saved
     x, residual = near(x), None if residual is None else near(residual)
@@ -50,7 +50,7 @@ def block_forward(
             x.data_ptr(), *strides(x), at_bias, at_a, at_b,
             address(residual), *strides(residual), at_residual_a, at_residual_b,
             y.data_ptr(), *strides(y),
-            at_saved if plan.saves.h else 0, at_saved + plan.bits_at if plan.saves.bits else 0, packed.data_ptr(),
+            at_saved if plan.saves.h else 0, at_saved + plan.saved.bits_at if plan.saves.bits else 0, packed.data_ptr(),
         ),
         index,
         found.stream(index),  # type: ignore[union-attr]
@@ -70,28 +70,22 @@ def block_backward(
     needs: Sequence[bool],
 ) -> tuple[Tensor | None, Tensor | None, Tensor | None, Tensor | None]:
     """Gradients of x, core, bias and residual, each None where ``needs`` says so. ``dy`` may have any strides."""
-    needs_x, needs_core, needs_bias, needs_residual = needs
-    empty = plan.y_shape[0] == 0
-    dx = dy.new_empty_strided(plan.dx_shape, plan.dx_stride) if needs_x else None
-    dcore = None if core is None or not needs_core else core.new_zeros(core.shape) if empty else core.new_empty(core.shape)
-    outputs = plan.y_shape[1]
-    dbias = None if not needs_bias else dy.new_zeros(outputs) if empty else dy.new_empty(outputs)
-    dresidual = dy.new_empty_strided(plan.y_shape, plan.y_stride) if needs_residual else None
-    if empty:
+    dx, dcore, dbias, dresidual = new_gradients(plan, dy, core, needs)
+    if plan.y_shape[0] == 0:
         return dx, dcore, dbias, dresidual
     dy = near(dy)
     held = [dense(t) for t in (weight, core, a, residual_a)]
     at_weight, at_core, at_a, at_residual_a = map(address, held)
     factors = [t.contiguous() for t in factors]
-    packed_bytes = plan.packed_backward if needs_x else 0
-    scratch = dy.new_empty(packed_bytes + (plan.partial if needs_core or needs_bias else 0), dtype=torch.uint8)
+    packed_bytes = plan.packed_backward if dx is not None else 0
+    scratch = dy.new_empty(packed_bytes + (plan.partial if dcore is not None or dbias is not None else 0), dtype=torch.uint8)
     at_saved, at_scratch = address(saved), scratch.data_ptr()
     found, index = extension.machine(), dy.device.index or 0
     plan.native.tt_block_backward(
         (
             at_weight, at_core, *_addresses(factors),
             dy.data_ptr(), *strides(dy),
-            at_saved if plan.saves.h else 0, at_saved + plan.bits_at if plan.saves.bits else 0, at_a, at_residual_a,
+            at_saved if plan.saves.h else 0, at_saved + plan.saved.bits_at if plan.saves.bits else 0, at_a, at_residual_a,
             address(dx), *strides(dx), address(dresidual), *strides(dresidual),
             address(dcore), address(dbias), at_scratch, at_scratch + packed_bytes,
         ),

@@ -137,9 +137,9 @@ def tt_block(
 def _(x: Tensor, weight: Tensor, core: Tensor | None, bias: Any, residual: Any, factors: Any, a: Any, *rest: Any) -> Any:
     layer = _Layer(*rest[3:])
     sizes = plan.sizes_of(x, weight, core, factors, ())
-    _, saved_bytes = plan.saved_layout(sizes, layer.args, layer.epilogue, layer.saves)
+    saved = plan.saved_layout(sizes, layer.args, layer.epilogue, layer.saves)
     y = x.new_empty_strided(*plan.output_layout(sizes, layer.args))
-    return y, x.new_empty(saved_bytes, dtype=torch.uint8)
+    return y, x.new_empty(saved.bytes, dtype=torch.uint8)
 
 
 def _remember(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor]) -> None:

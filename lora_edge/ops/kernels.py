@@ -155,6 +155,8 @@ class _Block(torch.autograd.Function):
     ) -> Tensor:
         weight, factors, a, b, residual_a, residual_b = frozen
         y, saved = planned.engine.block_forward(planned, x, weight, core, bias, residual, factors, a, b, residual_a, residual_b)
+        if y is x:
+            ctx.mark_dirty(x)
         ctx.save_for_backward(saved, weight, core, a, residual_a, *factors)
         ctx.plan = planned
         return y

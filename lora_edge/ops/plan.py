@@ -47,11 +47,15 @@ class Sizes(NamedTuple):
 
 
 class Epilogue(NamedTuple):
-    """What is fixed for a layer beside its convolution's arguments."""
+    """What is fixed for a layer beside its convolution's arguments.
+
+    ``overwrite`` says that nobody else needs ``x``: a ``y`` of its size may take its place in memory.
+    """
 
     scale: float
     activation: Activation | None = None
     saved_dtype: torch.dtype | None = None
+    overwrite: bool = False
 
 
 class Saves(NamedTuple):
@@ -59,6 +63,15 @@ class Saves(NamedTuple):
 
     h: bool
     bits: bool
+
+
+class SavedLayout(NamedTuple):
+    """The buffer that is kept for backward: ``h (N, *L', g * r1)``, then the bits of csrc/problem.h. In bytes."""
+
+    h_bytes: int
+    h_dtype: torch.dtype
+    bits_at: int
+    bytes: int
 
 
 class BlockPlan(NamedTuple):
@@ -71,8 +84,8 @@ class BlockPlan(NamedTuple):
     dx_shape: tuple[int, ...]
     dx_stride: tuple[int, ...]
     saves: Saves
-    bits_at: int  # byte of the saved buffer at which the bits begin, behind h
-    saved_bytes: int
+    saved: SavedLayout
+    overwrites: bool  # y may take x's place
     packed_forward: int  # bytes of scratch, as what follows
     packed_backward: int
     partial: int
@@ -172,10 +185,11 @@ def block_plan(
         return why
     scratch = native.scratch()
     y_shape, y_stride = output_layout(sizes, args)
-    bits_at, saved_bytes = saved_layout(sizes, args, epilogue, saves)
+    overwrites = epilogue.overwrite and y_shape == tuple(sizes.x)
     dx_stride = dense_stride(sizes.x, sizes.channels_last)
     return BlockPlan(
-        engine, native, y_shape, y_stride, tuple(sizes.x), dx_stride, saves, bits_at, saved_bytes,
+        engine, native, y_shape, y_stride, tuple(sizes.x), dx_stride, saves,
+        saved_layout(sizes, args, epilogue, saves), overwrites,
         scratch["packed_forward"], scratch["packed_backward"], scratch["partial"],
     )  # fmt: skip
 
@@ -261,15 +275,16 @@ def dense_stride(shape: Sequence[int], channels_last: bool) -> tuple[int, ...]:
     return tuple(stride)
 
 
-def saved_layout(sizes: Sizes, args: ConvArgs, epilogue: Epilogue, saves: Saves) -> tuple[int, int]:
-    """Where the bits begin in the saved buffer, and its bytes: ``h (N, *L', g * r1)``, then the bits of csrc/problem.h."""
+def saved_layout(sizes: Sizes, args: ConvArgs, epilogue: Epilogue, saves: Saves) -> SavedLayout:
+    """What backward will need of a call, in one buffer."""
     y_shape = output_shape(sizes, args)
     positions = y_shape[0] * math.prod(y_shape[2:])
-    h = positions * args.groups * sizes.rank * (epilogue.saved_dtype or sizes.dtype).itemsize if saves.h else 0
+    dtype = epilogue.saved_dtype or sizes.dtype
+    h = positions * args.groups * sizes.rank * dtype.itemsize if saves.h else 0
     bits_at = (h + 15) // 16 * 16 if saves.bits else h
     groups = 1 if sizes.weight[1] == 1 else args.groups  # a depthwise position has its bits without gaps
     bits = positions * groups * ((y_shape[1] // groups + 7) // 8) if saves.bits else 0
-    return bits_at, bits_at + bits
+    return SavedLayout(h, dtype, bits_at, bits_at + bits)
 
 
 def _one_position(

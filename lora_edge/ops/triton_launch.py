@@ -8,14 +8,14 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
-import torch
 from torch import Tensor
 
 from lora_edge.ops.memory_layout import dense, near
+from lora_edge.ops.outputs import new_gradients, new_outputs, saved_parts
 from lora_edge.ops.plan import BlockPlan, FusePlan
 from lora_edge.ops.triton_kernels import tt_block, tt_fuse
 from lora_edge.ops.triton_kernels.calls import Backward, Forward
-from lora_edge.ops.triton_plan import DTYPES, Plan
+from lora_edge.ops.triton_plan import Plan
 
 
 def plan_type() -> type[Plan]:
@@ -37,11 +37,10 @@ def block_forward(
     residual_b: Tensor | None,
 ) -> tuple[Tensor, Tensor | None]:
     """``y``, and what backward needs as one buffer of bytes, None where it needs nothing."""
-    y = x.new_empty_strided(plan.y_shape, plan.y_stride)
-    saved = x.new_empty(plan.saved_bytes, dtype=torch.uint8) if plan.saved_bytes else None
+    y, saved = new_outputs(plan, x)
     if plan.y_shape[0] == 0:
         return y, saved
-    h, bits = _parts(plan, saved)
+    h, bits = saved_parts(plan, saved)
     vectors = (
         dense(bias),
         dense(a),
@@ -67,15 +66,9 @@ def block_backward(
     needs: Sequence[bool],
 ) -> tuple[Tensor | None, Tensor | None, Tensor | None, Tensor | None]:
     """Gradients of x, core, bias and residual, each None where ``needs`` says so. ``dy`` may have any strides."""
-    needs_x, needs_core, needs_bias, needs_residual = needs
-    empty = plan.y_shape[0] == 0
-    dx = dy.new_empty_strided(plan.dx_shape, plan.dx_stride) if needs_x else None
-    dcore = None if core is None or not needs_core else core.new_zeros(core.shape) if empty else core.new_empty(core.shape)
-    outputs = plan.y_shape[1]
-    dbias = None if not needs_bias else dy.new_zeros(outputs) if empty else dy.new_empty(outputs)
-    dresidual = dy.new_empty_strided(plan.y_shape, plan.y_stride) if needs_residual else None
-    if not empty and any(t is not None for t in (dx, dcore, dbias, dresidual)):
-        h, bits = _parts(plan, saved)
+    dx, dcore, dbias, dresidual = new_gradients(plan, dy, core, needs)
+    if plan.y_shape[0] and any(t is not None for t in (dx, dcore, dbias, dresidual)):
+        h, bits = saved_parts(plan, saved)
         call = Backward(near(dy), h, bits, dense(a), dense(residual_a), dx, dresidual, dcore, dbias)
         tt_block.backward(plan.native, weight.contiguous(), dense(core), [t.contiguous() for t in factors], call)
     return dx, dcore, dbias, dresidual
@@ -93,12 +86,3 @@ def fuse_backward(plan: FusePlan, dout: Tensor, core: Tensor, factors: Sequence[
     dcore = core.new_empty(core.shape)
     tt_fuse.backward(plan.native, dout.contiguous(), [t.contiguous() for t in factors], dcore)
     return dcore
-
-
-def _parts(plan: BlockPlan, saved: Tensor | None) -> tuple[Tensor | None, Tensor | None]:
-    """``h`` and the bits in the buffer of bytes."""
-    if saved is None:
-        return None, None
-    h_bytes = plan.bits_at // 16 * 16 if plan.saves.bits else plan.bits_at
-    h = saved[:h_bytes].view(DTYPES[plan.native.saved_type]) if plan.saves.h else None
-    return h, saved[plan.bits_at :] if plan.saves.bits else None

@@ -11,7 +11,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterator, Sequence
-from typing import Any, NamedTuple
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -118,8 +118,7 @@ def run_block(
 ) -> Tensor:
     """:func:`tt_block` on normalised arguments; ``args`` may hold the padding of an ``F.pad``.
 
-    ``overwrite`` says that nobody else needs ``x``: in torch a ``y`` of the same size then takes its place in memory, slice by
-    slice.
+    ``overwrite`` says that nobody else needs ``x``: a ``y`` of the same size may then take its place in memory.
     """
     check_conv(x, weight, bias, args.groups, "tt_block", batched=True)
     check_affine(affine, weight, "affine", "tt_block")
@@ -127,13 +126,14 @@ def run_block(
     check_output(x, weight, args, "tt_block")
     check_residual(x, weight, residual, residual_affine, args, "tt_block")
     check_saved_dtype(saved_dtype, "tt_block")
-    rest = (args, Epilogue(float(scale), activation, saved_dtype), affine, residual_affine)
+    epilogue = Epilogue(float(scale), activation, saved_dtype, overwrite and residual is not x)
     if torch.is_autocast_enabled(x.device.type) and x.dtype != torch.float64:  # the kernel is cast where it is composed
         dtype = torch.get_autocast_dtype(x.device.type)
         bias, residual = (None if t is None else t.to(dtype) for t in (bias, residual))
         with torch.autocast(x.device.type, enabled=False):
-            return _run_block(x.to(dtype), weight, core, suffix, bias, residual, *rest, False, backend)
-    return _run_block(x, weight, core, suffix, bias, residual, *rest, overwrite, backend)
+            rest = (args, epilogue._replace(overwrite=False), affine, residual_affine)
+            return _run_block(x.to(dtype), weight, core, suffix, bias, residual, *rest, backend)
+    return _run_block(x, weight, core, suffix, bias, residual, args, epilogue, affine, residual_affine, backend)
 
 
 def _run_block(
@@ -144,29 +144,20 @@ def _run_block(
     bias: Tensor | None,
     residual: Tensor | None,
     args: ConvArgs,
-    fixed: Epilogue,
+    epilogue: Epilogue,
     affine: tuple[Tensor, Tensor] | None,
     residual_affine: tuple[Tensor, Tensor] | None,
-    overwrite: bool,
     backend: str,
 ) -> Tensor:
     tensors = (x, weight, core, suffix, bias, residual)
-    y = kernels.try_block("tt_block", backend, *tensors, affine, residual_affine, args, fixed)
+    y = kernels.try_block("tt_block", backend, *tensors, affine, residual_affine, args, epilogue)
     if y is not None:
         return y
     suffix = None if suffix is None else contracted(suffix)
-    epilogue = _Epilogue(fixed.activation, fixed.saved_dtype, fixed.scale, overwrite)
     tensors = (x, weight, core, suffix, bias, residual)
     if not (torch.is_grad_enabled() and any(t is not None and t.requires_grad for t in tensors)):
         return _forward(x, weight, core, suffix, bias, residual, affine, residual_affine, args, epilogue, False)[0]
     return _TTBlock.apply(*tensors, *(affine or (None, None)), *(residual_affine or (None, None)), args, epilogue)
-
-
-class _Epilogue(NamedTuple):
-    activation: Activation | None
-    saved_dtype: torch.dtype | None
-    scale: float
-    overwrite: bool
 
 
 def _forward(
@@ -179,7 +170,7 @@ def _forward(
     affine: tuple[Tensor, Tensor] | None,
     residual_affine: tuple[Tensor, Tensor] | None,
     args: ConvArgs,
-    epilogue: _Epilogue,
+    epilogue: Epilogue,
     needs_bits: bool,
 ) -> tuple[Tensor, Tensor | None]:
     """``y``, which is ``x`` itself where it was overwritten, and the packed bits (None without an activation or a need)."""
@@ -233,7 +224,7 @@ class _TTBlock(torch.autograd.Function):
         residual_a: Tensor | None,
         residual_b: Tensor | None,
         args: ConvArgs,
-        epilogue: _Epilogue,
+        epilogue: Epilogue,
     ) -> Tensor:
         affine = None if a is None or b is None else (a, b)
         residual_affine = None if residual_a is None or residual_b is None else (residual_a, residual_b)

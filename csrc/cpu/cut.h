@@ -1,0 +1,55 @@
+// How the drivers cut a batch: units of a few samples, some hundred rows, which stay in a core's cache; strips of their lines.
+#pragma once
+
+#include <algorithm>
+#include <cstdint>
+#include <vector>
+
+#include "../problem.h"
+
+namespace lora_edge::cpu {
+
+constexpr int kUnitRows = 240;
+
+// The offset of each position (n, first + u * step) of a map.
+inline std::vector<int32_t> places_of(int samples, int rows_h, int rows_w, int first_h, int first_w, int step_h, int step_w,
+                               const Strides& s) {
+  std::vector<int32_t> table;
+  table.reserve(static_cast<size_t>(samples) * rows_h * rows_w);
+  for (int n = 0; n < samples; ++n)
+    for (int u = 0; u < rows_h; ++u)
+      for (int v = 0; v < rows_w; ++v) {
+        table.push_back(static_cast<int32_t>(n * s.n + (first_h + u * step_h) * s.h + (first_w + v * step_w) * s.w));
+      }
+  return table;
+}
+
+// How the work is cut: units of `samples` samples, each in `parts` for threads to share: ranges of lines (rows of
+// positions), or of panels where there are fewer lines than parts. Lines are taken in strips, which stay in the cache
+// from the product to the finished map.
+struct Cut {
+  int samples, units, parts;
+
+  Cut(int batch, int rows_a_sample, int threads) {
+    samples = std::clamp(kUnitRows / std::max(1, rows_a_sample), 1, batch);
+    units = (batch + samples - 1) / samples;
+    parts = units >= threads ? 1 : (threads + units - 1) / units;
+  }
+  int samples_of(int unit, int batch) const { return std::min(samples, batch - unit * samples); }
+};
+
+// Calls work(line, line_end, panel, panel_end) for each strip of a part, of `lines` lines of `width` rows in all.
+template <class Work>
+void for_each_strip(const Cut& cut, int part, int lines, int width, int panels, const Work& work) {
+  const int step = std::max(1, kUnitRows / std::max(1, width));
+  const bool by_lines = lines >= cut.parts;
+  auto from = [&](int of, int i) { return i * of / cut.parts; };
+  const int panel = by_lines ? 0 : from(panels, part), panel_end = by_lines ? panels : from(panels, part + 1);
+  const int end = by_lines ? from(lines, part + 1) : lines;
+  if (panel == panel_end) return;
+  for (int line = by_lines ? from(lines, part) : 0; line < end; line += step) {
+    work(line, std::min(line + step, end), panel, panel_end);
+  }
+}
+
+}  // namespace lora_edge::cpu

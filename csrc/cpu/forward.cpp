@@ -1,0 +1,148 @@
+// Forward of a block. Channels are neighbours in every map; a convolution is a product (product.h), a depthwise one a sum of
+// rows, and where there are few positions few.h does it. The batch is cut into units (cut.h), each of which has
+//   h, then panel by panel of outputs the product, and y, residual, activation and bits as the panel is done
+// Floor: what ANCHORS calls the channels-last rate, less what filtering saves; one read of x, one write of y.
+#include <algorithm>
+#include <numeric>
+#include <vector>
+
+#include "block.h"
+#include "cut.h"
+#include "few.h"
+#include "memory.h"
+#include "pack.h"
+#include "threads.h"
+
+namespace lora_edge::cpu {
+namespace {
+
+// h of a unit: at one tap a few dot products a row; else every tap's at once, as columns of one product over the unit's input
+// rows, then added up for each position ("h" as extra outputs would fill a whole vector of columns a tap).
+struct Suffix {
+  const Conv& conv;
+  std::vector<float> packed;
+  std::vector<int32_t> inputs;     // for each position and tap the input row, -1 outside; or at one tap its offset
+  std::vector<Product> every_row;  // one, if there are several taps
+
+  Suffix(const Problem& p, const ForwardCall& call, const Reach& reach, const Source& source, int samples) : conv(p.conv) {
+    const int taps = reach.taps(), rank = conv.rank, channels = conv.channels;
+    const float* suffix = floats(call.suffix);
+    if (taps == 1) {
+      packed.assign(suffix, suffix + int64_t{rank} * channels);
+      inputs = offsets_of(reach, samples, source);
+      return;
+    }
+    const Reach every{conv.in_h, conv.in_w, 1, 1, 0, 0, 0, 0, 1, 1};
+    every_row.emplace_back(every, source, taps * rank, samples);
+    packed.assign(static_cast<size_t>(every_row[0].packed_floats()), 0.0f);
+    for (int q = 0; q < rank; ++q)
+      for (int i = 0; i < channels; ++i)
+        for (int t = 0; t < taps; ++t) {
+          *every_row[0].packed_at(packed.data(), 0, 0, i, t * rank + q) = suffix[(int64_t{q} * channels + i) * taps + t];
+        }
+    const Strides counted{int64_t{conv.in_h} * conv.in_w, 1, conv.in_w, 1};
+    inputs = offsets_of(reach, samples, {conv.in_h, conv.in_w, channels, counted});
+  }
+
+  void run(const float* x, int samples, float* h) const {
+    const int rows = samples * conv.out_h * conv.out_w, rank = conv.rank;
+    if (every_row.empty()) {
+      return kernels_here().dot_rows({x, zeros(conv.channels), packed.data(), inputs.data(), h, rows, conv.channels, rank});
+    }
+    const int lines = samples * conv.in_h, taps = conv.kernel_h * conv.kernel_w, panel = kernels_here().panel;
+    float* z = kept<float, Keep::suffix>(static_cast<size_t>(every_row[0].sums_floats(lines)));
+    std::fill(h, h + int64_t{rows} * rank, 0.0f);
+    for (int first = 0; first < taps * rank; first += panel) {
+      every_row[0].run(x, packed.data(), first, 0, lines, z);
+      const int end = std::min(first + panel, taps * rank);
+      for (int row = 0; row < rows; ++row)
+        for (int column = first; column < end; ++column) {
+          const int from = inputs[static_cast<size_t>(row) * taps + column / rank];
+          if (from >= 0) h[int64_t{row} * rank + column % rank] += z[int64_t{from} * panel + column - first];
+        }
+    }
+  }
+};
+
+// y's shift of each output: what is left of bias and affines once the scale is in the kernel.
+std::vector<float> shift_of(const Conv& c, const ForwardCall& call) {
+  std::vector<float> shift(static_cast<size_t>(c.outputs), 0.0f);
+  for (int o = 0; o < c.outputs; ++o) {
+    const float a = call.affine_scale == nullptr ? 1.0f : floats(call.affine_scale)[o];
+    if (call.bias != nullptr) shift[o] += a * floats(call.bias)[o];
+    if (call.affine_shift != nullptr) shift[o] += floats(call.affine_shift)[o];
+    if (call.residual_shift != nullptr) shift[o] += floats(call.residual_shift)[o];
+  }
+  return shift;
+}
+
+}  // namespace
+
+void block_forward(const Problem& p, const ForwardCall& call, int threads) {
+  const Conv& c = p.conv;
+  const Kernels& k = kernels_here();
+  const std::vector<float> shift = shift_of(c, call);
+  if (has_few_positions(c)) return few_forward(p, call, shift.data(), threads);
+  const Cut cut(c.batch, c.out_h * c.out_w, threads);
+  const Reach reach = forward_reach(c);
+  const Source source{c.in_h, c.in_w, c.channels, call.x_strides};
+  const Product product(reach, source, c.outputs, is_depthwise(c) ? 0 : cut.samples);
+  const std::vector<int32_t> offsets = is_depthwise(c) ? offsets_of(reach, cut.samples, source) : std::vector<int32_t>{};
+  // Where y takes x's place, x is read to its end first: a unit's y waits in the cache, or all of it where threads share units.
+  const bool overwrites = call.y == call.x;
+  std::vector<float> waiting(overwrites && cut.parts > 1 ? static_cast<size_t>(c.batch * call.y_strides.n) : 0);
+  float* all_of_y = waiting.empty() ? floats(call.y) : waiting.data();
+  const std::vector<int32_t> y_at = places_of(cut.samples, c.out_h, c.out_w, 0, 0, 1, 1, call.y_strides);
+  const std::vector<int32_t> residual_at = places_of(cut.samples, c.out_h, c.out_w, 0, 0, 1, 1, call.residual_strides);
+  std::vector<Suffix> suffix;  // one or none
+  if (call.h != nullptr) suffix.emplace_back(p, call, reach, source, cut.samples);
+  float* packed = floats(call.packed);
+  if (is_depthwise(c)) {
+    std::vector<int> taps(static_cast<size_t>(reach.taps()));
+    std::iota(taps.begin(), taps.end(), 0);
+    pack_depthwise(p, Composed(p, call), taps, packed);
+  } else {
+    pack_forward(p, call, product, threads);
+  }
+  const int octets = (c.outputs + 7) / 8, rows = reach.rows(), width = is_depthwise(c) ? c.outputs : k.panel;
+  parallel_for(threads, cut.units * cut.parts, [&](int i) {
+    const int unit = i / cut.parts, part = i % cut.parts, samples = cut.samples_of(unit, c.batch);
+    const int64_t sample = int64_t{unit} * cut.samples;
+    const float* x = floats(call.x) + sample * call.x_strides.n;
+    if (part == 0 && call.h != nullptr) suffix[0].run(x, samples, floats(call.h) + sample * rows * c.rank);
+    float* y = all_of_y + sample * call.y_strides.n;
+    const size_t y_floats = static_cast<size_t>(samples * call.y_strides.n);
+    if (overwrites && waiting.empty()) y = kept<float, Keep::masked>(y_floats);
+    int done = 0;
+    const int panels = (c.outputs + width - 1) / width;
+    for_each_strip(cut, part, samples * c.out_h, c.out_w, panels, [&](int line, int line_end, int panel, int panel_end) {
+      const int64_t first_row = int64_t{line} * c.out_w;
+      FinishRows f{};
+      f.rows = (line_end - line) * c.out_w, f.pitch = width, f.octets = octets;
+      f.activation = p.activation, f.low = p.activation == Activation::clamp ? p.low : 0.0f, f.high = p.high;
+      f.y_at = y_at.data() + first_row, f.residual_at = residual_at.data() + first_row;
+      float* sums = kept<float, Keep::sums>(static_cast<size_t>(up(f.rows, kTileRows)) * width);
+      f.sums = sums;
+      const float* prepared = is_depthwise(c) ? x : product.prepare(x, line, line_end, done);
+      for (int first = panel * width; first < std::min(panel_end * width, c.outputs); first += width) {
+        if (is_depthwise(c)) {
+          k.depthwise_rows({x, packed, offsets.data() + first_row * reach.taps(), sums, f.rows, reach.taps(), c.outputs});
+        } else {
+          product.run(prepared, packed, first, line, line_end, sums);
+        }
+        f.columns = std::min(width, c.outputs - first);
+        f.y = y + first;
+        f.shift = shift.data() + first;
+        f.residual = call.residual == nullptr ? nullptr : floats(call.residual) + sample * call.residual_strides.n + first;
+        f.residual_scale = plus(floats(call.residual_scale), first);
+        uint8_t* bits = static_cast<uint8_t*>(call.bits);
+        f.bits = bits == nullptr ? nullptr : bits + (sample * rows + first_row) * octets + first / 8;
+        k.finish_rows(f);
+      }
+    });
+    if (overwrites && waiting.empty()) std::copy_n(y, y_floats, floats(call.y) + sample * call.y_strides.n);
+  });
+  if (!waiting.empty()) std::copy(waiting.begin(), waiting.end(), floats(call.y));
+}
+
+}  // namespace lora_edge::cpu

@@ -1,0 +1,123 @@
+#include "pack.h"
+
+#include <algorithm>
+
+#include "../packing.h"
+#include "memory.h"
+#include "threads.h"
+
+namespace lora_edge::cpu {
+namespace {
+
+Reach backward_reach(const Conv& c, const PackedLayout& layout, int h, int w) {
+  const Taps &taps_h = layout.taps_h[h], &taps_w = layout.taps_w[w];
+  const int rows_h = std::max(0, (c.in_h - h + c.stride_h - 1) / c.stride_h);
+  const int rows_w = std::max(0, (c.in_w - w + c.stride_w - 1) / c.stride_w);
+  return {rows_h, rows_w, 1, 1, taps_h.origin, taps_w.origin, taps_h.advance, taps_w.advance, taps_h.count, taps_w.count};
+}
+
+// to[i] = the term's sum at element i of `from`, whose elements are `apart`; `taps` gives the place of each tap of the product.
+template <class Taps>
+void combine(const Term& term, float* to, const float* from, const Taps& taps, int count, int64_t apart) {
+  const float *a = from + taps(term.taps[0]), *b = from + taps(term.taps[1]), *c = from + taps(term.taps[2]);
+  const float fa = term.factors[0], fb = term.factors[1], fc = term.factors[2];
+  if (term.count == 1) {
+    for (int i = 0; i < count; ++i) to[i] = fa * a[i * apart];
+  } else if (term.count == 2) {
+    for (int i = 0; i < count; ++i) to[i] = fa * a[i * apart] + fb * b[i * apart];
+  } else {
+    for (int i = 0; i < count; ++i) to[i] = fa * a[i * apart] + fb * b[i * apart] + fc * c[i * apart];
+  }
+}
+
+}  // namespace
+
+std::vector<Phase> phases_of(const Conv& c, int samples) {
+  const PackedLayout layout = packed_layout(c, Packing::backward, 4);
+  const int outputs = is_depthwise(c) ? 1 : c.outputs;
+  std::vector<Phase> phases;
+  int64_t base = 0;
+  for (int h = 0; h < c.stride_h; ++h)
+    for (int w = 0; w < c.stride_w; ++w) {
+      const Reach reach = backward_reach(c, layout, h, w);
+      if (reach.rows() == 0) continue;
+      const Taps &taps_h = layout.taps_h[h], &taps_w = layout.taps_w[w];
+      std::vector<int> taps;
+      for (int i = 0; i < taps_h.count; ++i)
+        for (int j = 0; j < taps_w.count; ++j) {
+          taps.push_back((taps_h.first + taps_h.step * i) * c.kernel_w + taps_w.first + taps_w.step * j);
+        }
+      phases.push_back({h, w, Product(reach, {c.out_h, c.out_w, outputs, dense_outputs(c)}, c.channels, samples), taps, base});
+      base += phases.back().product.packed_floats();
+    }
+  return phases;
+}
+
+// Some outputs at a time, whose lines are then written whole.
+void pack_forward(const Problem& p, const ForwardCall& call, const Product& product, int threads) {
+  const Conv& c = p.conv;
+  const Composed kernel(p, call);
+  const int taps = c.kernel_h * c.kernel_w, lanes = kernels_here().lanes;
+  const int64_t row = up(c.channels * taps, 16) + 16;  // not a power of two, whose rows would share a few places in the cache
+  parallel_for(threads, (c.outputs + lanes - 1) / lanes, [&](int block) {
+    const int first = block * lanes, count = std::min(lanes, c.outputs - first);
+    float* rows = kept<float, Keep::composed>(static_cast<size_t>(row * lanes));
+    std::fill(rows + count * row, rows + lanes * row, 0.0f);
+    for (int o = 0; o < count; ++o) {
+      float* to = rows + o * row;
+      kernel.row(first + o, to);
+    }
+    struct Stream {
+      const Term* term;
+      float* to;
+    };
+    std::vector<Stream> streams;
+    for (int group = 0; group < product.groups(); ++group) {
+      const std::vector<Term>& terms = product.terms(group);
+      for (size_t t = 0; t < terms.size(); ++t) {
+        streams.push_back({&terms[t], product.packed_at(floats(call.packed), group, static_cast<int>(t), 0, first)});
+      }
+    }
+    const int step = product.width_of(first);
+    for (int i = 0; i < c.channels; ++i) {  // all terms of a channel, while its taps are in the first cache
+      const float* from = rows + int64_t{i} * taps;
+      for (Stream& stream : streams) {
+        combine(*stream.term, stream.to, from, [](int tap) { return tap; }, lanes, row);
+        stream.to += step;
+      }
+    }
+  });
+}
+
+void pack_backward(const Problem& p, const BackwardCall& call, const std::vector<Phase>& phases, int threads) {
+  const Conv& c = p.conv;
+  const Composed kernel(p, call);
+  const int taps = c.kernel_h * c.kernel_w, panel = kernels_here().panel, whole = up(c.channels, kernels_here().lanes);
+  parallel_for(threads, c.outputs, [&](int o) {
+    float* row = kept<float, Keep::composed>(static_cast<size_t>(c.channels) * taps);
+    kernel.row(o, row);
+    for (const Phase& phase : phases)
+      for (int group = 0; group < phase.product.groups(); ++group) {
+        const std::vector<Term>& terms = phase.product.terms(group);
+        for (size_t t = 0; t < terms.size(); ++t)
+          for (int first = 0; first < c.channels; first += panel) {
+            float* to = phase.product.packed_at(floats(call.packed) + phase.base, group, static_cast<int>(t), o, first);
+            const int count = std::min(panel, c.channels - first);
+            std::fill(to + count, to + std::min(panel, whole - first), 0.0f);
+            auto tap_of = [&](int tap) { return phase.kernel_taps[static_cast<size_t>(tap)]; };
+            combine(terms[t], to, row + int64_t{first} * taps, tap_of, count, taps);
+          }
+      }
+  });
+}
+
+void pack_depthwise(const Problem& p, const Composed& kernel, const std::vector<int>& taps, float* packed) {
+  const Conv& c = p.conv;
+  float* row = kept<float, Keep::composed>(static_cast<size_t>(c.kernel_h) * c.kernel_w);
+  for (int o = 0; o < c.outputs; ++o) {
+    kernel.row(o, row);
+    for (size_t t = 0; t < taps.size(); ++t) packed[t * c.outputs + o] = row[taps[t]];
+  }
+}
+
+}  // namespace lora_edge::cpu
