@@ -73,7 +73,8 @@ struct Backward {
       const float* packed = floats(call.packed) + phases[i].base;
       int done = 0;
       const int panels = (c.channels + width - 1) / width;
-      for_each_strip(cut, part, samples * r.rows_h, r.rows_w, panels, [&](int line, int line_end, int panel, int panel_end) {
+      const int lines = samples * r.rows_h, together = product.together();
+      for_each_strip(cut, part, lines, r.rows_w, together, panels, [&](int line, int line_end, int panel, int panel_end) {
         const int64_t first_row = int64_t{line} * r.rows_w;
         FinishRows f{};
         f.rows = (line_end - line) * r.rows_w, f.pitch = width, f.y_at = dx_at[i].data() + first_row;

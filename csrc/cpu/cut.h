@@ -38,17 +38,18 @@ struct Cut {
   int samples_of(int unit, int batch) const { return std::min(samples, batch - unit * samples); }
 };
 
-// Calls work(line, line_end, panel, panel_end) for each strip of a part, of `lines` lines of `width` rows in all.
+// Calls work(line, line_end, panel, panel_end) for each strip of a part, of `lines` lines of `width` rows in all, of which
+// `together` are only done together.
 template <class Work>
-void for_each_strip(const Cut& cut, int part, int lines, int width, int panels, const Work& work) {
-  const int step = std::max(1, kUnitRows / std::max(1, width));
-  const bool by_lines = lines >= cut.parts;
+void for_each_strip(const Cut& cut, int part, int lines, int width, int together, int panels, const Work& work) {
+  const int sets = lines / together, step = std::max(1, kUnitRows / std::max(1, width * together));
+  const bool by_sets = sets >= cut.parts;
   auto from = [&](int of, int i) { return i * of / cut.parts; };
-  const int panel = by_lines ? 0 : from(panels, part), panel_end = by_lines ? panels : from(panels, part + 1);
-  const int end = by_lines ? from(lines, part + 1) : lines;
+  const int panel = by_sets ? 0 : from(panels, part), panel_end = by_sets ? panels : from(panels, part + 1);
+  const int end = by_sets ? from(sets, part + 1) : sets;
   if (panel == panel_end) return;
-  for (int line = by_lines ? from(lines, part) : 0; line < end; line += step) {
-    work(line, std::min(line + step, end), panel, panel_end);
+  for (int set = by_sets ? from(sets, part) : 0; set < end; set += step) {
+    work(set * together, std::min(set + step, end) * together, panel, panel_end);
   }
 }
 

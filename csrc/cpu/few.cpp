@@ -37,7 +37,7 @@ std::vector<int32_t> inputs_of(const Conv& c) {
 // Floats of a row in the panel of columns that begins at `column`.
 int width_at(int column, int columns) { return std::min(kernels_here().panel, up(columns - column, kernels_here().lanes)); }
 
-// All of k of some rows and one panel; `offsets` in whole tiles.
+// All of k of some rows and one panel.
 void multiply(const float* source, const int32_t* offsets, const float* panel, int width, int rows, int k, float* sums) {
   GemmRows g{};
   g.source = source, g.zeros = zeros(k), g.packed = panel, g.offsets = offsets, g.sums = sums;
@@ -49,9 +49,9 @@ void multiply(const float* source, const int32_t* offsets, const float* panel, i
   }
 }
 
-// Offsets of `rows` rows that lie `apart`, in whole tiles.
+// Offsets of `rows` rows that lie `apart`.
 std::vector<int32_t> rows_at(int rows, int64_t apart) {
-  std::vector<int32_t> table(static_cast<size_t>(up(rows, kTileRows)), -1);
+  std::vector<int32_t> table(static_cast<size_t>(rows));
   for (int row = 0; row < rows; ++row) table[static_cast<size_t>(row)] = static_cast<int32_t>(row * apart);
   return table;
 }
@@ -98,10 +98,10 @@ void few_forward(const Problem& p, const ForwardCall& call, const float* shift, 
 
   // sums (rows, P) of one panel, transposed
   auto each_panel = [&](const float* source, const std::vector<int32_t>& offsets, int count, float* to, int pitch) {
-    float* sums = kept<float, Keep::sums>(offsets.size() * static_cast<size_t>(panel));
+    float* sums = kept<float, Keep::sums>(static_cast<size_t>(up(count, kTileRows) * panel));
     for (int first = 0; first < positions; first += panel) {
       const float* maps = floats(call.packed) + first * k;
-      multiply(source, offsets.data(), maps, width_at(first, positions), up(count, kTileRows), static_cast<int>(k), sums);
+      multiply(source, offsets.data(), maps, width_at(first, positions), count, static_cast<int>(k), sums);
       for (int i = first; i < std::min(first + panel, positions); ++i)
         for (int row = 0; row < count; ++row) to[int64_t{i} * pitch + row] = sums[row * panel + i - first];
     }
@@ -144,7 +144,7 @@ void few_input_gradient(const Problem& p, const BackwardCall& call, const float*
         std::fill(to + count, to + width, 0.0f);
       }
     }
-    float* sums = kept<float, Keep::sums>(rows.size() * static_cast<size_t>(panel));
+    float* sums = kept<float, Keep::sums>(static_cast<size_t>(up(positions, kTileRows) * panel));
     float* gathered = kept<float, Keep::masked>(dx_at.size() * static_cast<size_t>(channels));
     std::fill(gathered, gathered + dx_at.size() * static_cast<size_t>(channels), 0.0f);
     for (int column = 0; column < columns; column += panel) {

@@ -115,7 +115,8 @@ void block_forward(const Problem& p, const ForwardCall& call, int threads) {
     if (overwrites && waiting.empty()) y = kept<float, Keep::masked>(y_floats);
     int done = 0;
     const int panels = (c.outputs + width - 1) / width;
-    for_each_strip(cut, part, samples * c.out_h, c.out_w, panels, [&](int line, int line_end, int panel, int panel_end) {
+    const int lines = samples * c.out_h, together = product.together();
+    for_each_strip(cut, part, lines, c.out_w, together, panels, [&](int line, int line_end, int panel, int panel_end) {
       const int64_t first_row = int64_t{line} * c.out_w;
       FinishRows f{};
       f.rows = (line_end - line) * c.out_w, f.pitch = width, f.octets = octets;

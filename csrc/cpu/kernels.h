@@ -28,14 +28,15 @@ inline uint32_t bits_of(I8 mask) {
   return bits;
 }
 
+// One tile; the last of `rows` rows is done again for those that it lacks.
 template <int vectors>
-inline void gemm_tile(const GemmRows& g, const int32_t* offsets, float* sums) {
+inline void gemm_tile(const GemmRows& g, const int32_t* offsets, int rows, float* sums) {
   V acc[kTileRows][vectors] = {};
   for (int tap = g.tap; tap < g.tap_end; ++tap) {
     const float* a[kTileRows];
 #pragma GCC unroll 6
     for (int r = 0; r < kTileRows; ++r) {
-      const int32_t at = offsets[r * g.taps + tap];
+      const int32_t at = offsets[(r < rows ? r : rows - 1) * g.taps + tap];
       a[r] = (at < 0 ? g.zeros : g.source + at) + g.channel;
     }
     const float* w = g.packed + (static_cast<int64_t>(tap) * g.channels + g.channel) * vectors * kLanes;
@@ -65,11 +66,12 @@ void gemm_rows(const GemmRows& g) {
   for (int row = 0; row < g.rows; row += kTileRows) {
     const int32_t* offsets = g.offsets + static_cast<int64_t>(row) * g.taps;
     float* sums = g.sums + static_cast<int64_t>(row) * kPanel;
+    const int left = g.rows - row;
     switch (g.vectors) {
-      case 1: gemm_tile<1>(g, offsets, sums); break;
-      case 2: gemm_tile<2>(g, offsets, sums); break;
-      case 3: gemm_tile<3>(g, offsets, sums); break;
-      default: gemm_tile<kVectors>(g, offsets, sums); break;
+      case 1: gemm_tile<1>(g, offsets, left, sums); break;
+      case 2: gemm_tile<2>(g, offsets, left, sums); break;
+      case 3: gemm_tile<3>(g, offsets, left, sums); break;
+      default: gemm_tile<kVectors>(g, offsets, left, sums); break;
     }
   }
 }
@@ -82,45 +84,137 @@ inline void octets_of(int channels, const Step& step) {
   if (c < channels) step(c, channels - c);
 }
 
-inline V8 load_some(const float* from, int count) {
-  if (count == 8) return load8(from);
-  V8 v = {};
+// As a template's argument a vector type loses its word that addresses need not be aligned; copying says so again.
+template <class Vector = V8>
+inline Vector load_some(const float* from, int count) {
+  Vector v = {};
+  if (count * sizeof(float) == sizeof(Vector)) {
+    __builtin_memcpy(&v, from, sizeof(Vector));
+    return v;
+  }
   for (int i = 0; i < count; ++i) v[i] = from[i];
   return v;
 }
 
-inline void store_some(float* to, V8 v, int count) {
-  if (count == 8) return store8(to, v);
-  for (int i = 0; i < count; ++i) to[i] = v[i];
-}
-
-void filter_line(const FilterLine& f) {
-  for (int t = 0; t < f.places; ++t) {
-    const float* x[3];
-    for (int i = 0; i < 3; ++i) {
-      const int p = f.first + t + i;
-      x[i] = p < 0 || p >= f.width ? f.zeros : f.source + p * f.stride;
-    }
-    const int64_t to = static_cast<int64_t>(t) * f.channels;
-    octets_of(f.channels, [&](int c, int count) {
-      const V8 x0 = load_some(x[0] + c, count), x1 = load_some(x[1] + c, count), x2 = load_some(x[2] + c, count);
-      store_some(f.by_two + to + c, x0 - x2, count);
-      store_some(f.sum + to + c, x0 + x1, count);
-      store_some(f.by_one + to + c, x1 - x0, count);
-    });
+template <class Vector>
+inline void store_some(float* to, Vector v, int count) {
+  if (count * sizeof(float) == sizeof(Vector)) {
+    __builtin_memcpy(to, &v, sizeof(Vector));
+  } else {
+    for (int i = 0; i < count; ++i) to[i] = v[i];
   }
 }
 
-void combine_line(const CombineLine& c) {
+// Differences by two, sums and differences by one of the positions `at(p)`, `store`d by kind and place: each is loaded once.
+template <class Vector, class At, class Store>
+inline void filter_column(int places, const At& at, const Store& store) {
+  Vector x0 = at(0), x1 = at(1);
+  for (int t = 0; t < places; ++t) {
+    const Vector x2 = at(t + 2);
+    store(0, t, x0 - x2);
+    store(1, t, x0 + x1);
+    store(2, t, x1 - x0);
+    x0 = x1, x1 = x2;
+  }
+}
+
+// `Count`: int, or a constant where it is a whole vector.
+template <class Vector, class Count>
+inline void filter_line_at(const FilterLine& f, int c, Count count) {
+  float* const to[3] = {f.by_two + c, f.sum + c, f.by_one + c};
+  auto at = [&](int t) {
+    const int p = f.first + t;
+    return p < 0 || p >= f.width ? Vector{} : load_some<Vector>(f.source + p * f.stride + c, count);
+  };
+  filter_column<Vector>(f.places, at, [&](int kind, int t, Vector v) {
+    store_some(to[kind] + static_cast<int64_t>(t) * f.channels, v, count);
+  });
+}
+
+void filter_line(const FilterLine& f) {
+  int c = 0;
+  for (; c + kLanes <= f.channels; c += kLanes) filter_line_at<V>(f, c, std::integral_constant<int, kLanes>{});
+  for (; c < f.channels; c += 8) filter_line_at<V8>(f, c, f.channels - c < 8 ? f.channels - c : 8);
+}
+
+// All four of a position at once.
+template <class Vector>
+struct Four {
+  Vector v[4];
+  Four operator+(const Four& o) const { return {{v[0] + o.v[0], v[1] + o.v[1], v[2] + o.v[2], v[3] + o.v[3]}}; }
+  Four operator-(const Four& o) const { return {{v[0] - o.v[0], v[1] - o.v[1], v[2] - o.v[2], v[3] - o.v[3]}}; }
+};
+
+template <class Vector, class Count>
+inline void filter_pair_at(const FilterPair& f, int c, Count count) {
+  const int64_t line = static_cast<int64_t>(f.places) * f.channels;
+  auto at = [&](int t) {
+    const int p = f.first + t;
+    Vector x[4];
+#pragma GCC unroll 4
+    for (int i = 0; i < 4; ++i) {
+      const bool outside = f.lines[i] == nullptr || p < 0 || p >= f.width;
+      x[i] = outside ? Vector{} : load_some<Vector>(f.lines[i] + p * f.stride + c, count);
+    }
+    return Four<Vector>{{x[0] - x[2], x[1] + x[2], x[2] - x[1], x[1] - x[3]}};
+  };
+  filter_column<Four<Vector>>(f.places, at, [&](int kind, int t, const Four<Vector>& four) {
+    float* to = f.to + kind * line + static_cast<int64_t>(t) * f.channels + c;
+#pragma GCC unroll 4
+    for (int i = 0; i < 4; ++i) store_some(to + 3 * i * line, four.v[i], count);
+  });
+}
+
+void filter_pair(const FilterPair& f) {
+  int c = 0;
+  for (; c + kLanes <= f.channels; c += kLanes) filter_pair_at<V>(f, c, std::integral_constant<int, kLanes>{});
+  for (; c < f.channels; c += 8) filter_pair_at<V8>(f, c, f.channels - c < 8 ? f.channels - c : 8);
+}
+
+inline const V& vector_at(const float* p) { return *reinterpret_cast<const V*>(p); }
+inline V& vector_at(float* p) { return *reinterpret_cast<V*>(p); }
+
+void combine_line(const Combine& c) {
   for (int row = 0; row < c.rows; row += 2) {
-    const int64_t from = static_cast<int64_t>(row / 2) * kPanel, to = static_cast<int64_t>(row) * kPanel;
+    const float* from = c.m + static_cast<int64_t>(row / 2) * kPanel;
+    float* to = c.sums + static_cast<int64_t>(row) * kPanel;
     for (int i = 0; i < kPanel; i += kLanes) {
-      const V m1 = *reinterpret_cast<const V*>(c.m1 + from + i), m2 = *reinterpret_cast<const V*>(c.m2 + from + i);
-      *reinterpret_cast<V*>(c.sums + to + i) = *reinterpret_cast<const V*>(c.m0 + from + i) + (m1 + m2);
+      const V m1 = vector_at(from + c.apart + i), m2 = vector_at(from + 2 * c.apart + i);
+      vector_at(to + i) = vector_at(from + i) + (m1 + m2);
+      if (row + 1 < c.rows) vector_at(to + kPanel + i) = (m1 - m2) - vector_at(from + 3 * c.apart + i);
+    }
+  }
+}
+
+void combine_pair(const Combine& c) {
+  const int64_t line = static_cast<int64_t>(c.rows) * kPanel;
+  for (int row = 0; row < c.rows; row += 2) {
+    const float* from = c.m + static_cast<int64_t>(row / 2) * kPanel;
+    float* to = c.sums + static_cast<int64_t>(row) * kPanel;
+    for (int i = 0; i < kPanel; i += kLanes) {
+      V above[4], below[4];
+#pragma GCC unroll 4
+      for (int b = 0; b < 4; ++b) {
+        const float* m = from + b * c.apart + i;
+        const V m1 = vector_at(m + 4 * c.apart), m2 = vector_at(m + 8 * c.apart);
+        above[b] = vector_at(m) + (m1 + m2);
+        below[b] = (m1 - m2) - vector_at(m + 12 * c.apart);
+      }
+      vector_at(to + i) = above[0] + (above[1] + above[2]);
+      vector_at(to + line + i) = below[0] + (below[1] + below[2]);
       if (row + 1 < c.rows) {
-        *reinterpret_cast<V*>(c.sums + to + kPanel + i) = (m1 - m2) - *reinterpret_cast<const V*>(c.m3 + from + i);
+        vector_at(to + kPanel + i) = (above[1] - above[2]) - above[3];
+        vector_at(to + line + kPanel + i) = (below[1] - below[2]) - below[3];
       }
     }
+  }
+}
+
+void combine_taps(const CombineTaps& c) {
+  for (int i = 0; i < c.count; i += kLanes) {
+    V sum = {};
+    for (int k = 0; k < c.terms; ++k) sum += c.factors[k] * vector_at(c.from + c.taps[k] * c.pitch + i);
+    vector_at(c.to + i) = sum;
   }
 }
 
@@ -240,5 +334,5 @@ void gather_row(const GatherRow& g) {
   for (int i = 0; i < g.count; ++i) g.to[i] = g.index[i] < 0 ? 0.0f : g.from[g.index[i]];
 }
 
-const Kernels kernels = {kLanes,    kPanel,         gemm_rows, filter_line, combine_line, finish_rows,
-                         mask_rows, depthwise_rows, dot_rows,  compose_row, gather_row};
+const Kernels kernels = {kLanes,       kPanel,      gemm_rows, filter_line,    filter_pair, combine_line, combine_pair,
+                         combine_taps, finish_rows, mask_rows, depthwise_rows, dot_rows,    compose_row,  gather_row};

@@ -7,7 +7,7 @@
 
 namespace lora_edge::cpu {
 
-constexpr int kTileRows = 6;  // rows that gemm_rows does at a time; it reads its table and writes its sums in whole tiles
+constexpr int kTileRows = 6;  // rows that gemm_rows does at a time; it writes its sums in whole tiles
 
 // sums[row][column] (+)= sum over taps and channels of source[offsets[row][tap] + channel] * packed[tap][channel][column].
 // A negative offset is a row of zeros.
@@ -23,17 +23,37 @@ struct GemmRows {
 // For each place t: by_two[t] = x[p] - x[p + 2], sum[t] = x[p] + x[p + 1], by_one[t] = x[p + 1] - x[p], with p = first + t and
 // zeros outside of the line.
 struct FilterLine {
-  const float *source, *zeros;
+  const float* source;
   float *by_two, *sum, *by_one;
   int64_t stride;
   int width, channels, first, places;
 };
 
-// Outputs 2 u and 2 u + 1 of a line from the four products of pair u, in rows of a panel.
-struct CombineLine {
-  const float *m0, *m1, *m2, *m3;
+// The same of four lines' differences by two (first and last), sum and difference by one: `to` (4, 3, places, channels). A null
+// line is zeros.
+struct FilterPair {
+  const float* lines[4];
+  float* to;
+  int64_t stride;
+  int width, channels, first, places;
+};
+
+// Outputs 2 u and 2 u + 1 of a line, `rows` of them, from the four products of pair u, which lie `apart`; or of two lines from
+// their sixteen. In rows of a panel.
+struct Combine {
+  const float* m;
+  int64_t apart;
   float* sums;
   int rows;
+};
+
+// to[i] = sum over k of factors[k] * from[taps[k]][i], from (tap, pitch).
+struct CombineTaps {
+  const float* from;
+  const int* taps;
+  const float* factors;
+  float* to;
+  int terms, pitch, count;
 };
 
 // y = act(sums + shift + residual_scale * residual) and the bits where the slope is 1, for `columns` channels of each row.
@@ -97,7 +117,10 @@ struct Kernels {
   int lanes, panel;  // floats of a vector; columns that gemm_rows does at most
   void (*gemm_rows)(const GemmRows&);
   void (*filter_line)(const FilterLine&);
-  void (*combine_line)(const CombineLine&);
+  void (*filter_pair)(const FilterPair&);
+  void (*combine_line)(const Combine&);
+  void (*combine_pair)(const Combine&);
+  void (*combine_taps)(const CombineTaps&);
   void (*finish_rows)(const FinishRows&);
   void (*mask_rows)(const MaskRows&);
   void (*depthwise_rows)(const DepthwiseRows&);

@@ -8,7 +8,7 @@ namespace lora_edge::cpu {
 
 inline int up(int n, int to) { return (n + to - 1) / to * to; }
 
-enum class Keep { zeros, composed, suffix, sums, masked, transformed, filtered };
+enum class Keep { zeros, composed, taps, suffix, sums, masked, transformed, filtered };
 
 // At least `count` elements, whatever was in them; zeros at first.
 template <class T, Keep which>

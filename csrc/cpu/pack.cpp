@@ -16,18 +16,12 @@ Reach backward_reach(const Conv& c, const PackedLayout& layout, int h, int w) {
   return {rows_h, rows_w, 1, 1, taps_h.origin, taps_w.origin, taps_h.advance, taps_w.advance, taps_h.count, taps_w.count};
 }
 
-// to[i] = the term's sum at element i of `from`, whose elements are `apart`; `taps` gives the place of each tap of the product.
+// to (count) = the term's sum of rows of `from` (tap, pitch); `taps` gives the row of each tap of the product.
 template <class Taps>
-void combine(const Term& term, float* to, const float* from, const Taps& taps, int count, int64_t apart) {
-  const float *a = from + taps(term.taps[0]), *b = from + taps(term.taps[1]), *c = from + taps(term.taps[2]);
-  const float fa = term.factors[0], fb = term.factors[1], fc = term.factors[2];
-  if (term.count == 1) {
-    for (int i = 0; i < count; ++i) to[i] = fa * a[i * apart];
-  } else if (term.count == 2) {
-    for (int i = 0; i < count; ++i) to[i] = fa * a[i * apart] + fb * b[i * apart];
-  } else {
-    for (int i = 0; i < count; ++i) to[i] = fa * a[i * apart] + fb * b[i * apart] + fc * c[i * apart];
-  }
+void combine(const Term& term, float* to, const float* from, const Taps& taps, int pitch, int count) {
+  int rows[9];
+  for (int k = 0; k < term.count; ++k) rows[k] = taps(term.taps[k]);
+  kernels_here().combine_taps({from, rows, term.factors, to, term.count, pitch, count});
 }
 
 }  // namespace
@@ -79,10 +73,13 @@ void pack_forward(const Problem& p, const ForwardCall& call, const Product& prod
       }
     }
     const int step = product.width_of(first);
+    float* by_tap = kept<float, Keep::taps>(static_cast<size_t>(taps) * lanes);
     for (int i = 0; i < c.channels; ++i) {  // all terms of a channel, while its taps are in the first cache
       const float* from = rows + int64_t{i} * taps;
+      for (int t = 0; t < taps; ++t)
+        for (int o = 0; o < lanes; ++o) by_tap[t * lanes + o] = from[o * row + t];
       for (Stream& stream : streams) {
-        combine(*stream.term, stream.to, from, [](int tap) { return tap; }, lanes, row);
+        combine(*stream.term, stream.to, by_tap, [](int tap) { return tap; }, lanes, lanes);
         stream.to += step;
       }
     }
@@ -96,18 +93,24 @@ void pack_backward(const Problem& p, const BackwardCall& call, const std::vector
   parallel_for(threads, c.outputs, [&](int o) {
     float* row = kept<float, Keep::composed>(static_cast<size_t>(c.channels) * taps);
     kernel.row(o, row);
-    for (const Phase& phase : phases)
-      for (int group = 0; group < phase.product.groups(); ++group) {
-        const std::vector<Term>& terms = phase.product.terms(group);
-        for (size_t t = 0; t < terms.size(); ++t)
-          for (int first = 0; first < c.channels; first += panel) {
-            float* to = phase.product.packed_at(floats(call.packed) + phase.base, group, static_cast<int>(t), o, first);
-            const int count = std::min(panel, c.channels - first);
-            std::fill(to + count, to + std::min(panel, whole - first), 0.0f);
-            auto tap_of = [&](int tap) { return phase.kernel_taps[static_cast<size_t>(tap)]; };
-            combine(terms[t], to, row + int64_t{first} * taps, tap_of, count, taps);
-          }
+    float* by_tap = kept<float, Keep::taps>(static_cast<size_t>(taps) * panel);
+    for (int first = 0; first < c.channels; first += panel) {
+      const int count = std::min(panel, c.channels - first), width = std::min(panel, whole - first);
+      for (int t = 0; t < taps; ++t) {
+        for (int i = 0; i < count; ++i) by_tap[t * panel + i] = row[(first + i) * taps + t];
+        std::fill(by_tap + t * panel + count, by_tap + t * panel + width, 0.0f);
       }
+      for (const Phase& phase : phases) {
+        auto tap_of = [&](int tap) { return phase.kernel_taps[static_cast<size_t>(tap)]; };
+        for (int group = 0; group < phase.product.groups(); ++group) {
+          const std::vector<Term>& terms = phase.product.terms(group);
+          for (size_t t = 0; t < terms.size(); ++t) {
+            float* to = phase.product.packed_at(floats(call.packed) + phase.base, group, static_cast<int>(t), o, first);
+            combine(terms[t], to, by_tap, tap_of, panel, width);
+          }
+        }
+      }
+    }
   });
 }
 

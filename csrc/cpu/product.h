@@ -6,8 +6,9 @@
 //             of two taps three instead of four (Winograd's minimal filtering F(2, 3), here along the width):
 //               y0 = m0 + m1 + m2    m0 = (x0 - x2) g0    m1 = (x1 + x2) (g0 + g1 + g2) / 2
 //               y1 = m1 - m2 - m3    m3 = (x1 - x3) g2    m2 = (x2 - x1) (g0 - g1 + g2) / 2
-//             A longer kernel is a sum of such pieces, and all pieces share m0 .. m3. Only sums and halves: the rounding error
-//             stays that of the direct form.
+//             A longer kernel is a sum of such pieces, and all pieces share m0 .. m3. Three rows of taps over an even number of
+//             lines are filtered along the height as well: two lines take four products of a line where they took six. Only
+//             sums and halves: the rounding error stays near that of the direct form.
 #pragma once
 
 #include <cstdint>
@@ -35,14 +36,14 @@ struct Source {
   Strides strides;
 };
 
-// One packed operand's piece: sum of factor * tap over up to three taps of the kernel.
+// One packed operand's piece: sum of factor * tap over some taps of the kernel.
 struct Term {
-  int taps[3];
-  float factors[3];
+  int taps[9];
+  float factors[9];
   int count;
 };
 
-// For `samples` samples, the offset of each row's source for each tap, -1 outside; with -1 behind, for the last tile of rows.
+// For `samples` samples, the offset of each row's source for each tap, -1 outside.
 std::vector<int32_t> offsets_of(const Reach&, int samples, const Source&);
 
 class Product {
@@ -51,14 +52,16 @@ class Product {
   Product(const Reach&, const Source&, int columns, int samples);
 
   int64_t packed_floats() const;
-  int groups() const { return filtered_ ? 4 : 1; }
+  int groups() const { return tall_ ? 16 : filtered_ ? 4 : 1; }
+  // Lines that are only done together: `line` and `line_end` are multiples of it.
+  int together() const { return tall_ ? 2 : 1; }
   const std::vector<Term>& terms(int group) const { return terms_[group]; }
   // Where a column of a term and channel is packed, and the floats from there to the next channel.
   float* packed_at(float* packed, int group, int term, int channel, int column) const;
   int width_of(int column) const;
 
   // What the lines (sample, u_h) in [line, line_end) read, to be called before `run` by the same thread. Source lines up to
-  // `done` are there from the strips before, of the same samples; it grows.
+  // `done` may be there from the strips before, of the same samples; it grows.
   const float* prepare(const float* source, int line, int line_end, int& done) const;
   // Writes the panel that begins at `column` for the lines in [line, line_end) to sums (rows, panel).
   void run(const float* prepared, const float* packed, int column, int line, int line_end, float* sums) const;
@@ -68,16 +71,20 @@ class Product {
   const Reach reach;
 
  private:
+  void filter_width(int samples);
+  void filter_height(int samples);
   int source_line(int line, bool last) const;
+  const float* prepare_lines(const float* source, int line, int line_end, int& done) const;
+  const float* prepare_pairs(const float* source, int line, int line_end) const;
   void run_group(int group, const float* source, const float* packed, int column, int row, int rows, float* sums) const;
   int64_t group_floats(int group) const;
 
   Source source_;
   int columns_, pairs_, first_, places_;  // filtered: pairs of a line, the first position that is transformed, and how many are
-  bool filtered_;
-  int64_t apart_ = 0;  // floats between the transformed maps of the three kinds
-  std::vector<Term> terms_[4];
-  std::vector<int32_t> offsets_[4];
+  bool filtered_, tall_;                  // along the width; along the height as well
+  int64_t apart_ = 0;                     // floats between the transformed maps of the three kinds
+  std::vector<Term> terms_[16];
+  std::vector<int32_t> offsets_[16];
 };
 
 }  // namespace lora_edge::cpu
