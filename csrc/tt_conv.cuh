@@ -38,8 +38,8 @@ DEVICE void run_tiles(const Gemm& g, const Tile& tile, Sums<Unit>& sums, bool wa
   }
 }
 
-// Eight neighbouring columns of the half's finished tile. Of lanes whose rows and octets lie 32 words apart, one begins with the
-// first four, the other with the last.
+// Eight neighbouring columns of the half's finished tile. Lanes whose rows and octets lie 32 words apart begin with different
+// fours of them.
 DEVICE void load_finished(float (&v)[8], const Tile& tile, int row, int octet) {
   const Shared<float> out = Stages::out(tile);
   const int at = row * kOutPitch + octet * 8;
