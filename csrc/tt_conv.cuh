@@ -9,17 +9,17 @@ namespace lora_edge {
 
 // Runs over the k tiles in [k_first, k_end) with two buffers and one barrier a tile. `each` is called with the buffer and its
 // first k while they can be read; without `wanted` only that happens.
-template <class Unit, Access access, class Mask, class Each>
+template <class Unit, Access access, int halves, class Mask, class Each>
 DEVICE void run_tiles(const Gemm& g, const Tile& tile, Sums<Unit>& sums, bool wanted, int k_first, int k_end,
                       const Mask& mask, const Each& each) {
   using Element = typename Unit::Element;
   constexpr int step = kWords * kPack<Element>;
   if (k_first >= k_end) return;
-  Staged<Element, access> staged(g, tile, k_first);
+  Staged<Element, access, halves> staged(g, tile, k_first);
   if (wanted) copy_b<Element>(g, tile, 0, k_first, k_end);
   async_commit();
   staged.load(g, tile, k_first, k_end, mask);
-  staged.store(0, mask);
+  staged.store(tile, 0, mask);
   int buffer = 0;
   for (int k = k_first; k < k_end; k += step) {
     async_wait<0>();
@@ -31,16 +31,17 @@ DEVICE void run_tiles(const Gemm& g, const Tile& tile, Sums<Unit>& sums, bool wa
     if (more) staged.load(g, tile, k + step, k_end, mask);
     if (wanted) {
       const int left = (k_end - k + kPack<Element> - 1) / kPack<Element>;
-      sums.add(buffer, left < kWords ? left : kWords, tile.extra);
+      sums.add(tile, buffer, left < kWords ? left : kWords);
     }
     buffer = 1 - buffer;
-    if (more) staged.store(buffer, mask);
+    if (more) staged.store(tile, buffer, mask);
   }
 }
 
-// Eight neighbouring columns of the finished tile. Lanes whose rows and octets lie 32 words apart begin with different halves.
-DEVICE void load_finished(float (&v)[8], int row, int octet) {
-  const Shared<float> out = Stages::out();
+// Eight neighbouring columns of the half's finished tile. Lanes whose rows and octets lie 32 words apart begin with different
+// fours of them.
+DEVICE void load_finished(float (&v)[8], const Tile& tile, int row, int octet) {
+  const Shared<float> out = Stages::out(tile);
   const int at = row * kOutPitch + octet * 8;
   const bool swapped = octet % 8 >= 4;
   float first[4], second[4];
@@ -74,10 +75,10 @@ DEVICE void load_octet(float (&v)[8], const Element* base, int64_t at, int64_t s
   }
 }
 
-// Calls write(row, octet) for every octet of the tile once, lanes along channels or along positions, as the target lies.
+// Calls write(row, octet) for every octet of the half once, lanes along channels or along positions, as the target lies.
 template <class Write>
 DEVICE void for_each_octet(const Tile& tile, bool along_positions, const Write& write) {
-  const int thread = thread_index();
+  const int thread = tile.thread;
   for (int i = 0; i < kColumns / 8; ++i) {
     along_positions ? write(thread, i) : write(thread / 8 + i * (kRows / 8), thread % 8);
   }

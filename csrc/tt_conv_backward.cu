@@ -42,13 +42,13 @@ struct Backward {
 // Behind the stages: each row's position in dy with the tap at (0, 0); its offset in dx; and at the dy position that the star
 // takes it to, its offset in dresidual and its h.
 struct Tables {
-  DEVICE static Shared<int32_t> positions() { return shared_array<int32_t>(Stages::bytes, kRows); }
-  DEVICE static Shared<uint32_t> residual() { return shared_array<uint32_t>(Stages::bytes + kRows * 4, kRows); }
-  DEVICE static Shared<uint32_t> dx() { return shared_array<uint32_t>(Stages::bytes + kRows * 8, kRows); }
+  DEVICE static Shared<int32_t> positions() { return shared_array<int32_t>(Stages::bytes(1), kRows); }
+  DEVICE static Shared<uint32_t> residual() { return shared_array<uint32_t>(Stages::bytes(1) + kRows * 4, kRows); }
+  DEVICE static Shared<uint32_t> dx() { return shared_array<uint32_t>(Stages::bytes(1) + kRows * 8, kRows); }
   DEVICE static Shared<float> h(const Backward& p) {
-    return shared_array<float>(Stages::bytes + kRows * 12, kRows * p.sums_pitch);
+    return shared_array<float>(Stages::bytes(1) + kRows * 12, kRows * p.sums_pitch);
   }
-  static int bytes(const Backward& p) { return Stages::bytes + kRows * 12 + kRows * p.sums_pitch * 4; }
+  static int bytes(const Backward& p) { return Stages::bytes(1) + kRows * 12 + kRows * p.sums_pitch * 4; }
 };
 
 constexpr uint32_t kNowhere = 0xffffffffu;
@@ -74,7 +74,7 @@ DEVICE void write_tables(const Backward& p, const Tile& tile) {
   Tables::dx().store(thread, dx_offset(p, tile, place, row));
   if (!at_star(p, tile)) return;
   const Step star(g, tile, p.star_tap * g.channels.d, g.k_end[tile.phase]);
-  const bool ok = in_source(Stages::places().load(thread), star);  // this thread's own
+  const bool ok = in_source(Stages::places(tile).load(thread), star);  // this thread's own
   h += star.h, w += star.w;
   const uint32_t first = offset_of(p.dresidual_strides, place.sample, tile.group * g.channels.d, h, w);
   Tables::residual().store(thread, ok ? first : kNowhere);
@@ -113,7 +113,7 @@ DEVICE bool has_star(const Backward& p, int k) {
 template <class Element>
 DEVICE void write_residual(const Backward& p, const Tile& tile, int buffer, int k) {
   const int channels = p.gemm.channels.d, thread = thread_index();
-  const Shared<uint32_t> a = Stages::a(buffer);
+  const Shared<uint32_t> a = Stages::a(tile, buffer);
   const bool along_channels = p.dresidual_strides.c == 1;
   Element* dresidual = static_cast<Element*>(p.dresidual);
   for (int i = 0; i < kChunks; ++i) {
@@ -145,7 +145,7 @@ DEVICE void write_residual(const Backward& p, const Tile& tile, int buffer, int 
 template <class Element, int count>
 DEVICE void sum_core(const Backward& p, const Tile& tile, int buffer, int k, int first_sum) {
   const Gemm& g = p.gemm;
-  const Shared<uint32_t> a = Stages::a(buffer);
+  const Shared<uint32_t> a = Stages::a(tile, buffer);
   const Shared<float> h = Tables::h(p);
   const int lane = lane_index(), word = warp_index() * 8 + lane % 8, rows = lane / 8;
   float sums[kPack<Element>][count] = {};
@@ -191,7 +191,7 @@ DEVICE void write_octet(const Backward& p, const Tile& tile, int row, int octet)
   const int left = p.gemm.columns - tile.column - octet * 8;
   if (first == kNowhere || !inside(left > 0)) return;
   float v[8];
-  load_finished(v, row, octet);
+  load_finished(v, tile, row, octet);
   const uint32_t at = first + offset_of(p.dx_strides, 0, octet * 8, 0, 0);
   store_octet(static_cast<Element*>(p.dx), at, p.dx_strides.c, v, left, p.dx_vector);
 }
@@ -210,14 +210,14 @@ KERNEL(kRows, 2) void tt_block_backward_kernel(const GRID_CONSTANT Backward p) {
   constexpr int step = kWords * kPack<Element>;
   const int star = p.star_tap * g.channels.d;  // without dx only the star's k tiles are met
   const int k_first = wants_dx ? 0 : star / step * step, k_end = wants_dx ? g.k_end[tile.phase] : star + g.channels.d;
-  run_tiles<Unit, access>(g, tile, sums, wants_dx, k_first, k_end, Mask{p, tile}, [&](int buffer, int k) {
+  run_tiles<Unit, access, 1>(g, tile, sums, wants_dx, k_first, k_end, Mask{p, tile}, [&](int buffer, int k) {
     if (!at_star(p, tile) || !has_star<Element>(p, k)) return;
     if (p.dresidual != nullptr) write_residual<Element>(p, tile, buffer, k);
     if (p.partial != nullptr) sum_core<Element>(p, tile, buffer, k);
   });
   if (!wants_dx) return;
   sync_block();  // the stages are read no more
-  sums.store(tile.extra);
+  sums.store(tile);
   sync_block();
   for_each_octet(tile, p.along_positions, [&](int row, int octet) { write_octet<Element>(p, tile, row, octet); });
 }

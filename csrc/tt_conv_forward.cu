@@ -2,8 +2,9 @@
 // activation's slope is 1, in one pass over x. tt_conv is the same without a, b, residual and activation.
 //
 // Tiles: the implicit GEMM of tt_conv_gemm.cuh, rows = output positions, columns = the group's O/g outputs, then the r1 rows of
-// S. The finished tile goes through shared memory, so that y, the residual and the bits are read and written 8 channels at a
-// time.
+// S. Blocks are wide, 128 rows x 128 columns, where a stride leaves out part of each sector of x: then they ask for it half as
+// often. The finished tile goes through shared memory, so that y, the residual and the bits are read and written 8 channels at
+// a time.
 // Floor: max(2 N L (O + r1) (I/g) K multiply-add operations / peak, bytes of x, W', S, residual, y, h and bits / bandwidth).
 #include "tt_conv_forward.cuh"
 
@@ -29,21 +30,29 @@ struct Forward {
   bool y_vector, residual_vector, along_positions;
 };
 
-// Behind the stages: where each row stands in y and in the residual; and for each column of z = sum + shift + residual * scale
-// its two numbers. The affine's own scale is in the packed kernel already, and the sums begin with the shift.
+// Behind the stages: where each row stands in y and in the residual, at the group's first channel; and for each column of z =
+// sum + shift + residual * scale, one half behind the other, its two numbers. The affine's own scale is in the packed kernel
+// already, and the sums begin with the shift.
 struct Tables {
-  static constexpr int columns = kColumns + kExtra, columns_at = Stages::bytes + kRows * 8;
-  DEVICE static Shared<uint32_t> y() { return shared_array<uint32_t>(Stages::bytes, kRows); }
-  DEVICE static Shared<uint32_t> residual() { return shared_array<uint32_t>(Stages::bytes + kRows * 4, kRows); }
-  DEVICE static Shared<float> shift() { return shared_array<float>(columns_at, columns); }
-  DEVICE static Shared<float> residual_scale() { return shared_array<float>(columns_at + columns * 4, columns); }
-  static constexpr int bytes = columns_at + columns * 8;
+  static constexpr int columns = kColumns + kExtra;
+  DEVICE static Shared<uint32_t> y(const Tile& tile) { return shared_array<uint32_t>(Stages::bytes(tile.halves), kRows); }
+  DEVICE static Shared<uint32_t> residual(const Tile& tile) {
+    return shared_array<uint32_t>(Stages::bytes(tile.halves) + kRows * 4, kRows);
+  }
+  DEVICE static Shared<float> shift(const Tile& tile) { return shared_array<float>(of_half(tile), columns); }
+  DEVICE static Shared<float> residual_scale(const Tile& tile) {
+    return shared_array<float>(of_half(tile) + columns * 4, columns);
+  }
+  static constexpr int bytes(int halves) { return Stages::bytes(halves) + kRows * 8 + halves * columns * 8; }
+
+ private:
+  DEVICE static int of_half(const Tile& tile) { return Stages::bytes(tile.halves) + kRows * 8 + tile.half * columns * 8; }
 };
 
 DEVICE void write_target(const Forward& p, const Tile& tile, const Place& place) {
-  const int channel = tile.group * p.gemm.own + tile.column;
-  Tables::y().store(thread_index(), offset_of(p.y_strides, place.sample, channel, place.h, place.w));
-  Tables::residual().store(thread_index(), offset_of(p.residual_strides, place.sample, channel, place.h, place.w));
+  const int channel = tile.group * p.gemm.own;
+  Tables::y(tile).store(tile.thread, offset_of(p.y_strides, place.sample, channel, place.h, place.w));
+  Tables::residual(tile).store(tile.thread, offset_of(p.residual_strides, place.sample, channel, place.h, place.w));
 }
 
 DEVICE float optional(const void* values, Type type, int i, float otherwise) {
@@ -52,7 +61,7 @@ DEVICE float optional(const void* values, Type type, int i, float otherwise) {
 
 template <class Element>
 DEVICE void write_column(const Forward& p, const Tile& tile) {
-  const int i = thread_index(), column = tile.column + i;
+  const int i = tile.thread, column = tile.column + i;
   if (!inside(i < Tables::columns)) return;
   const bool own = inside(column < p.gemm.own);
   const int output = tile.group * p.gemm.own + column;
@@ -62,8 +71,8 @@ DEVICE void write_column(const Forward& p, const Tile& tile) {
             optional(p.affine_shift, p.affine_type, output, 0.0f) + optional(p.residual_shift, p.affine_type, output, 0.0f);
     scale = optional(p.residual_scale, p.affine_type, output, 1.0f);
   }
-  Tables::shift().store(i, shift);
-  Tables::residual_scale().store(i, scale);
+  Tables::shift(tile).store(i, shift);
+  Tables::residual_scale(tile).store(i, scale);
 }
 
 template <class Element>
@@ -72,7 +81,7 @@ DEVICE void write_octet(const Forward& p, const Tile& tile, int row, int octet) 
   const int position = tile.row + row, column = tile.column + octet * 8;
   if (!inside(position < tile.rows)) return;
   float v[8];
-  load_finished(v, row, octet);
+  load_finished(v, tile, row, octet);
   const int64_t cell = static_cast<int64_t>(position) * g.groups.d + tile.group;
   if (p.h != nullptr && column + 8 > g.own) {
     UNROLL
@@ -86,11 +95,11 @@ DEVICE void write_octet(const Forward& p, const Tile& tile, int row, int octet) 
 
   if (p.residual != nullptr) {
     float residual[8];
-    const uint32_t at = Tables::residual().load(row) + offset_of(p.residual_strides, 0, octet * 8, 0, 0);
+    const uint32_t at = Tables::residual(tile).load(row) + offset_of(p.residual_strides, 0, column, 0, 0);
     load_octet(residual, static_cast<const Element*>(p.residual), at, p.residual_strides.c, outputs, p.residual_vector);
     UNROLL
     for (int i = 0; i < 8; ++i) {
-      v[i] += p.residual_scale == nullptr ? residual[i] : residual[i] * Tables::residual_scale().load(octet * 8 + i);
+      v[i] += p.residual_scale == nullptr ? residual[i] : residual[i] * Tables::residual_scale(tile).load(octet * 8 + i);
     }
   }
   uint32_t bits = 0;
@@ -103,25 +112,27 @@ DEVICE void write_octet(const Forward& p, const Tile& tile, int row, int octet) 
     }
   }
   if (p.bits != nullptr) store_global(p.bits, cell * p.octets + column / 8, static_cast<uint8_t>(bits));
-  const uint32_t at = Tables::y().load(row) + offset_of(p.y_strides, 0, octet * 8, 0, 0);
+  const uint32_t at = Tables::y(tile).load(row) + offset_of(p.y_strides, 0, column, 0, 0);
   store_octet(static_cast<Element*>(p.y), at, p.y_strides.c, v, outputs, p.y_vector);
 }
 
-template <class Unit, Access access>
-KERNEL(kRows, 2) void tt_block_forward_kernel(const GRID_CONSTANT Forward p) {
+template <class Unit, Access access, int halves>
+KERNEL(halves * kRows, 2 / halves) void tt_block_forward_kernel(const GRID_CONSTANT Forward p) {
   using Element = typename Unit::Element;
-  const Tile tile(p.gemm);
-  const int row = tile.row + thread_index();
-  const Place place(p.gemm, tile, row);
-  write_row(p.gemm, tile, place, row);
-  write_target(p, tile, place);
+  const Tile tile(p.gemm, halves);
+  if (tile.half == 0) {
+    const int row = tile.row + tile.thread;
+    const Place place(p.gemm, tile, row);
+    write_row(p.gemm, tile, place, row);
+    write_target(p, tile, place);
+  }
   write_column<Element>(p, tile);
   sync_block();
   Sums<Unit> sums;
-  sums.begin(Tables::shift());
-  run_tiles<Unit, access>(p.gemm, tile, sums, true, 0, p.gemm.k_end[0], NoMask{}, [](int, int) {});
+  sums.begin(Tables::shift(tile));
+  run_tiles<Unit, access, halves>(p.gemm, tile, sums, true, 0, p.gemm.k_end[0], NoMask{}, [](int, int) {});
   sync_block();  // the stages are read no more
-  sums.store(tile.extra);
+  sums.store(tile);
   sync_block();
   for_each_octet(tile, p.along_positions, [&](int row, int octet) { write_octet<Element>(p, tile, row, octet); });
 }
@@ -129,11 +140,15 @@ KERNEL(kRows, 2) void tt_block_forward_kernel(const GRID_CONSTANT Forward p) {
 struct Launch {
   const Forward& p;
   int64_t blocks;
+  bool wide;
   Stream stream;
 
   template <class Unit, Access access>
   const char* operator()() const {
-    return launch(tt_block_forward_kernel<Unit, access>, blocks, kRows, Tables::bytes, stream, p);
+    if constexpr (access == Access::positions) {
+      if (wide) return launch(tt_block_forward_kernel<Unit, access, 2>, blocks, 2 * kRows, Tables::bytes(2), stream, p);
+    }
+    return launch(tt_block_forward_kernel<Unit, access, 1>, blocks, kRows, Tables::bytes(1), stream, p);
   }
 };
 
@@ -153,11 +168,17 @@ const char* conv_forward(const Problem& problem, const ForwardCall& call, Stream
   const PackedLayout layout = packed_layout(c, Packing::forward, bytes_of(problem.type));
   g.pitch = layout.pitch;
   set_tiles(g, c.batch, c.groups, c.channels / c.groups, g.own + (call.h != nullptr ? c.rank : 0));
+  const Access access = source_access(g, problem.type, false);
+  // a stride along neighbours leaves out half of each sector or more, so that x is most of what the L2 is asked for; but a wide
+  // block has an SM to itself, and few of them would leave SMs idle
+  const int64_t tiles = row_tiles(g, 0) * g.groups.d * g.tiles_n.d;
+  const bool wide = access == Access::positions && c.stride_w > 1 && g.tiles_n.d % 2 == 0 && tiles >= kTogether;
+  if (wide) g.tiles_n = Divider(g.tiles_n.d / 2);
   g.k_end[0] = c.kernel_h * c.kernel_w * g.channels.d;
   const int64_t source = int64_t{c.batch} * c.channels * c.in_h * c.in_w, packed = int64_t{layout.rows} * layout.pitch;
   // a tap reads what the stride leaves of the rows, and of a row's sectors where neighbours are channels
   const double sweeps = static_cast<double>(c.kernel_h * c.kernel_w) / (c.stride_h * (g.strides.c == 1 ? c.stride_w : 1));
-  const int64_t blocks = set_blocks(g, source * bytes_of(problem.type), packed * bytes_of(problem.type), sweeps);
+  const int64_t blocks = set_blocks(g, source * bytes_of(problem.type), packed * bytes_of(problem.type), sweeps, wide ? 2 : 1);
 
   p.y = call.y, p.y_strides = call.y_strides;
   p.residual = call.residual, p.residual_strides = call.residual_strides;
@@ -170,7 +191,7 @@ const char* conv_forward(const Problem& problem, const ForwardCall& call, Stream
   p.y_vector = whole_octets(g.own) && in_vectors(call.y, call.y_strides, problem.type);
   p.residual_vector = whole_octets(g.own) && in_vectors(call.residual, call.residual_strides, problem.type);
   p.along_positions = call.y_strides.c != 1;
-  return with_kernel(problem, source_access(g, problem.type, false), Launch{p, blocks, stream});
+  return with_kernel(problem, access, Launch{p, blocks, wide, stream});
 }
 
 }  // namespace lora_edge

@@ -6,7 +6,8 @@
 //   B   the composed kernel `packed` (packing.h); forward, its last r1 columns are the suffix, and give h
 //
 // Tiles: a block of 128 threads makes 128 rows x 64 columns; a rest of up to 8 columns (the r1 rows of S) joins the last tile
-// as one extra n8 fragment. A k tile is 128 bytes of k: 32 float or 64 half.
+// as one extra n8 fragment. A wide block is two such halves, of 128 threads each, that stage the same A together: each has 64
+// columns, and their B, of its own. A k tile is 128 bytes of k: 32 elements of 4 bytes or 64 of 2.
 //
 //   tt_conv_gemm.cuh    this file: the sizes, the phases, and which tile a block makes
 //   tt_conv_stage.cuh   a k tile of A and B on its way into shared memory
@@ -21,8 +22,8 @@
 
 namespace lora_edge {
 
-constexpr int kRows = 128;    // rows of a tile, and threads of a block
-constexpr int kColumns = 64;  // columns of a tile, without the extra fragment
+constexpr int kRows = 128;    // rows of a tile, and threads of a half
+constexpr int kColumns = 64;  // columns of a half, without the extra fragment
 constexpr int kExtra = 8;     // columns of the extra fragment
 constexpr int kWords = 32;    // 4-byte words of k in a k tile
 
@@ -59,10 +60,11 @@ struct Gemm {
 // one another, within a set its column tiles, groups and phases, and of each of these its row tiles.
 // A phase may have fewer rows than another: then there are tiles without any.
 struct Tile {
-  int phase, phase_h, phase_w, group, column, row, rows;  // first column, first row, rows of the phase in all
-  bool first, extra;                                      // the first column tile; with the extra fragment
+  int phase, phase_h, phase_w, group, column, row, rows;  // first column of the half, first row, rows of the phase in all
+  bool first, extra;                                      // the first column tile; this half has the extra fragment
+  int halves, half, thread;                               // of the block; this thread's, and its index there
 
-  DEVICE explicit Tile(const Gemm& g) {
+  DEVICE explicit Tile(const Gemm& g, int halves = 1) : halves(halves) {
     const int block = block_index(), across = g.tiles_n.d * g.groups.d * g.phases.d;
     const int set = block / (g.rows_together * across), first_row = set * g.rows_together;
     const int rows_here = g.tiles_m - first_row < g.rows_together ? g.tiles_m - first_row : g.rows_together;
@@ -74,11 +76,13 @@ struct Tile {
     phase = g.run[nth_phase];
     phase_h = g.phases_w.quotient(phase);
     phase_w = phase - phase_h * g.phases_w.d;
-    column = tile_n * kColumns;
+    half = halves == 1 ? 0 : thread_index() / kRows;
+    thread = thread_index() - half * kRows;
+    column = (tile_n * halves + half) * kColumns;
     row = tile_m * kRows;
     rows = g.batch * g.h[phase_h].rows.d * g.w[phase_w].rows.d;
     first = tile_n == 0;
-    extra = g.extra != 0 && tile_n == g.tiles_n.d - 1;
+    extra = g.extra != 0 && tile_n == g.tiles_n.d - 1 && half == halves - 1;
   }
 };
 

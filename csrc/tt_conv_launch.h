@@ -36,22 +36,23 @@ inline int64_t row_tiles(const Gemm& g, int32_t phase) {
   return (static_cast<int64_t>(g.batch) * g.h[h].rows.d * g.w[w].rows.d + kRows - 1) / kRows;
 }
 
-// What the choice of an order takes for granted: blocks that run together on Orin Nano, two on each of 8 SMs, and the bytes
+// What the choice of an order takes for granted: halves that run together on Orin Nano, two on each of 8 SMs, and the bytes
 // that stay in its L2 while others stream through.
 constexpr int64_t kTogether = 16, kStaying = 1 << 20;
 
 // Sets the order of the blocks once the phases are there, and returns how many there are; by the bytes of the source and of
 // `packed`. With `rows` row tiles together, their part of the source is read once where it stays, otherwise by each wave as
 // often as it sweeps over it; `packed` is read once for each such set. The fewest bytes win.
-inline int64_t set_blocks(Gemm& g, int64_t source_bytes, int64_t packed_bytes, double sweeps) {
+inline int64_t set_blocks(Gemm& g, int64_t source_bytes, int64_t packed_bytes, double sweeps, int64_t halves = 1) {
+  const int64_t together = kTogether / halves;
   int64_t most = 0;
   for (int32_t i = 0; i < g.phases.d; ++i) most = std::max(most, row_tiles(g, g.run[i]));
   const int64_t blocks = most * g.phases.d * g.groups.d * g.tiles_n.d;
   double fewest = 0;
   g.tiles_m = static_cast<int32_t>(most);
-  for (int64_t rows = 1; rows == 1 || rows < 2 * std::min(most, kTogether); rows *= 2) {
+  for (int64_t rows = 1; rows == 1 || rows < 2 * std::min(most, together); rows *= 2) {
     const double sets = static_cast<double>(quotient_up(most, rows)), source = static_cast<double>(source_bytes);
-    const double part = source / sets, waves = static_cast<double>(quotient_up(blocks, kTogether));
+    const double part = source / sets, waves = static_cast<double>(quotient_up(blocks, together));
     const double bytes = (part <= kStaying ? source : waves * part * std::max(1.0, sweeps)) +
                          static_cast<double>(packed_bytes) * (packed_bytes <= kStaying ? 1.0 : sets);
     if (rows == 1 || bytes < fewest) fewest = bytes, g.rows_together = static_cast<int32_t>(rows);

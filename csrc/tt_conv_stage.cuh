@@ -10,23 +10,33 @@ namespace lora_edge {
 constexpr int kPitch = 36;                    // words from one shared row to the next
 constexpr int kChunks = 8;                    // 16-byte chunks of a row in a k tile
 constexpr int kOutPitch = kColumns + kExtra;  // floats between rows of the finished tile, on its way out
-constexpr int kStageBytes = (kRows + kColumns + kExtra) * kPitch * 4;
 
 // How the source is read: 16 bytes of channels at once, or single words with neighbouring lanes along channels or positions.
 enum class Access { vector, channels, positions };
 
-// The shared memory of a block: two stages of A and B, which the finished tile overwrites in the end, then the rows' tables.
+// The shared memory of a block: two stages of A and of the halves' B, which the finished tile overwrites in the end, one half
+// behind the other; then the rows' tables.
 struct Stages {
-  DEVICE static Shared<uint32_t> a(int buffer) { return shared_array<uint32_t>(buffer * kStageBytes, kRows * kPitch); }
-  DEVICE static Shared<uint32_t> b(int buffer) {
-    return shared_array<uint32_t>(buffer * kStageBytes + kRows * kPitch * 4, (kColumns + kExtra) * kPitch);
+  DEVICE static Shared<uint32_t> a(const Tile& tile, int buffer) {
+    return shared_array<uint32_t>(buffer * stage(tile.halves), kRows * kPitch);
   }
-  DEVICE static Shared<float> out() { return shared_array<float>(0, kRows * kOutPitch); }
-  DEVICE static Shared<uint32_t> offsets() { return shared_array<uint32_t>(2 * kStageBytes, kRows); }
-  DEVICE static Shared<uint32_t> places() { return shared_array<uint32_t>(2 * kStageBytes + kRows * 4, kRows); }
-  static constexpr int bytes = 2 * kStageBytes + kRows * 8;
+  DEVICE static Shared<uint32_t> b(const Tile& tile, int buffer) {
+    return shared_array<uint32_t>(buffer * stage(tile.halves) + a_bytes + tile.half * b_bytes, (kColumns + kExtra) * kPitch);
+  }
+  DEVICE static Shared<float> out(const Tile& tile) { return shared_array<float>(tile.half * out_bytes, kRows * kOutPitch); }
+  DEVICE static Shared<uint32_t> offsets(const Tile& tile) { return shared_array<uint32_t>(2 * stage(tile.halves), kRows); }
+  DEVICE static Shared<uint32_t> places(const Tile& tile) {
+    return shared_array<uint32_t>(2 * stage(tile.halves) + kRows * 4, kRows);
+  }
+  HOST_DEVICE static constexpr int bytes(int halves) { return 2 * stage(halves) + kRows * 8; }
+
+ private:
+  static constexpr int a_bytes = kRows * kPitch * 4, b_bytes = (kColumns + kExtra) * kPitch * 4;
+  static constexpr int out_bytes = kRows * kOutPitch * 4;
+  HOST_DEVICE static constexpr int stage(int halves) { return a_bytes + halves * b_bytes; }
+  static_assert(out_bytes <= 2 * (a_bytes + b_bytes) && out_bytes <= a_bytes + 2 * b_bytes,
+                "the finished tile takes the stages' place");
 };
-static_assert(kRows * kOutPitch * 4 <= 2 * kStageBytes, "the finished tile takes the stages' place");
 
 // Where something stands, an axis in each half of a word, as integers that add: 2^14 more than its position, so that neither
 // half leaves [0, 2^15) for positions within 2^14 of the origin. Zero is out of reach of any step.
@@ -38,11 +48,11 @@ DEVICE uint32_t offset_of(const Strides& s, int n, int c, int h, int w) {
   return static_cast<uint32_t>(n * s.n + c * s.c + h * s.h + w * s.w);
 }
 
-// Writes where this thread's row of the tile stands in the source.
+// Writes where this thread's row of the tile stands in the source; for one half to do.
 DEVICE void write_row(const Gemm& g, const Tile& tile, const Place& place, int row) {
   const int h = place.h * g.step_h + g.h[tile.phase_h].origin, w = place.w * g.step_w + g.w[tile.phase_w].origin;
-  Stages::offsets().store(thread_index(), offset_of(g.strides, place.sample, tile.group * g.channels.d, h, w));
-  Stages::places().store(thread_index(), inside(row < tile.rows) ? place_of(h, w) : 0);
+  Stages::offsets(tile).store(tile.thread, offset_of(g.strides, place.sample, tile.group * g.channels.d, h, w));
+  Stages::places(tile).store(tile.thread, inside(row < tile.rows) ? place_of(h, w) : 0);
 }
 
 // One k: its tap's offset from a row and its channel in the group. A row's place plus `low` has the high bit of a half set
@@ -113,8 +123,9 @@ DEVICE Word4 masked(const Word4& v, uint32_t bits) {
 
 // This thread's part of a k tile of A, with lanes along the channels: `rows` rows of two words, or of one 16-byte chunk. A
 // warp's single words are 16 of two rows that lie 16 banks apart.
-template <class Element, Access access>
+template <class Element, Access access, int halves>
 struct Staged {
+  static_assert(halves == 1, "only lanes along the positions share a row");
   static constexpr bool vector = access == Access::vector;
   static constexpr int pack = kPack<Element>;
   static constexpr int columns = vector ? 1 : 2;
@@ -123,9 +134,9 @@ struct Staged {
   Word4 words[kChunks];
   uint32_t offsets[rows];
 
-  DEVICE Staged(const Gemm&, const Tile&, int) {
+  DEVICE Staged(const Gemm&, const Tile& tile, int) {
     UNROLL
-    for (int i = 0; i < rows; ++i) offsets[i] = Stages::offsets().load(row_of(i));
+    for (int i = 0; i < rows; ++i) offsets[i] = Stages::offsets(tile).load(row_of(i));
   }
 
   template <class Mask>
@@ -133,7 +144,7 @@ struct Staged {
     const Element* source = static_cast<const Element*>(g.source);
     uint32_t places[rows];
     UNROLL
-    for (int i = 0; i < rows; ++i) places[i] = Stages::places().load(row_of(i));
+    for (int i = 0; i < rows; ++i) places[i] = Stages::places(tile).load(row_of(i));
     UNROLL
     for (int j = 0; j < columns; ++j) {
       UNROLL
@@ -156,8 +167,8 @@ struct Staged {
   }
 
   template <class Mask>
-  DEVICE void store(int buffer, const Mask&) const {
-    const Shared<uint32_t> a = Stages::a(buffer);
+  DEVICE void store(const Tile& tile, int buffer, const Mask&) const {
+    const Shared<uint32_t> a = Stages::a(tile, buffer);
     UNROLL
     for (int j = 0; j < columns; ++j) {
       UNROLL
@@ -182,22 +193,22 @@ struct Staged {
   }
 };
 
-// With lanes along the positions: a thread stages one row, so that a warp reads 32 neighbours of one channel. It goes through k
-// in order, and meets a new tap every `channels` elements.
-template <class Element>
-struct Staged<Element, Access::positions> {
-  static constexpr int pack = kPack<Element>, elements = kWords * pack;
+// With lanes along the positions: a thread stages one row, or its half's part of one, so that a warp reads 32 neighbours of one
+// channel. It goes through k in order, and meets a new tap every `channels` elements.
+template <class Element, int halves>
+struct Staged<Element, Access::positions, halves> {
+  static constexpr int pack = kPack<Element>, chunks = kChunks / halves, elements = chunks * 4 * pack;
 
-  Word4 words[kChunks];
-  uint32_t bits[pack];
+  Word4 words[chunks];
+  uint32_t bits[(elements + 31) / 32];
   uint32_t place, row, offset;  // of the row; of the next element
   int tap_h, tap_w, h, w;       // the tap and its offset in positions
-  int turn;                     // elements of the k tile before the next tap begins
+  int turn;                     // elements of this thread before the next tap begins
   bool ok;
 
   DEVICE Staged(const Gemm& g, const Tile& tile, int k) {
-    place = Stages::places().load(thread_index()), row = Stages::offsets().load(thread_index());
-    const int tap = g.channels.quotient(k), channel = k - tap * g.channels.d;
+    place = Stages::places(tile).load(tile.thread), row = Stages::offsets(tile).load(tile.thread);
+    const int first = k + tile.half * elements, tap = g.channels.quotient(first), channel = first - tap * g.channels.d;
     tap_h = g.w[tile.phase_w].taps.quotient(tap);
     tap_w = tap - tap_h * g.w[tile.phase_w].taps.d;
     begin_tap(g, tile, channel);
@@ -212,19 +223,21 @@ struct Staged<Element, Access::positions> {
       gather<false>(g, tile, mask);
     } else {
       UNROLL
-      for (int i = 0; i < kChunks; ++i) words[i] = Word4{0, 0, 0, 0};
+      for (int i = 0; i < chunks; ++i) words[i] = Word4{0, 0, 0, 0};
       offset += static_cast<uint32_t>(elements * g.strides.c);
     }
     turn -= elements;
+    if constexpr (halves > 1) pass(g, tile);
   }
 
   // Masks here, where what was loaded has arrived.
   template <class Mask>
-  DEVICE void store(int buffer, const Mask& mask) const {
+  DEVICE void store(const Tile& tile, int buffer, const Mask& mask) const {
+    const int to = tile.thread * kPitch + tile.half * chunks * 4;
     UNROLL
-    for (int i = 0; i < kChunks; ++i) {
+    for (int i = 0; i < chunks; ++i) {
       const uint32_t of = bits[i * 4 * pack / 32] >> i * 4 * pack % 32;
-      Stages::a(buffer).store16(thread_index() * kPitch + i * 4, mask.any() ? masked<Element>(words[i], of) : words[i]);
+      Stages::a(tile, buffer).store16(to + i * 4, mask.any() ? masked<Element>(words[i], of) : words[i]);
     }
   }
 
@@ -240,7 +253,7 @@ struct Staged<Element, Access::positions> {
       if (i % 8 == 0 && mask.any()) {  // then channels are whole octets, and each octet is of one tap
         if (i % 32 == 0) bits[i / 32] = 0;
         if (exists && (i % 32 == 0 || !mask.words())) {
-          bits[i / 32] |= mask.bits(thread_index(), h, w, g.channels.d - turn + i) << i % 32;
+          bits[i / 32] |= mask.bits(tile.thread, h, w, g.channels.d - turn + i) << i % 32;
         }
       }
       put<Element>(words, i / pack, i % pack, load_global(source, static_cast<int64_t>(offset), exists));
@@ -260,16 +273,25 @@ struct Staged<Element, Access::positions> {
     begin_tap(g, tile, 0);
     turn += g.channels.d;
   }
+
+  // Passes the elements that the other half stages.
+  DEVICE void pass(const Gemm& g, const Tile& tile) {
+    turn -= elements;
+    offset += static_cast<uint32_t>(elements * g.strides.c);
+    if (turn >= 0) return;
+    while (turn < 0) next_tap(g, tile);
+    offset += static_cast<uint32_t>((g.channels.d - turn) * g.strides.c);
+  }
 };
 
-// Starts the copy of a k tile of B. Columns and k that do not exist are zero.
+// Starts the copy of a k tile of the half's B. Columns and k that do not exist are zero.
 template <class Element>
 DEVICE void copy_b(const Gemm& g, const Tile& tile, int buffer, int k, int k_end) {
   constexpr int whole = 4 * kPack<Element>;
   const uint32_t* packed = static_cast<const uint32_t*>(g.packed);
-  const Shared<uint32_t> b = Stages::b(buffer);
+  const Shared<uint32_t> b = Stages::b(tile, buffer);
   const int chunks = (tile.extra ? kColumns + kExtra : kColumns) * kChunks;
-  for (int i = thread_index(); i < chunks; i += kRows) {
+  for (int i = tile.thread; i < chunks; i += kRows) {
     const int column = tile.column + i / kChunks, at = k + i % kChunks * whole;
     const int64_t row = column < g.own ? tile.group * g.own + column : g.shared_row + column - g.own;
     const bool ok = inside(column < g.columns) && inside(at < k_end);

@@ -30,8 +30,8 @@ struct Bf16 {
   DEVICE static void mma(float (&d)[4], const uint32_t (&a)[4], uint32_t b0, uint32_t b1) { mma_bf16(d, a, b0, b1); }
 };
 
-// The sums of a thread. FP32: rows thread / 8 + 16 i, columns thread % 8 + 8 j, at v[i * 9 + j]. Tensor cores: the fragments of
-// rows 32 warp + 16 i and columns 8 j, at v[(i * 9 + j) * 4 ...].
+// The sums of a thread of a half. FP32: rows thread / 8 + 16 i, columns thread % 8 + 8 j, at v[i * 9 + j]. Tensor cores: the
+// fragments of rows 32 warp + 16 i and columns 8 j, at v[(i * 9 + j) * 4 ...].
 template <class Unit>
 struct Sums {
   float v[kColumns + kExtra];
@@ -57,21 +57,21 @@ struct Sums {
   }
 
   // Adds the first `words` words of the k tile; what follows them there is zero.
-  DEVICE void add(int buffer, int words, bool extra) {
-    extra ? add_tile<9>(buffer, words) : add_tile<8>(buffer, words);
+  DEVICE void add(const Tile& tile, int buffer, int words) {
+    tile.extra ? add_tile<9>(tile, buffer, words) : add_tile<8>(tile, buffer, words);
   }
 
   // Writes the finished tile where the stages were.
-  DEVICE void store(bool extra) const {
-    const Shared<float> out = Stages::out();
+  DEVICE void store(const Tile& tile) const {
+    const Shared<float> out = Stages::out(tile);
     const bool upper = lane_index() >= 16;  // half of the lanes begin with odd columns, so that the 32 fall into 32 banks
     UNROLL
     for (int j = 0; j < 9; ++j) {
-      if (j == 8 && !extra) break;
+      if (j == 8 && !tile.extra) break;
       if constexpr (Unit::tensor_cores) {
         UNROLL
         for (int i = 0; i < 4; ++i) {
-          const int at = (warp_index() * 32 + i * 8 + lane_index() / 4) * kOutPitch + j * 8 + lane_index() % 4 * 2;
+          const int at = (tile.thread / 32 * 32 + i * 8 + lane_index() / 4) * kOutPitch + j * 8 + lane_index() % 4 * 2;
           const float* pair = v + (i / 2 * 9 + j) * 4 + i % 2 * 2;
           out.store(at + (upper ? 1 : 0), upper ? pair[1] : pair[0]);
           out.store(at + (upper ? 0 : 1), upper ? pair[0] : pair[1]);
@@ -79,7 +79,7 @@ struct Sums {
       } else {
         UNROLL
         for (int i = 0; i < 8; ++i) {
-          out.store((thread_index() / 8 + 16 * i) * kOutPitch + thread_index() % 8 + 8 * j, v[i * 9 + j]);
+          out.store((tile.thread / 8 + 16 * i) * kOutPitch + tile.thread % 8 + 8 * j, v[i * 9 + j]);
         }
       }
     }
@@ -87,10 +87,10 @@ struct Sums {
 
  private:
   template <int fragments>
-  DEVICE void add_tile(int buffer, int words) {
-    const Shared<uint32_t> a = Stages::a(buffer), b = Stages::b(buffer);
+  DEVICE void add_tile(const Tile& tile, int buffer, int words) {
+    const Shared<uint32_t> a = Stages::a(tile, buffer), b = Stages::b(tile, buffer);
     if constexpr (Unit::tensor_cores) {
-      const int lane = lane_index(), row = warp_index() * 32;
+      const int lane = lane_index(), row = tile.thread / 32 * 32;
       UNROLL
       for (int word = 0; word < kWords; word += 8) {
         if (word >= words) break;
@@ -120,7 +120,7 @@ struct Sums {
         }
       }
     } else {
-      const int row = thread_index() / 8, column = thread_index() % 8;
+      const int row = tile.thread / 8, column = tile.thread % 8;
       UNROLL_BY(1)
       for (int word = 0; word < words; word += 4) {
         float fb[fragments][4];

@@ -403,6 +403,11 @@ _TILES = [
     ConvCase(
         "1-D depthwise, channels-last", dims=1, inputs=8, outputs=8, groups=8, kernel=5, padding="same", size=(11,), **_LAST
     ),
+    # wide blocks: a stride along the rows, 16 tiles or more, an even number along the columns; a half passes over several taps,
+    # over the end of one, over the middle of one
+    ConvCase("wide, 102 columns of 8 groups", inputs=72, outputs=800, groups=8, stride=2, padding=1, size=(6, 7), batch=2),
+    ConvCase("wide, extra fragment", inputs=20, outputs=256, kernel=2, stride=2, size=(32, 27), rank=3, batch=2),
+    ConvCase("wide, 502 columns", dims=1, inputs=96, outputs=500, kernel=2, stride=2, size=(90,)),
 ]
 _LARGER = [Case(c, unit, **_EPILOGUES[(i + 3 * u + 1) % 6]) for i, c in enumerate(_TILES) for u, unit in enumerate(UNITS)]
 

@@ -7,6 +7,7 @@ before each; a race, an access out of bounds, a value that a schedule changes or
 from __future__ import annotations
 
 from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
 
 import pytest
 import torch
@@ -43,6 +44,14 @@ def test_on_the_host_layer(name: str, host_results: dict[str, host_layer.Result]
     assert result.refused is None
     assert result.error is None
     _check(LAUNCHES[name], result.outputs)
+
+
+def test_wide_cases_are_wide_on_the_host_layer(tmp_path: Path) -> None:
+    runner = host_layer.build(sanitize=True)
+    for name, launch in LAUNCHES.items():
+        if name.startswith("forward: wide, "):
+            launches = host_layer.trace(_job(launch), lambda _: [], tmp_path, runner).launches
+            assert [found["threads"] for found in launches if "tt_block_forward" in found["kernel"]] == [256], name
 
 
 def _check(launch: Launch, outputs: dict[str, Tensor]) -> None:

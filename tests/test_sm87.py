@@ -166,6 +166,15 @@ def test_grid_of_a_strided_layer():
     assert forward.multiply_adds(tiles.Kind(0, 0, 1, 1)) == 128 * 72 * 576
 
 
+def test_wide_blocks_where_a_stride_leaves_out_half_of_each_sector():
+    wide = tiles.forward_grid(layer_of(64, 128, (32, 32), (16, 16), (3, 3), (2, 2), (1, 1)), 4, "channels-first")
+    assert (wide.tiles_n, wide.columns, wide.extra, wide.blocks()) == (1, 128, True, 64 * 256 // 128)
+    assert wide.multiply_adds(tiles.Kind(0, 0, 0, 1)) == 128 * 136 * 576
+    for outputs, batch, stride in ((64, 64, 2), (192, 64, 2), (128, 64, 1), (128, 3, 2)):
+        layer = layer_of(64, outputs, (32, 32), (16, 16), (3, 3), (stride, stride), (1, 1), batch)
+        assert tiles.forward_grid(layer, 4, "channels-first").columns == 64
+
+
 def test_phases_of_an_odd_map_have_tiles_without_rows():
     grid = tiles.backward_grid(layer_of(8, 8, (33, 9), (17, 5), (3, 3), (2, 2), (1, 1)), 4)
     assert [grid.row_tiles(i) for i in range(4)] == [43, 34, 40, 32]

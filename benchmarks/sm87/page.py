@@ -40,7 +40,8 @@ A100's slices, {orin.L2_BYTES_LOW:.0f} bytes an SM and cycle in all; `over_floor
 
 ## What the model leaves out
 
-- Latency: a launch, a wave's first loads and the way from barrier to barrier. With 8 warps an SM little is left to hide them.
+- Latency: a launch, a wave's first loads and the way from barrier to barrier. With 8 warps an SM little is left to hide them,
+  least where they are one wide block's and wait at the same barriers.
 - Terms that do not overlap. The real time lies between the largest term and their sum.
 - The L1. Reads of a block that meet there cost the L2 nothing; here they do. `over_floor_with_l1` is the prediction where they
   all meet, which matters for depthwise kernels.

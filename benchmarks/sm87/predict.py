@@ -15,7 +15,7 @@ from . import orin
 from .executed import executed, executions
 from .l2 import NOTHING, dram_sectors
 from .sass import Code, Resources
-from .tiles import COLUMNS, Grid, Kind, backward_grid, forward_grid
+from .tiles import Grid, Kind, backward_grid, forward_grid
 from .traces import Block, TracedLaunch, traced_launches
 
 GEMMS = ("tt_block_forward_kernel", "tt_block_backward_kernel")
@@ -236,7 +236,7 @@ def _moves(launch: TracedLaunch, case: Case, grid: Grid) -> tuple[NDArray[np.int
             strides = _strides(channels, size, case.layout)
             at[:, t] = place[:, 0] * strides[0] + place[:, 1] * scale[0] * strides[2] + place[:, 2] * scale[1] * strides[3]
             written = name in ("y", "residual", "dx")
-            at[:, t] += (group * own + column * COLUMNS * written) * strides[1]
+            at[:, t] += (group * own + column * grid.columns * written) * strides[1]
             at[:, t] *= itemsize
         elif name in ("h", "bits"):
             each = layer.octets if name == "bits" else layer.groups * layer.rank * itemsize
@@ -244,10 +244,10 @@ def _moves(launch: TracedLaunch, case: Case, grid: Grid) -> tuple[NDArray[np.int
             cells = (
                 place[:, 0] * math.prod(layer.out_size) + place[:, 1] * scale[0] * layer.out_size[1] + place[:, 2] * scale[1]
             )
-            at[:, t] = cells * each + (column * COLUMNS // 8 if name == "bits" and forward else 0)
+            at[:, t] = cells * each + (column * grid.columns // 8 if name == "bits" and forward else 0)
         elif name == "packed":
             taps = math.prod(layer.kernel) * (layer.channels if forward else layer.outputs) // layer.groups
-            at[:, t] = (group * own + column * COLUMNS) * taps * itemsize
+            at[:, t] = (group * own + column * grid.columns) * taps * itemsize
         elif name == "partial":
             at[:, t] = tiles.row * layer.outputs * layer.rank * 4
     return like, np.round((at - at[source]) / orin.SECTOR).astype(np.int64)

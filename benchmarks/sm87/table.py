@@ -167,15 +167,15 @@ def _predicted(case: Case) -> tuple[PredictedLaunch, ...]:
 
 
 def kernel_rows(kernels: Mapping[str, Kernel], rows: Sequence[Row]) -> list[dict[str, Any]]:
-    """A row a kernel. One that no workload launches is counted with the threads and shared memory of its template's others."""
+    """A row a kernel. One that no workload launches is counted with the threads and shared memory of those that are like it."""
     launched: dict[str, list[PredictedLaunch]] = {}
     for row in rows:
         for launch in row.launches:
-            launched.setdefault(launch.kernel, []).append(launch)
-            launched.setdefault(launch.kernel.split("<")[0], []).append(launch)
+            for name in _alike(launch.kernel):
+                launched.setdefault(name, []).append(launch)
     found = []
     for kernel in sorted(kernels.values(), key=lambda k: (k.file, k.name)):
-        launches = launched.get(kernel.name) or launched.get(kernel.name.split("<")[0]) or []
+        launches = next((launched[name] for name in _alike(kernel.name) if name in launched), [])
         threads = max((launch.threads for launch in launches), default=0)
         dynamic = max((launch.shared_bytes for launch in launches), default=0)
         resident = (
@@ -193,6 +193,12 @@ def kernel_rows(kernels: Mapping[str, Kernel], rows: Sequence[Row]) -> list[dict
             }
         )  # fmt: skip
     return found
+
+
+def _alike(kernel: str) -> tuple[str, str, str]:
+    """A kernel's name; without its type, the first argument; and its template's."""
+    template, _, arguments = kernel.partition("<")
+    return kernel, f"{template}<{arguments.partition(', ')[2]}", template
 
 
 def _loop_columns(prefix: str, loop: sass.Loop | None) -> dict[str, int | str]:

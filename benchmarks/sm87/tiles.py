@@ -11,8 +11,8 @@ from numpy.typing import NDArray
 
 from ..layers import Layer
 
-ROWS, COLUMNS, EXTRA = 128, 64, 8
-TOGETHER, STAYING = 16, 1 << 20  # blocks that run at once, bytes that stay in the L2: for the order of the blocks
+ROWS, COLUMNS, EXTRA = 128, 64, 8  # columns of a half
+TOGETHER, STAYING = 16, 1 << 20  # halves that run at once, bytes that stay in the L2: for the order of the blocks
 
 
 @dataclass(frozen=True)
@@ -55,6 +55,12 @@ class Grid:
     extra: bool  # the last column tile has an n8 fragment more
     rows_together: int  # row tiles of a set
     phases: tuple[Phase, ...]
+    halves: int = 1  # of a block; each has columns of its own
+
+    @property
+    def columns(self) -> int:
+        """Columns of a block, without the extra fragment."""
+        return self.halves * COLUMNS
 
     def row_tiles(self, phase: int) -> int:
         return -(-self.batch * math.prod(self.phases[phase].size) // ROWS)
@@ -118,7 +124,7 @@ class Grid:
     def multiply_adds(self, kind: Kind) -> int:
         """The least that a block of that kind multiplies: all of its rows and columns, but no k that pads the last k tile."""
         extra = EXTRA if self.extra and kind.column == self.tiles_n - 1 else 0
-        return ROWS * (COLUMNS + extra) * self.phases[kind.phase].k
+        return ROWS * (self.columns + extra) * self.phases[kind.phase].k
 
     def first_positions(self) -> NDArray[np.int64]:
         """``(blocks, 3)``: sample, h and w in the target of each block's first row."""
@@ -150,6 +156,8 @@ def forward_grid(layer: Layer, itemsize: int, layout: str) -> Grid:
     stride = layer.stride[0] * (layer.stride[1] if layout == "channels-last" else 1)  # of what a tap reads; sectors are whole
     phase = Phase((0, 0), (1, 1), layer.out_size, k)
     grid = Grid(layer.batch, layer.groups, tiles_n, extra, 1, (phase,))
+    if layout == "channels-first" and layer.stride[1] > 1 and tiles_n % 2 == 0 and grid.blocks() >= TOGETHER:
+        grid = replace(grid, tiles_n=tiles_n // 2, halves=2)
     return _ordered(grid, source * itemsize, packed * itemsize, math.prod(layer.kernel) / stride)
 
 
@@ -177,12 +185,13 @@ def backward_grid(layer: Layer, itemsize: int) -> Grid:
 
 def _ordered(grid: Grid, source: int, packed: int, sweeps: float) -> Grid:
     """The order of the blocks that ``set_blocks`` of csrc/tt_conv_launch.h takes. Bytes of the source and of ``packed``."""
-    waves = -(-grid.blocks() // TOGETHER)
+    together = TOGETHER // grid.halves
+    waves = -(-grid.blocks() // together)
 
     def traffic(rows: int) -> float:
         sets = -(-grid.tiles_m // rows)
         part = source / sets
         return (source if part <= STAYING else waves * part * max(1.0, sweeps)) + packed * (1 if packed <= STAYING else sets)
 
-    sizes = [size for size in (1, 2, 4, 8, 16) if size == 1 or size < 2 * min(grid.tiles_m, TOGETHER)]
+    sizes = [size for size in (1, 2, 4, 8, 16) if size == 1 or size < 2 * min(grid.tiles_m, together)]
     return replace(grid, rows_together=min(sizes, key=traffic))
