@@ -18,7 +18,7 @@ from lora_edge import blocks, calibration, lean
 from lora_edge.layers import ADAPTED_CLASS, LoRAEdgeConv, attach, check_adaptable, check_suffix, detach, set_weights
 from lora_edge.ops import tt_fuse
 from lora_edge.ops.backends import require_backend
-from lora_edge.reparametrised import bake, reparametrised_layers
+from lora_edge.reparametrised import Reparametrisation, bake, reparametrised_layers
 from lora_edge.subspace import SCALINGS, weight_suffix
 from lora_edge.tt import check_rank
 
@@ -199,7 +199,7 @@ def disabled(model: nn.Module) -> Iterator[nn.Module]:
         RuntimeError: the model is not adapted.
     """
     model, state, layers = require_adapted(model)
-    switches = [*layers.values(), *reparametrised_layers(model).values()]
+    switches: list[LoRAEdgeConv | Reparametrisation] = [*layers.values(), *reparametrised_layers(model).values()]
     enabled = [switch.enabled for switch in switches]
     trained: dict[str, Tensor] = {}
     head = model.get_submodule(state.head) if state is not None and state.head is not None else None

@@ -1,7 +1,7 @@
 """A convolution whose weight is computed from its frozen weight and a few trained parameters: what the LoRA family shares.
 
 A :class:`Reparametrisation` gives ``W'`` from ``W``; ``torch.nn.utils.parametrize`` puts it in place of ``conv.weight``. The
-frozen ``W`` stays beside it, so the model can be merged or disabled at any time.
+frozen ``W`` stays beside it as ``conv.parametrizations.weight.original``, so the model can be merged or disabled at any time.
 """
 
 from __future__ import annotations
