@@ -1,6 +1,6 @@
 """LoRA-C in its factor form: each factor holds the kernel sizes of its side.
 
-Source: LoRA-C, Ding et al. 2024 (arXiv 2410.16954), as MemFLoRA (arXiv 2610.08669) compares it.
+Source: LoRA-C, Ding et al. 2024 (arXiv 2410.16954).
 """
 
 from __future__ import annotations
