@@ -5,7 +5,6 @@ from __future__ import annotations
 import difflib
 import fnmatch
 import hashlib
-from collections import Counter
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
@@ -16,9 +15,10 @@ from torch.nn.modules.batchnorm import _BatchNorm
 from torch.nn.modules.conv import _ConvNd
 
 from lora_edge import blocks, calibration, lean
-from lora_edge.layers import ADAPTED_CLASS, LoRAEdgeConv, attach, check_adaptable, check_suffix, detach
+from lora_edge.layers import ADAPTED_CLASS, LoRAEdgeConv, attach, check_adaptable, check_suffix, detach, set_weights
 from lora_edge.ops import tt_fuse
 from lora_edge.ops.backends import require_backend
+from lora_edge.reparametrised import Reparametrisation, bake, reparametrised_layers
 from lora_edge.subspace import SCALINGS, weight_suffix
 from lora_edge.tt import check_rank
 
@@ -160,7 +160,8 @@ def install(
 def merge(model: nn.Module) -> nn.Module:
     """Fuse every update into its dense kernel, in place; plain ``nn.Conv*`` again, at the base model's cost.
 
-    The update is fused in float32 with one final cast. Module types, names, order of keys, training flags and
+    It takes models of :func:`adapt` and those whose convolutions a method of :mod:`lora_edge.methods` reparametrised. The
+    update is fused in float32 with one final cast. Module types, names, order of keys, training flags and
     ``requires_grad`` are those of the original model; a trained head and calibrated statistics stay.
 
     Returns:
@@ -170,17 +171,13 @@ def merge(model: nn.Module) -> nn.Module:
         RuntimeError: the model is not adapted.
     """
     model, state, layers = require_adapted(model)
+    bake(model)
     with torch.no_grad():
-        fused = [tt_fuse(layer.weight, layer.core, layer.suffix, layer.scale, backend="torch") for layer in layers.values()]
-        uses = Counter(id(layer.weight) for layer in layers.values())
-        for layer, weight in zip(layers.values(), fused, strict=True):
-            if uses[id(layer.weight)] == 1:
-                layer.weight.copy_(weight)
-            else:  # two layers with one weight learned two updates, so they need a weight each from now on
-                layer.weight = nn.Parameter(weight, layer.weight.requires_grad)
-            detach(layer)
-            if state is None:  # built as a LoRAEdge layer, not adapted: a stock layer's parameters are trainable
-                layer.requires_grad_(True)
+        set_weights({m: tt_fuse(m.weight, m.core, m.suffix, m.scale, backend="torch") for m in layers.values()})
+    for layer in layers.values():
+        detach(layer)
+        if state is None:  # built as a LoRAEdge layer, not adapted: a stock layer's parameters are trainable
+            layer.requires_grad_(True)
     for _, norm in calibration.batch_norms(model):
         calibration.forget_statistics(norm)
         if isinstance(norm, lean.FrozenBatchNorm):
@@ -202,12 +199,13 @@ def disabled(model: nn.Module) -> Iterator[nn.Module]:
         RuntimeError: the model is not adapted.
     """
     model, state, layers = require_adapted(model)
-    enabled = {name: layer.enabled for name, layer in layers.items()}
+    switches: list[LoRAEdgeConv | Reparametrisation] = [*layers.values(), *reparametrised_layers(model).values()]
+    enabled = [switch.enabled for switch in switches]
     trained: dict[str, Tensor] = {}
     head = model.get_submodule(state.head) if state is not None and state.head is not None else None
     try:
-        for layer in layers.values():
-            layer.enabled = False
+        for switch in switches:
+            switch.enabled = False
         if head is not None and state is not None:
             for name, parameter in head.named_parameters():
                 trained[name] = parameter.data
@@ -215,8 +213,8 @@ def disabled(model: nn.Module) -> Iterator[nn.Module]:
         with calibration.on_base_statistics(model):
             yield model
     finally:
-        for name, layer in layers.items():
-            layer.enabled = enabled[name]
+        for switch, was in zip(switches, enabled, strict=True):
+            switch.enabled = was
         for name, data in trained.items():
             head.get_parameter(name).data = data  # type: ignore[union-attr]
 

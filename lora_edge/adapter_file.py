@@ -72,6 +72,8 @@ def save_adapter(model: nn.Module, path: Path_) -> None:
     if state is None:
         raise RuntimeError("the model is not adapted, so there is no adapter to save; call lora_edge.adapt(model) first")
     layers = adapted_layers(model)
+    if not layers:
+        raise RuntimeError("the model is adapted by another method than LoRA-Edge; use lora_edge.methods.files.save_trained")
     _check_base(model, state, layers)
     tensors: dict[str, Tensor] = {}
     about: dict[str, dict[str, Any]] = {}

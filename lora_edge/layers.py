@@ -8,7 +8,8 @@ re-classes existing convolutions to these classes in place and :func:`lora_edge.
 from __future__ import annotations
 
 import copy
-from collections.abc import Sequence
+from collections import Counter
+from collections.abc import Mapping, Sequence
 from typing import Any, ClassVar, TypeVar
 
 import torch
@@ -232,6 +233,16 @@ def detach(layer: LoRAEdgeConv) -> None:
         delattr(layer, name)
     layer.__dict__.pop("backend", None)
     layer.__class__ = layer.stock  # type: ignore[assignment]
+
+
+def set_weights(weights: Mapping[nn.modules.conv._ConvNd, Tensor]) -> None:
+    """Write each convolution's new weight in place; call it without gradients."""
+    uses = Counter(id(conv.weight) for conv in weights)
+    for conv, weight in weights.items():
+        if uses[id(conv.weight)] == 1:
+            conv.weight.copy_(weight)
+        else:  # two layers with one weight learned two updates, so they need a weight each from now on
+            conv.weight = nn.Parameter(weight, conv.weight.requires_grad)
 
 
 def _equal(a: Tensor, b: Tensor) -> bool:

@@ -16,6 +16,7 @@ from lora_edge.ops.backends import AVAILABLE, NAMES, requested, state
 from lora_edge.ops.conv_args import ConvArgs, conv_args
 from lora_edge.ops.plan import Epilogue
 from lora_edge.ops.route import choose_route, saved_channels_positions
+from lora_edge.reparametrised import reparametrised_layers
 from lora_edge.training_flags import in_evaluation
 
 
@@ -95,6 +96,7 @@ def summary(model: nn.Module, example: Tensor | None = None) -> Summary:
         for name, layer in layers.items()
     ]
     added = sum(layer.core.numel() + layer.suffix.numel() for layer in layers.values())
+    added += sum(p.numel() for kind in reparametrised_layers(model).values() for p in kind.parameters())
     return Summary(
         layers=rows,
         left_alone={} if state is None else dict(state.left_alone),

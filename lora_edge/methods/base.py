@@ -6,8 +6,16 @@ from collections.abc import Callable
 from dataclasses import dataclass
 
 from torch import Tensor, nn
+from torch.nn.modules.batchnorm import _BatchNorm
+from torch.nn.modules.conv import _ConvNd
 
 from lora_edge import calibration, lean
+from lora_edge.adapt import AdaptState, fingerprint, select
+from lora_edge.layers import LoRAEdgeConv, check_adaptable
+from lora_edge.reparametrised import Reparametrisation, added_tensors, attach
+from lora_edge.tt import check_rank
+
+Prepare = Callable[[nn.Module, int, Tensor], list[nn.Parameter]]
 
 
 def _nothing_to_do(model: nn.Module) -> nn.Module:
@@ -30,7 +38,7 @@ class Method:
     name: str
     title: str
     lr: float
-    prepare: Callable[[nn.Module, int, Tensor], list[nn.Parameter]]
+    prepare: Prepare
     finish: Callable[[nn.Module], nn.Module] = _nothing_to_do
 
 
@@ -48,3 +56,48 @@ def unfreeze_backbone(model: nn.Module) -> nn.Module:
         if isinstance(module, lean.FrozenBatchNorm):
             lean.unfreeze_bn(module)
     return model.requires_grad_(True)
+
+
+def reparametrised(kind: Callable[[_ConvNd, int], Reparametrisation]) -> Prepare:
+    """``prepare`` of a method that trains ``kind(conv, rank)`` in every convolution of a frozen backbone.
+
+    Its ``finish`` is :func:`lora_edge.merge`. Refuses by name, before anything is changed, what ``adapt`` refuses too.
+    """
+
+    def prepare(model: nn.Module, rank: int, inputs: Tensor) -> list[nn.Parameter]:
+        rank = check_rank(rank)
+        made: list[tuple[_ConvNd, Reparametrisation]] = []
+        for name in select(model, None, None):
+            conv: _ConvNd = model.get_submodule(name)  # type: ignore[assignment]
+            try:
+                check_adaptable(conv)
+                made.append((conv, kind(conv, rank)))
+            except ValueError as error:
+                raise ValueError(f"{name or 'model'}: {error}") from None
+        requires_grad = {name: p.requires_grad for name, p in model.named_parameters()}
+        state = AdaptState("frozen", "none", fingerprint(model), requires_grad)
+        freeze_backbone(model)
+        for conv, reparametrisation in made:
+            attach(conv, reparametrisation)
+        model._lora_edge = state  # type: ignore[assignment]
+        return [p for p in model.parameters() if p.requires_grad]
+
+    return prepare
+
+
+def trained_state(model: nn.Module) -> dict[str, Tensor]:
+    """What a method added to the base model or trains in it, by its names in ``state_dict``, under every name it has.
+
+    These are the trainable parameters, the factors and suffixes beside them, frozen ones too, and the statistics of each
+    BatchNorm that is not frozen or was calibrated.
+    """
+    own = {name for name, p in model.named_parameters(remove_duplicate=False) if p.requires_grad}
+    own.update(name for name, _ in added_tensors(model))
+    for prefix, module in model.named_modules(remove_duplicate=False):
+        start = f"{prefix}." if prefix else ""
+        if isinstance(module, LoRAEdgeConv):
+            own.add(f"{start}suffix")
+        is_frozen = isinstance(module, lean.FrozenBatchNorm) and not calibration.base_statistics(module)
+        if isinstance(module, _BatchNorm) and not is_frozen:
+            own.update(f"{start}{name}" for name in calibration.STATISTICS)
+    return {name: value.detach().clone() for name, value in model.state_dict().items() if name in own}

@@ -1,0 +1,24 @@
+"""Bias only: every bias is trained, BatchNorm's shift and the head's bias among them, all else frozen.
+
+Source: BitFit, Ben-Zaken et al. 2021 (arXiv 2106.10199).
+"""
+
+from __future__ import annotations
+
+from torch import Tensor, nn
+
+from lora_edge.methods.base import Method, freeze_backbone, unfreeze_backbone
+
+
+def prepare(model: nn.Module, rank: int, inputs: Tensor) -> list[nn.Parameter]:
+    """A convolution without a bias gets none: the shift of the BatchNorm after it is its bias, at the same cost."""
+    biases = [p for name, p in model.named_parameters() if name.rpartition(".")[2].startswith("bias")]
+    if not biases:
+        raise ValueError("bias only: the model has no bias; choose another method")
+    freeze_backbone(model)
+    for parameter in biases:
+        parameter.requires_grad_(True)
+    return biases
+
+
+METHOD = Method("bias_only", "bias only", lr=1e-2, prepare=prepare, finish=unfreeze_backbone)

@@ -1,0 +1,33 @@
+"""Conv LoRA as PEFT defines it: a convolution to ``rank`` channels, then a 1x1 one to the output's.
+
+Source: LoRA, Hu et al. 2021 (arXiv 2106.09685), in PEFT's ``tuners/lora/layer.py``.
+"""
+
+from __future__ import annotations
+
+from torch import Tensor
+from torch.nn.modules.conv import _ConvNd
+
+from lora_edge.adapt import merge
+from lora_edge.methods.base import Method, reparametrised
+from lora_edge.reparametrised import Reparametrisation, random, zeros
+
+
+class ConvLoRA(Reparametrisation):
+    """``ΔW = alpha/r · B A`` over the unfolded weight ``(O, (I/g)·ΠK)``; ``A (r, I/g, *K)`` random, ``B (O, r)`` zero.
+
+    With one group it is PEFT's. With several, PEFT's ``A`` mixes the groups, so that its update is no weight of the layer
+    (PEFT does not merge it); here the groups share ``A``. ``alpha`` is the rank unless given.
+    """
+
+    def __init__(self, conv: _ConvNd, rank: int, alpha: float | None = None) -> None:
+        super().__init__()
+        self.lora_A = random(conv, rank, *conv.weight.shape[1:])
+        self.lora_B = zeros(conv, conv.out_channels, rank)
+        self.scaling = 1.0 if alpha is None else alpha / rank
+
+    def delta(self) -> Tensor:
+        return self.scaling * (self.lora_B @ self.lora_A.flatten(1))
+
+
+METHOD = Method("conv_lora", "conv LoRA", lr=1e-2, prepare=reparametrised(ConvLoRA), finish=merge)

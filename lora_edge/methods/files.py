@@ -1,0 +1,59 @@
+"""Save and load what a method trained, whichever method it is; :func:`lora_edge.save_adapter` writes LoRA-Edge's own format."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+from safetensors import SafetensorError, safe_open
+from torch import Tensor, nn
+
+from lora_edge.adapt import fingerprint_state
+from lora_edge.adapter_file import Path_, write_safetensors
+from lora_edge.methods.base import trained_state
+
+FORMAT = "lora_edge trained 1"
+
+
+def save_trained(model: nn.Module, path: Path_) -> None:
+    """Write :func:`trained_state` to a safetensors file, atomically, with a checksum and the base's fingerprint.
+
+    Raises:
+        OSError: the file cannot be written; nothing is left behind.
+    """
+    trained = {name: value.cpu().contiguous() for name, value in trained_state(model).items()}
+    metadata = {"format": FORMAT, "base": _base(model, trained), "checksum": fingerprint_state(trained)}
+    write_safetensors(trained, path, metadata)
+
+
+def load_trained(model: nn.Module, path: Path_) -> nn.Module:
+    """Load a file of :func:`save_trained` into the same base model, prepared by the same method and rank; in place.
+
+    Raises:
+        OSError: the file cannot be read.
+        ValueError: it is no such file, is damaged, or belongs to another method, rank or base. The model is left as it was.
+    """
+    if not Path(path).is_file():
+        raise FileNotFoundError(f"{path}: no such file; give the path of a file that save_trained wrote")
+    try:
+        with safe_open(path, framework="pt") as file:
+            metadata = file.metadata() or {}
+            trained = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
+    except (SafetensorError, UnicodeDecodeError):
+        raise ValueError(f"{path}: not a safetensors file, or damaged; save it again") from None
+    if metadata.get("format") != FORMAT or metadata.get("checksum") != fingerprint_state(trained):
+        raise ValueError(f"{path}: not a file of save_trained, or damaged; save it again")
+    own = trained_state(model)
+    for name in sorted({*trained, *own}):
+        there, here = (tuple(t[name].shape) if name in t else "not there" for t in (trained, own))
+        if there != here:
+            raise ValueError(
+                f"{path}: {name} is {there} in the file and {here} in the model; prepare by the same method and rank"
+            )
+    if metadata.get("base") != _base(model, trained):
+        raise ValueError(f"{path}: belongs to another base model; prepare the model that it was made from")
+    model.load_state_dict(trained, strict=False)
+    return model
+
+
+def _base(model: nn.Module, trained: dict[str, Tensor]) -> str:
+    return fingerprint_state({name: value for name, value in model.state_dict().items() if name not in trained})

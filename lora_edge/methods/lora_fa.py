@@ -1,0 +1,23 @@
+"""LoRA-FA: conv LoRA whose ``A`` stays at its random start; only the output side is trained.
+
+Source: LoRA-FA, Zhang et al. 2023 (arXiv 2308.03303).
+"""
+
+from __future__ import annotations
+
+from torch.nn.modules.conv import _ConvNd
+
+from lora_edge.adapt import merge
+from lora_edge.methods.base import Method, reparametrised
+from lora_edge.methods.conv_lora import ConvLoRA
+
+
+class LoRAFA(ConvLoRA):
+    """Conv LoRA with ``A (r, I/g, *K)`` frozen: as many trained parameters as LoRA-Edge, ``O·r``, in a random subspace."""
+
+    def __init__(self, conv: _ConvNd, rank: int, alpha: float | None = None) -> None:
+        super().__init__(conv, rank, alpha)
+        self.lora_A.requires_grad_(False)
+
+
+METHOD = Method("lora_fa", "LoRA-FA", lr=1e-2, prepare=reparametrised(LoRAFA), finish=merge)
