@@ -1,0 +1,267 @@
+"""``python -m lora_edge.har.study``: every method on every person left out, a row a run, resumable.
+
+Stages, each a value of the column ``stage``:
+
+    search    five learning rates a method, on two people, one seed
+    study     every person and seed at the rate that the search chose, 50 steps
+    long      the compared few to convergence, 500 steps
+    few_shot  the compared few on the first 1, 2, 5 and 10 % of each of the target's recordings, at least one window of each
+
+A person's rate is the one with the best mean F1 of two *other* people (1 and 2; for these two, 3 and 4), so it never depends
+on that person's test windows. Rows go to ``results/<device>/study_<data>_<protocol>.csv`` one by one; what is there already is
+not run again. ``lora_edge.har.study_report`` makes the table and the picture from them.
+"""
+
+from __future__ import annotations
+
+import argparse
+import copy
+import csv
+import sys
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass, replace
+from pathlib import Path
+from statistics import mean
+from typing import Any, NamedTuple
+
+import numpy as np
+import torch
+from torch import nn
+
+from lora_edge.har.adaptation import Settings, machine, source
+from lora_edge.har.data import Split, mirrored
+from lora_edge.har.train import BATCH, macro_f1, tensors, train_target
+from lora_edge.memory import saved_bytes
+from lora_edge.methods import Method, methods
+
+STEPS, LONG_STEPS = 50, 500
+SHARES = (0.01, 0.02, 0.05, 0.10)
+COMPARED = ("full", "head_only", "lora_edge")  # in the long and the few-shot stage
+SEARCH_PEOPLE = ((1, 2), (3, 4))
+WITHOUT_TRAINING = ("zero_shot", "mirrored")
+STAGES = ("search", "study", "long", "few_shot")
+KEY = ("stage", "person", "seed", "method", "rank", "lr", "steps", "share")
+FIELDS = (
+    "device", "date", "lora_edge", "torch", "threads", "data", "protocol", *KEY, "trainable", "share_percent", "saved_bytes",
+    "f1", "seconds", "curve",
+)  # fmt: skip
+
+
+class Run(NamedTuple):
+    """What identifies a row. ``share``: of each of the target's recordings, 0 for the whole adaptation part."""
+
+    stage: str
+    person: int
+    seed: int
+    method: str
+    rank: int
+    lr: float
+    steps: int
+    share: float = 0.0
+
+
+@dataclass(frozen=True)
+class Study:
+    """What is studied, and where its rows and source models lie."""
+
+    data: str
+    protocol: str
+    rows: Path
+    sources: Path
+    device: str = "cpu"
+    target_domain: str | None = None
+    people: Sequence[int] = tuple(range(1, 11))
+    seeds: int = 3
+    rank: int = 2
+    epochs: int = 10
+    methods: Sequence[str] = ()
+    stages: Sequence[str] = STAGES
+
+    def chosen(self) -> list[Method]:
+        """The methods asked for, all of them by default."""
+        found = methods()
+        for name in self.methods:
+            if name not in found:
+                raise ValueError(f"there is no method {name!r}; give some of {', '.join(found)}")
+        return [found[name] for name in self.methods or found]
+
+
+def rates(method: Method) -> list[float]:
+    """Five rates around the method's own, in steps of about the root of ten."""
+    return [float(f"{method.lr * factor:.1g}") for factor in (0.1, 0.3, 1.0, 3.0, 10.0)]
+
+
+def search_people(person: int, people: Sequence[int]) -> tuple[int, ...]:
+    """The two people whose F1 chooses a person's rate; never the person's own."""
+    first, second = SEARCH_PEOPLE
+    return tuple(p for p in (second if person in first else first) if p in people)
+
+
+def chosen_rate(rows: list[dict[str, str]], method: str, person: int, people: Sequence[int]) -> float:
+    """The rate with the best mean F1 in the search; of equals the smaller."""
+    judges = search_people(person, people)
+    f1: dict[float, list[float]] = {}
+    for row in rows:
+        if row["stage"] == "search" and row["method"] == method and int(row["person"]) in judges:
+            f1.setdefault(float(row["lr"]), []).append(float(row["f1"]))
+    if not f1:
+        raise ValueError(f"no search rows of {method} on people {judges}; run the stage search first")
+    return min(f1, key=lambda lr: (-mean(f1[lr]), lr))
+
+
+def planned(study: Study, rows: Callable[[], list[dict[str, str]]]) -> Iterator[Run]:
+    """Every run of the study in order; a stage that needs rates reads them from the rows when it comes to them."""
+    chosen = study.chosen()
+    if "search" in study.stages:
+        for person in sorted({judge for p in study.people for judge in search_people(p, study.people)}):
+            for method in chosen:
+                for lr in rates(method):
+                    yield Run("search", person, 0, method.name, study.rank, lr, STEPS)
+    for stage in ("study", "long", "few_shot"):
+        if stage not in study.stages:
+            continue
+        for seed in range(study.seeds):
+            for person in study.people:
+                if stage == "study":
+                    for name in WITHOUT_TRAINING[: 2 if study.protocol == "B" and study.data == "watch" else 1]:
+                        yield Run(stage, person, seed, name, 0, 0.0, 0)
+                for method in chosen:
+                    if stage != "study" and method.name not in COMPARED:
+                        continue
+                    lr = chosen_rate(rows(), method.name, person, study.people)
+                    for share in SHARES if stage == "few_shot" else (0.0,):
+                        yield Run(
+                            stage, person, seed, method.name, study.rank, lr, LONG_STEPS if stage == "long" else STEPS, share
+                        )
+
+
+def few_shot(task: Split, share: float) -> Split:
+    """The split with only the first windows of each recording of the adaptation part: at least one, at most ``share`` of it.
+
+    ``share`` counts from the whole recording, of which the adaptation part is the first 30 %.
+    """
+    keep = task.adapt.position[:, 1] <= share
+    keep |= task.adapt.position[:, 0] <= task.adapt.position[:, 0].min()  # the first window of each recording
+    return replace(task, adapt=task.adapt.where(keep))
+
+
+def measure(study: Study, run: Run, task: Split, base: nn.Module) -> dict[str, Any]:
+    """One run; its columns beside those that identify it."""
+    if run.method == "zero_shot":
+        return {"f1": macro_f1(base, task.test)}
+    if run.method == "mirrored":
+        return {"f1": macro_f1(base, mirrored(task).test)}
+    if run.share:
+        task = few_shot(task, run.share)
+    torch.manual_seed(run.seed)
+    model, method = copy.deepcopy(base), methods()[run.method]
+    x, _ = tensors(task.adapt)
+    parameters = method.prepare(model, run.rank, x)
+    model.train()
+    trainable = sum(p.numel() for p in parameters)
+    saved = saved_bytes(copy.deepcopy(model), x.repeat(-(-BATCH // len(x)), 1, 1)[:BATCH])
+    every = 5 if run.stage == "study" else run.steps  # only the study's rows have a curve
+    curve = train_target(
+        model, parameters, task.adapt, task.test, steps=run.steps, lr=run.lr, seed=run.seed, evaluate_every=every
+    )
+    method.finish(model)
+    return {
+        "trainable": trainable,
+        "share_percent": 100 * trainable / sum(p.numel() for p in base.parameters()),
+        "saved_bytes": saved,
+        "f1": macro_f1(model, task.test),
+        "seconds": curve.seconds[-1],
+        "curve": " ".join(f"{s}:{f1:.4f}" for s, f1 in zip(curve.step, curve.f1, strict=True)),
+    }
+
+
+def run_study(study: Study, tell: Callable[[str], None] = print) -> int:
+    """Run what is missing; returns how many runs that were."""
+    rows = read_rows(study.rows)
+    done = {key_of(row) for row in rows}
+    loaded: tuple[tuple[int, int], Split, nn.Module] | None = None
+    count = 0
+    for run in planned(study, lambda: rows):
+        if key_of(run._asdict()) in done:
+            continue
+        if loaded is None or loaded[0] != (run.person, run.seed):
+            loaded = ((run.person, run.seed), *source_of(study, run.person, run.seed, tell))
+        found = {
+            **machine(), "device": study.device, "data": Path(study.data).stem, "protocol": study.protocol, **run._asdict(),
+            **measure(study, run, loaded[1], loaded[2]),
+        }  # fmt: skip
+        row = {name: _text(found.get(name, "")) for name in FIELDS}
+        append_row(study.rows, row)
+        rows.append(row)
+        count += 1
+        tell(f"{run.stage} person {run.person} seed {run.seed} {run.method} lr {run.lr:g}: F1 {found['f1']:.3f}")
+    return count
+
+
+def source_of(study: Study, person: int, seed: int, tell: Callable[[str], None]) -> tuple[Split, nn.Module]:
+    """A person's split and the model of the others, pre-trained once a seed and kept in ``study.sources``."""
+    settings = Settings(
+        data=study.data, target_subject=person, protocol=study.protocol, target_domain=study.target_domain, out=study.sources,
+        seed=seed, epochs=study.epochs, rank=study.rank,
+    )  # fmt: skip
+    return source(settings, lambda title, done, total: tell(f"person {person} seed {seed}: {title}") if total == 1 else None)
+
+
+def read_rows(path: Path) -> list[dict[str, str]]:
+    """The rows that are there, none where there is no file."""
+    if not path.is_file():
+        return []
+    with path.open(newline="") as file:
+        return list(csv.DictReader(file))
+
+
+def append_row(path: Path, row: dict[str, str]) -> None:
+    """Add a row to the file, which is made with its head where it is missing."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    is_new = not path.is_file()
+    with path.open("a", newline="") as file:
+        writer = csv.DictWriter(file, FIELDS)
+        if is_new:
+            writer.writeheader()
+        writer.writerow(row)
+
+
+def key_of(row: dict[str, Any]) -> tuple[str, ...]:
+    """A row's identity as the file spells it."""
+    return tuple(_text(row[name]) if not isinstance(row[name], str) else row[name] for name in KEY)
+
+
+def _text(value: object) -> str:
+    return f"{value:.6g}" if isinstance(value, (float, np.floating)) else str(value)
+
+
+def main() -> int:
+    parser = argparse.ArgumentParser(prog="python -m lora_edge.har.study", description=__doc__.split("\n")[0])
+    parser.add_argument("--data", default="watch", help='an .npz, or "watch"')
+    parser.add_argument("--protocol", choices=["A", "B"], default="B")
+    parser.add_argument("--target-domain", help="protocol B of an .npz: the target's domain")
+    parser.add_argument("--people", type=int, nargs="+", default=list(range(1, 11)))
+    parser.add_argument("--seeds", type=int, default=3)
+    parser.add_argument("--rank", type=int, default=2)
+    parser.add_argument("--methods", nargs="+", default=[], help="default: all")
+    parser.add_argument("--stages", nargs="+", choices=STAGES, default=list(STAGES))
+    parser.add_argument("--results", type=Path, default=Path("benchmarks/results"), help="folder of the rows")
+    parser.add_argument("--sources", type=Path, default=Path("study-sources"), help="folder of the source models")
+    parser.add_argument("--device", default="cpu", help="folder of the results")
+    options = parser.parse_args()
+    rows = options.results / options.device / f"study_{Path(options.data).stem}_{options.protocol}.csv"
+    study = Study(
+        data=options.data, protocol=options.protocol, rows=rows, sources=options.sources, device=options.device,
+        target_domain=options.target_domain, people=options.people, seeds=options.seeds, rank=options.rank,
+        methods=options.methods, stages=options.stages,
+    )  # fmt: skip
+    try:
+        print(f"{run_study(study, lambda line: print(line, flush=True))} runs; rows in {rows}")
+    except (ValueError, OSError) as error:
+        print(f"study: error: {str(error).splitlines()[0]}", file=sys.stderr)
+        return 2
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

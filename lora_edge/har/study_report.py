@@ -1,0 +1,197 @@
+"""``python -m lora_edge.har.study_report ROWS.csv ...``: the study's tables as Markdown, and its picture.
+
+A method's row: mean macro-F1 of the people (each the mean of its seeds), the difference to full fine-tuning with its 95 %
+interval paired by person, for how many people it is ahead, and the seconds of training to 95 % of the F1 that full fine-tuning
+reaches on that person and seed. Where some seeds do not reach it, the column says how many did.
+"""
+
+from __future__ import annotations
+
+import argparse
+import sys
+from collections import defaultdict
+from dataclasses import dataclass, field
+from pathlib import Path
+from statistics import mean, median
+
+import numpy as np
+
+from lora_edge.har.adaptation import TARGET_SHARE
+from lora_edge.har.study import WITHOUT_TRAINING, read_rows
+from lora_edge.har.train import Curve
+from lora_edge.methods import methods
+
+TITLES = {"zero_shot": "zero-shot", "mirrored": "mirrored input"}
+
+
+@dataclass
+class Summary:
+    """One method's rows of the stage ``study``; ``f1`` and ``seconds`` by person and seed."""
+
+    name: str
+    f1: dict[tuple[int, int], float] = field(default_factory=dict)
+    seconds: dict[tuple[int, int], float | None] = field(default_factory=dict)
+    rates: set[float] = field(default_factory=set)
+    trainable: int = 0
+    share_percent: float = 0.0
+    saved_bytes: int = 0
+
+    @property
+    def title(self) -> str:
+        return TITLES.get(self.name) or methods()[self.name].title
+
+    def by_person(self) -> dict[int, float]:
+        """Mean of a person's seeds."""
+        scores: dict[int, list[float]] = defaultdict(list)
+        for (person, _), f1 in self.f1.items():
+            scores[person].append(f1)
+        return {person: mean(values) for person, values in sorted(scores.items())}
+
+
+def summaries(rows: list[dict[str, str]]) -> dict[str, Summary]:
+    """Each method's summary, in the order of the rows."""
+    found: dict[str, Summary] = {}
+    curves: dict[tuple[str, int, int], Curve] = {}
+    for row in rows:
+        if row["stage"] != "study":
+            continue
+        summary = found.setdefault(row["method"], Summary(row["method"]))
+        key = (int(row["person"]), int(row["seed"]))
+        summary.f1[key] = float(row["f1"])
+        if row["method"] in WITHOUT_TRAINING:
+            continue
+        summary.rates.add(float(row["lr"]))
+        summary.trainable, summary.share_percent = int(row["trainable"]), float(row["share_percent"])
+        summary.saved_bytes = int(row["saved_bytes"])
+        points = [point.split(":") for point in row["curve"].split()]
+        steps = [int(step) for step, _ in points]
+        each = float(row["seconds"]) / max(1, steps[-1])
+        curves[row["method"], key[0], key[1]] = Curve(steps, [step * each for step in steps], [float(f1) for _, f1 in points])
+    for (name, person, seed), curve in curves.items():
+        best = found["full"].f1.get((person, seed)) if "full" in found else None
+        if best is not None:
+            found[name].seconds[person, seed] = curve.seconds_to(TARGET_SHARE * best)
+    return found
+
+
+def interval(differences: list[float]) -> tuple[float, float]:
+    """Mean and half the width of its 95 % interval by Student's t; the half is NaN for fewer than two."""
+    from scipy.stats import t
+
+    if len(differences) < 2:
+        return mean(differences), float("nan")
+    spread = float(np.std(differences, ddof=1)) / len(differences) ** 0.5
+    return mean(differences), float(t.ppf(0.975, len(differences) - 1)) * spread
+
+
+def table(found: dict[str, Summary]) -> str:
+    """The table of a study in Markdown."""
+    lines = [
+        "| method | rate | trainable | share | saved | macro-F1 | spread | minus full, points | ahead of full | s to 95 % |",
+        "|---|---|---|---|---|---|---|---|---|---|",
+    ]
+    full = found["full"].by_person() if "full" in found else {}
+    for summary in found.values():
+        people = summary.by_person()
+        scores = list(people.values())
+        spread = f"{np.std(scores, ddof=1):.3f}" if len(scores) > 1 else "-"
+        cells = [summary.title, "-", "-", "-", "-", f"{mean(scores):.3f}", spread, "-", "-", "-"]
+        if summary.rates:
+            cells[1] = " / ".join(f"{rate:g}" for rate in sorted(summary.rates))
+            cells[2:5] = [f"{summary.trainable:,}", f"{summary.share_percent:.2f} %", f"{summary.saved_bytes / 1e6:.2f} MB"]
+        shared = [person for person in people if person in full]
+        if shared and summary.name != "full":
+            middle, half = interval([100 * (people[p] - full[p]) for p in shared])
+            cells[7] = f"{middle:+.1f} ± {half:.1f}"
+            cells[8] = f"{sum(people[p] > full[p] for p in shared)} of {len(shared)}"
+        if summary.seconds:
+            reached = [s for s in summary.seconds.values() if s is not None]
+            count = f" ({len(reached)} of {len(summary.seconds)})" if len(reached) < len(summary.seconds) else ""
+            cells[9] = f"{median(reached):.2f}{count}" if reached else "not reached"
+        lines.append("| " + " | ".join(cells) + " |")
+    return "\n".join(lines)
+
+
+def people_table(found: dict[str, Summary]) -> str:
+    """Each person's F1 by method, in Markdown."""
+    people = sorted({person for summary in found.values() for person, _ in summary.f1})
+    lines = ["| person | " + " | ".join(map(str, people)) + " |", "|---" * (len(people) + 1) + "|"]
+    for summary in found.values():
+        scores = summary.by_person()
+        lines.append(f"| {summary.title} | " + " | ".join(f"{scores[p]:.3f}" if p in scores else "-" for p in people) + " |")
+    return "\n".join(lines)
+
+
+def other_stages(rows: list[dict[str, str]]) -> str:
+    """The long and the few-shot runs: mean F1 of the people by method, in Markdown."""
+    scores: dict[tuple[str, str], dict[str, list[float]]] = defaultdict(lambda: defaultdict(list))
+    for row in rows:
+        if row["stage"] == "long":
+            scores["long", f"{row['steps']} steps"][row["method"]].append(float(row["f1"]))
+        elif row["stage"] == "few_shot":
+            scores["few_shot", f"{100 * float(row['share']):g} %"][row["method"]].append(float(row["f1"]))
+    if not scores:
+        return ""
+    names = list(dict.fromkeys(name for found in scores.values() for name in found))
+    lines = ["| method | " + " | ".join(title for _, title in scores) + " |", "|---" * (len(scores) + 1) + "|"]
+    for name in names:
+        cells = [f"{mean(found[name]):.3f}" if found.get(name) else "-" for found in scores.values()]
+        lines.append(f"| {methods()[name].title} | " + " | ".join(cells) + " |")
+    return "\n".join(lines)
+
+
+def draw(studies: dict[str, dict[str, Summary]], path: Path) -> None:
+    """Write the PNG: mean F1 against trainable parameters, bytes saved for backward and seconds, a line of panels a study."""
+    import matplotlib
+
+    matplotlib.use("Agg")
+    from matplotlib import pyplot as plt
+
+    figure, grid = plt.subplots(len(studies), 3, figsize=(12, 3.6 * len(studies)), layout="constrained", squeeze=False)
+    names = list(dict.fromkeys(n for found in studies.values() for n in found if n not in WITHOUT_TRAINING))
+    colours = plt.get_cmap("tab20")
+    for axes, (title, found) in zip(grid, studies.items(), strict=True):
+        for k, name in enumerate(names):
+            if name not in found:
+                continue
+            summary = found[name]
+            f1 = mean(summary.by_person().values())
+            reached = [s for s in summary.seconds.values() if s is not None]
+            values = (summary.trainable, summary.saved_bytes / 1e6, median(reached) if reached else None)
+            for axis, value in zip(axes, values, strict=True):
+                if value is not None:
+                    axis.plot(
+                        value, f1, "o", color=colours(k % 20), markersize=9 if name == "lora_edge" else 6, label=summary.title
+                    )
+        axes[0].set(xlabel="trainable parameters", xscale="log", ylabel=f"{title}: macro-F1")
+        axes[1].set(xlabel="saved for backward, MB", xscale="log")
+        axes[2].set(xlabel="seconds of training to 95 % of full fine-tuning's F1", xscale="log")
+        for axis in axes:
+            axis.grid(alpha=0.25)
+    grid[0][0].legend(fontsize=6.5, loc="lower right")
+    figure.savefig(path, dpi=130)
+    plt.close(figure)
+
+
+def main() -> int:
+    parser = argparse.ArgumentParser(prog="python -m lora_edge.har.study_report", description=__doc__.split("\n")[0])
+    parser.add_argument("rows", type=Path, nargs="+", help="files that lora_edge.har.study wrote")
+    parser.add_argument("--picture", type=Path, help="a PNG to write")
+    options = parser.parse_args()
+    studies: dict[str, dict[str, Summary]] = {}
+    for path in options.rows:
+        rows = read_rows(path)
+        found = summaries(rows)
+        if not found:
+            print(f"study_report: error: {path} has no rows of the stage study; run lora_edge.har.study first", file=sys.stderr)
+            return 2
+        studies[path.stem.removeprefix("study_").replace("_", ", protocol ")] = found
+        parts = [f"### {path.stem}", table(found), people_table(found), other_stages(rows)]
+        print("\n\n".join(part for part in parts if part), end="\n\n")
+    if options.picture is not None:
+        draw(studies, options.picture)
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())
