@@ -12,6 +12,8 @@ from torch import Tensor
 from lora_edge.tt import contract_suffix, tt_svd
 
 SCALINGS = ("balanced", "paper")
+SUBSPACES = ("weight", "gradient", "auto")
+FILL = 1e-5  # size of the weight's rows beside the gradient's: above float32's noise, too small to turn them
 
 
 def weight_suffix(weight: Tensor, rank: int, scaling: str = "balanced") -> list[Tensor]:
@@ -34,6 +36,47 @@ def weight_suffix(weight: Tensor, rank: int, scaling: str = "balanced") -> list[
         cores = balance(cores)
     dtype = torch.float64 if weight.dtype == torch.float64 else torch.float32
     return [core.to(dtype) for core in cores]
+
+
+def gradient_suffix(weight: Tensor, gradient: Tensor, rank: int, scaling: str = "balanced") -> list[Tensor]:
+    """Frozen cores from the TT-SVD of the dense weight gradient: its leading right singular directions.
+
+    Where the gradient has a lower rank than is asked for, as behind a pooled layer with few classes, the weight's leading
+    directions take the rows that are left: without one a row could not learn. The suffix has the norm that the weight's own
+    suffix has, so that a learning rate does not depend on how large the loss is.
+
+    Args:
+        weight: pre-trained kernel ``(O, I/g, *K)``.
+        gradient: ``dW``, or ``Q^T dW (q, I/g, *K)`` of :func:`lora_edge.gradient.leading_gradients`, which has the same suffix.
+        rank, scaling: as for :func:`weight_suffix`.
+
+    Returns:
+        ``[G2 (r1, I/g, r2), ..., Gd (r_{d-1}, K_last, 1)]``.
+
+    Raises:
+        ValueError: the gradient is zero.
+    """
+    exact = gradient.to(torch.float64) / gradient.abs().max()
+    if not bool(torch.isfinite(exact).all()):
+        raise ValueError(
+            'the batches yield no gradient for it, so it has no such directions; exclude it, or use subspace="weight"'
+        )
+    own = contract_suffix(weight_suffix(weight.detach().cpu().to(torch.float64), rank, scaling))
+    size = own.norm() if bool(own.norm()) else torch.ones((), dtype=torch.float64)
+    rows = torch.cat([exact / exact.norm(), FILL * own / size])
+    if len(rows) > len(weight):  # a bond holds no more than O
+        _, energy, directions = torch.linalg.svd(rows.flatten(1), full_matrices=False)
+        rows = (energy[:, None] * directions)[: len(weight)].unflatten(1, rows.shape[1:])
+    cores = weight_suffix(rows, rank, scaling)
+    factor = size / contract_suffix(cores).norm()
+    dtype = torch.float64 if weight.dtype == torch.float64 else torch.float32
+    return [(core if k else core * factor).to(dtype) for k, core in enumerate(cores)]
+
+
+def row_energies(tensor: Tensor, rank: int) -> Tensor:
+    """Energy ``(r1,)`` of each suffix row of a weight or gradient ``(O, I/g, *K)``: its squared singular value, in float64."""
+    rows = contract_suffix(weight_suffix(tensor.detach().to(torch.float64), rank, "paper"))
+    return rows.flatten(1).square().sum(dim=1)
 
 
 def balance(cores: list[Tensor]) -> list[Tensor]:
