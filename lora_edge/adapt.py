@@ -89,8 +89,8 @@ def adapt(
             kernel, as the paper has it. "gradient": those of the gradient on ``batches``. "auto" is "weight" for now, with
             or without batches.
         batches: pairs ``(x, y)`` of target inputs and classes; the loss is the cross-entropy. Equal parts of the first four
-            are used, together as many samples as the largest holds, in less than the time of five training steps of that
-            size. BatchNorm is on its running statistics, whatever ``bn`` says, so :func:`calibrate_bn` comes first.
+            are used, together as many samples as the largest holds: about four training steps at batch 64, and more of the
+            smaller ones. BatchNorm is on its running statistics, whatever ``bn`` says, so :func:`calibrate_bn` comes first.
         scaling: "balanced" gives the suffix rows one common norm a layer, "paper" leaves the singular values in them.
         bn: "frozen" keeps BatchNorm on its running statistics through ``model.train()`` until ``merge``; "batch" leaves it
             to ``train()`` and ``eval()`` as it was, which saves its input for backward and keeps blocks from being fused. Its

@@ -64,7 +64,7 @@ def few_samples(batches: Iterable[Any], device: torch.device) -> list[_Sample]:
 def leading_gradients(
     model: nn.Module, names: Sequence[str], rank: int, samples: list[_Sample], backend: str = "auto"
 ) -> dict[str, Tensor]:
-    """``Q^T dW (q, I/g, *K)`` of each named convolution: ``dW`` on its leading left directions, in float64 on the CPU.
+    """``Q^T dW (q, I/g, *K)`` of each named convolution: ``dW`` on its leading left directions, on the CPU.
 
     ``q`` is ``rank`` and a few more. The loss is the cross-entropy, BatchNorm is on its running statistics and dropout is off.
 
@@ -72,7 +72,7 @@ def leading_gradients(
         names: dotted names of stock convolutions.
         rank: how many singular directions are to be precise.
         samples: from :func:`few_samples`.
-        backend: what the first pass runs on; no kernel takes the second one, which runs on torch.
+        backend: what layers run on where their suffix needs no gradient, as in the first pass.
 
     Raises:
         ValueError: the loss or a gradient is NaN or Inf, or the gradient is zero in every layer; the message says which.
@@ -85,13 +85,18 @@ def leading_gradients(
         weight: Tensor = conv.weight  # type: ignore[assignment]
         rows = min(rank + OVERSAMPLING, weight.shape[0], weight[0].numel())
         random[name] = torch.randn(rows, *weight.shape[1:], generator=generator)
-    bases = {name: torch.linalg.qr(seen)[0] for name, seen in _times_suffix(model, random, samples, backend).items()}
+    bases = _times_suffix(model, random, samples, backend)
+    del random
+    bases = {name: torch.linalg.qr(seen.double())[0].to(seen.dtype) for name, seen in bases.items()}
     cut = []
     for x, y in samples:
         parts = -(-MICRO_BATCHES // len(samples))
         cut += list(zip(x.chunk(parts), y.chunk(parts), strict=True))
-    zeros = {name: torch.zeros(basis.shape[1], *convs[name].weight.shape[1:]) for name, basis in bases.items()}  # type: ignore
-    return _gradients(model, zeros, bases, "suffix", cut, "torch")
+    zeros = {
+        name: torch.zeros(()).expand(basis.shape[1], *convs[name].weight.shape[1:])  # type: ignore[misc, index]
+        for name, basis in bases.items()
+    }
+    return _gradients(model, zeros, bases, "suffix", cut, backend)
 
 
 def captured_energies(
@@ -113,7 +118,9 @@ def captured_energies(
     for name, cores in suffixes.items():
         rows = contract_suffix(cores).to(torch.float64)
         directions[name] = torch.linalg.qr(rows.flatten(1).T)[0].T.reshape(rows.shape)
-    return {name: seen.square().sum(dim=0) for name, seen in _times_suffix(model, directions, samples, backend).items()}
+    return {
+        name: seen.double().square().sum(dim=0) for name, seen in _times_suffix(model, directions, samples, backend).items()
+    }
 
 
 def _times_suffix(model: nn.Module, suffixes: dict[str, Tensor], samples: list[_Sample], backend: str) -> dict[str, Tensor]:
@@ -137,7 +144,7 @@ def _gradients(
     for name, suffix in suffixes.items():
         layer: Any = twin.get_submodule(name)
         layer.__class__ = ADAPTED_CLASS[type(layer)]
-        attach(layer, suffix, cores[name], backend=backend)
+        attach(layer, suffix, cores[name], backend="torch" if wanted == "suffix" else backend)  # no kernel has that gradient
         layer.core.requires_grad_(wanted == "core")
         layer.suffix.requires_grad_(wanted == "suffix")
         layers[name] = layer
@@ -156,7 +163,7 @@ def _gradients(
     for name, layer in layers.items():
         parameter = getattr(layer, wanted)
         gradient = torch.zeros_like(parameter) if parameter.grad is None else parameter.grad
-        found[name] = gradient.detach().cpu().to(torch.float64)
+        found[name] = gradient.detach().cpu()
         if not bool(torch.isfinite(gradient).all()):
             raise ValueError(f"batches: the gradient of {name or 'the model'} holds NaN or Inf; give finite inputs")
     if not any(bool(gradient.count_nonzero()) for gradient in found.values()):
