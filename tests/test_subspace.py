@@ -66,6 +66,17 @@ def test_directions_are_those_of_the_dense_gradient(name, rank):
         torch.testing.assert_close(torch.linalg.svdvals(found[layer].flatten(1))[:rank], want)
 
 
+def test_a_wide_layer_whose_gradient_has_a_low_rank():
+    """The sketch has 18 rows and the layer 64 channels; behind the mean and five classes the gradient's rank is 4."""
+    torch.manual_seed(0)
+    model = nn.Sequential(nn.Conv1d(40, 64, 5), nn.AdaptiveAvgPool1d(1), nn.Flatten(), nn.Linear(64, 5)).double()
+    x, y = torch.randn(32, 40, 20).double(), torch.randint(5, (32,))
+    gradient = dense_gradients(model, x, y)["0"]
+    found = leading_gradients(model, ["0"], 2, few_samples([(x, y)], CPU))["0"]
+    assert found.shape == (18, 40, 5)
+    assert largest_angle(right_directions(gradient, 2), right_directions(found, 2)) <= 1e-8
+
+
 def test_the_sketch_of_a_wide_layer_catches_the_gradients_energy():
     """T-ResNet's layers have more channels than the sketch has rows. Random inputs: the spectra fall slowly."""
     torch.manual_seed(0)
