@@ -146,7 +146,8 @@ def test_rows_beyond_the_gradients_rank_come_from_the_weight():
     assert torch.linalg.matrix_rank(rows) == 8
     spanned = torch.linalg.qr(rows.T)[0].T
     assert largest_angle(spanned, right_directions(gradient, 1)) <= 1e-5
-    assert largest_angle(spanned, right_directions(weight, 7)) <= 1  # a span, not NaN
+    both = right_directions(torch.cat([weight.flatten(1) / weight.norm(), gradient.flatten(1) / gradient.norm()]), 9)
+    assert largest_angle(both, spanned) <= 1e-5, "nothing but the gradient's and the weight's directions"
     torch.testing.assert_close(rows.norm(dim=1), rows.norm(dim=1).mean().expand(8))
 
 
