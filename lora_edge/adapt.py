@@ -5,9 +5,10 @@ from __future__ import annotations
 import difflib
 import fnmatch
 import hashlib
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -15,11 +16,13 @@ from torch.nn.modules.batchnorm import _BatchNorm
 from torch.nn.modules.conv import _ConvNd
 
 from lora_edge import blocks, calibration, lean
+from lora_edge.budget import MOST_RANK, parse_budget, spread_ranks
+from lora_edge.gradient import captured_energies, few_samples, leading_gradients
 from lora_edge.layers import ADAPTED_CLASS, LoRAEdgeConv, attach, check_adaptable, check_suffix, detach, set_weights
 from lora_edge.ops import tt_fuse
 from lora_edge.ops.backends import require_backend
 from lora_edge.reparametrised import Reparametrisation, bake, reparametrised_layers
-from lora_edge.subspace import SCALINGS, weight_suffix
+from lora_edge.subspace import SCALINGS, SUBSPACES, gradient_suffix, row_energies, weight_suffix
 from lora_edge.tt import check_rank
 
 BN_MODES = ("frozen", "batch")
@@ -35,6 +38,7 @@ class AdaptState:
     requires_grad: dict[str, bool]
     left_alone: dict[str, str] = field(default_factory=dict)
     head: str | None = None
+    subspace: str = "weight"
     base_head: dict[str, Tensor] = field(default_factory=dict)
     blocks: dict[str, str] = field(default_factory=dict)
     not_fused: dict[str, str] = field(default_factory=dict)
@@ -56,6 +60,9 @@ def adapt(
     *,
     targets: Sequence[str] | str | None = None,
     exclude: Sequence[str] | str | None = None,
+    params: str | int | None = None,
+    subspace: str = "weight",
+    batches: Iterable[Any] | None = None,
     scaling: str = "balanced",
     bn: str = "frozen",
     train_head: bool = False,
@@ -71,9 +78,19 @@ def adapt(
 
     Args:
         model: any module; its ``nn.Conv1d/2d/3d`` are adapted, subclasses of them are left alone.
-        rank: cap of every TT bond, at least 1.
+        rank: cap of every TT bond, at least 1; without meaning where ``params`` is given.
         targets: dotted names or globs of the convolutions to adapt; None takes all.
         exclude: dotted names or globs to leave out.
+        params: a budget of trained parameters in the place of one rank: a share of the model's parameters as "0.5%", the cores'
+            bytes as "20kB", or their number. It is spread over the layers as ranks from 1 to 16, by the energy that a further
+            rank catches of the gradient where ``batches`` are given, by the weight's squared singular values where not. A
+            layer that gets nothing stays frozen, and ``summary`` says so. A trained head does not count.
+        subspace: which directions the update may use. "weight": the leading right singular directions of the pre-trained
+            kernel, as the paper has it. "gradient": those of the gradient on ``batches``. "auto" is "weight" for now, with
+            or without batches.
+        batches: pairs ``(x, y)`` of target inputs and classes; the loss is the cross-entropy. Equal parts of the first four
+            are used, together as many samples as the largest holds: about four training steps at batch 64, and more of the
+            smaller ones. BatchNorm is on its running statistics, whatever ``bn`` says, so :func:`calibrate_bn` comes first.
         scaling: "balanced" gives the suffix rows one common norm a layer, "paper" leaves the singular values in them.
         bn: "frozen" keeps BatchNorm on its running statistics through ``model.train()`` until ``merge``; "batch" leaves it
             to ``train()`` and ``eval()`` as it was, which saves its input for backward and keeps blocks from being fused. Its
@@ -89,8 +106,9 @@ def adapt(
 
     Raises:
         TypeError: ``rank`` is no integer, or ``model`` no module.
-        ValueError: ``rank`` is below 1, an option is unknown, a name matches nothing, or a layer is not supported.
-        RuntimeError: the model is adapted already, or the named backend does not work here.
+        ValueError: ``rank`` is below 1, an option is unknown, a name matches nothing, a layer is not supported, ``params`` is
+            below the smallest core, ``batches`` is missing, not used or empty, or yields no gradient, NaN or Inf.
+        RuntimeError: the model is adapted already, cannot be copied for the gradient, or the named backend does not work here.
         All of them before anything is changed.
     """
     rank = check_rank(rank)
@@ -98,17 +116,78 @@ def adapt(
     _check_choice("bn", bn, BN_MODES)
     saved = _saved_dtype(saved_dtype)
     require_backend(backend, "adapt")
+    _check_choice("subspace", subspace, SUBSPACES)
+    if subspace == "gradient" and batches is None:
+        raise ValueError('subspace="gradient" needs batches; give a few pairs (x, y) of the target\'s inputs and classes')
+    if subspace == "weight" and batches is not None and params is None:
+        raise ValueError('batches is given, but subspace="weight" uses it with params only; leave it out, or give one of them')
     names = select(model, targets, exclude)
-    plans: dict[str, LayerPlan] = {}
+    budget = None if params is None else parse_budget(params, model)
+    head = find_head(model) if train_head else None
+    weights: dict[str, Tensor] = {}
     for name in names:
         conv = model.get_submodule(name)
-        try:
+        with _named(name):
             check_adaptable(conv)  # type: ignore[arg-type]
-        except ValueError as error:
-            raise ValueError(f"{name or 'model'}: {error}") from None
-        plans[name] = LayerPlan(weight_suffix(conv.weight, rank, scaling), bond_cap=rank)  # type: ignore[arg-type]
-    head = find_head(model) if train_head else None
-    return install(model, plans, scaling=scaling, bn=bn, head=head, lean_layers=lean, saved_dtype=saved, backend=backend)
+        weights[name] = conv.weight  # type: ignore[assignment]
+    ranks, suffixes = _choose(model, weights, rank, budget, subspace, batches, scaling, backend)
+    plans = {name: LayerPlan(suffix, bond_cap=ranks[name]) for name, suffix in suffixes.items()}
+    install(
+        model, plans, scaling=scaling, bn=bn, head=head, lean_layers=lean, saved_dtype=saved, backend=backend,
+        subspace="gradient" if subspace == "gradient" else "weight",
+    )  # fmt: skip
+    state = adapt_state(model)
+    assert state is not None
+    state.left_alone.update({name: f"params={params!r} holds no rank for it, frozen" for name in names if name not in plans})
+    return model
+
+
+def _choose(
+    model: nn.Module,
+    weights: dict[str, Tensor],
+    rank: int,
+    budget: int | None,
+    subspace: str,
+    batches: Iterable[Any] | None,
+    scaling: str,
+    backend: str,
+) -> tuple[dict[str, int], dict[str, list[Tensor]]]:
+    """Rank and frozen cores ``[G2, ..., Gd]`` of every adapted layer. Touches neither the model nor torch's generator."""
+    cap = rank if budget is None else MOST_RANK
+    gradients: dict[str, Tensor] = {}
+    energies: dict[str, Tensor] = {}
+    if batches is not None and (subspace == "gradient" or budget is not None):
+        device = next(iter(weights.values())).device
+        with torch.random.fork_rng([device] if device.type == "cuda" else []):
+            samples = few_samples(batches, device)
+            if subspace == "gradient":
+                gradients = leading_gradients(model, list(weights), cap, samples, backend)
+            else:
+                directions = {name: weight_suffix(weight, cap, scaling) for name, weight in weights.items()}
+                energies = captured_energies(model, directions, samples, backend)
+    if budget is None:
+        ranks = dict.fromkeys(weights, rank)
+    else:
+        energies = energies or {name: row_energies(tensor, cap) for name, tensor in (gradients or weights).items()}
+        ranks = spread_ranks(energies, {name: len(weight) for name, weight in weights.items()}, budget)
+    suffixes = {}
+    for name, own in ranks.items():
+        with _named(name):
+            suffixes[name] = (
+                gradient_suffix(weights[name], gradients[name], own, scaling)
+                if gradients
+                else weight_suffix(weights[name], own, scaling)
+            )
+    return ranks, suffixes
+
+
+@contextmanager
+def _named(layer: str) -> Iterator[None]:
+    """A ValueError inside says which layer it is about."""
+    try:
+        yield
+    except ValueError as error:
+        raise ValueError(f"{layer or 'model'}: {error}") from None
 
 
 def install(
@@ -121,6 +200,7 @@ def install(
     lean_layers: bool = True,
     saved_dtype: torch.dtype | None = None,
     backend: str = "auto",
+    subspace: str = "weight",
 ) -> nn.Module:
     """Carry out :func:`adapt` for layers whose suffixes are known; ``load_adapter`` uses it as well."""
     if adapt_state(model) is not None or any(isinstance(m, LoRAEdgeConv) for m in model.modules()):
@@ -134,12 +214,13 @@ def install(
         requires_grad={name: p.requires_grad for name, p in model.named_parameters()},
         left_alone=_left_alone(model, bn),
         head=head,
+        subspace=subspace,
     )
     model.requires_grad_(False)
     for name, plan in plans.items():
         conv = model.get_submodule(name)
         conv.__class__ = ADAPTED_CLASS[type(conv)]
-        attach(conv, plan.frozen, plan.core, plan.scale, plan.bond_cap, scaling, saved_dtype, backend)  # type: ignore[arg-type]
+        attach(conv, plan.frozen, plan.core, plan.scale, plan.bond_cap, scaling, saved_dtype, backend, subspace)  # type: ignore[arg-type]
     for _, norm in calibration.batch_norms(model):
         if bn == "frozen" and lean.why_not_frozen(norm) is None:
             lean.freeze_bn(norm, lean_layers)

@@ -8,7 +8,7 @@ Tensors
 
 Metadata (strings)
     ``format``, ``base`` (the base model's fingerprint), ``layers`` (JSON: scale and rank of each), ``options`` (JSON: scaling,
-    bn, head), ``checksum`` (SHA-256 over all of the above)
+    bn, head, subspace), ``checksum`` (SHA-256 over all of the above)
 """
 
 from __future__ import annotations
@@ -96,7 +96,7 @@ def save_adapter(model: nn.Module, path: Path_) -> None:
         "format": FORMAT,
         "base": state.fingerprint,
         "layers": json.dumps(about),
-        "options": json.dumps({"scaling": state.scaling, "bn": state.bn, "head": state.head}),
+        "options": json.dumps({"scaling": state.scaling, "bn": state.bn, "head": state.head, "subspace": state.subspace}),
     }
     metadata["checksum"] = _checksum(tensors, metadata)
     write_safetensors(tensors, path, metadata)
@@ -144,6 +144,7 @@ def load_adapter(model: nn.Module, path: Path_) -> nn.Module:
         }
         install(model, plans, **adapter.options)
     else:
+        state.subspace = adapter.options.get("subspace", "weight")
         with torch.no_grad():
             for name, layer in layers.items():
                 frozen = adapter.frozen(name)
@@ -152,6 +153,7 @@ def load_adapter(model: nn.Module, path: Path_) -> nn.Module:
                 layer.frozen_cores = None if isinstance(frozen, Tensor) else frozen
                 layer.scale = adapter.layers[name]["scale"]
                 layer.bond_cap = adapter.layers[name]["rank"]
+                layer.subspace = state.subspace
     _set_changed(model, adapter.changed())
     return model
 

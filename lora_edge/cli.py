@@ -55,7 +55,7 @@ def _parser() -> argparse.ArgumentParser:
     adapt.add_argument("--rank", type=int, default=2, help="cap of the TT bonds (default 2)")
     adapt.add_argument("--steps", type=int, default=50, help="Adam steps of the adaptation (default 50)")
     adapt.add_argument("--epochs", type=int, default=10, help="epochs of the pre-training (default 10)")
-    adapt.add_argument("--lr", type=float, help="LoRA-Edge's learning rate (default 1e-2)")
+    adapt.add_argument("--lr", type=float, help="LoRA-Edge's learning rate (default 2e-2)")
     adapt.add_argument("--seed", type=int, default=0)
     adapt.add_argument("--out", required=True, type=Path, help="folder for the adapter, the merged model, results and picture")
     adapt.set_defaults(run=_adapt)

@@ -36,6 +36,7 @@ class LoRAEdgeConv(nn.modules.conv._ConvNd):
     scaling: str
     saved_dtype: torch.dtype | None  # what ``h`` is kept in between forward and backward, None for its own
     backend: str = "auto"  # what its ops are called with
+    subspace: str = "weight"  # what its suffix was made from; one of gradients cannot be renewed from a weight
     enabled: bool  # False inside lora_edge.disabled: the base convolution
     frozen_cores: list[Tensor] | None  # [G2, ..., Gd] on the CPU, None where the suffix did not come as cores
     base_replaced: bool  # load_state_dict brought another base weight since adapt
@@ -115,7 +116,10 @@ class LoRAEdgeConv(nn.modules.conv._ConvNd):
         unexpected_keys: list[str],
         error_msgs: list[str],
     ) -> None:
-        """Load as usual; a base checkpoint (no ``core``, no ``suffix``) keeps or renews the suffix, see DESIGN section 4."""
+        """Load as usual; a base checkpoint (no ``core``, no ``suffix``) keeps or renews the suffix, see DESIGN section 4.
+
+        A suffix of gradients belongs to its base: there another weight is an error even while the core is zero.
+        """
         own = {name: prefix + name for name in ("weight", "core", "suffix")}
         weight = state_dict.get(own["weight"])
         is_new = weight is not None and weight.shape == self.weight.shape and not _equal(weight, self.weight)
@@ -124,6 +128,12 @@ class LoRAEdgeConv(nn.modules.conv._ConvNd):
             error_msgs.append(
                 f"{prefix}weight is another base weight, but {prefix}core is already trained for the old one and "
                 f"{prefix}suffix is not in the state dict; load it before training, or load a matching suffix too"
+            )
+            return
+        if renew and self.subspace == "gradient":
+            error_msgs.append(
+                f"{prefix}weight is another base weight, but {prefix}suffix was made from gradients of the old one; merge, "
+                "load it, and adapt again with batches, or load a matching suffix too"
             )
             return
         super()._load_from_state_dict(state_dict, prefix, local_metadata, strict, missing_keys, unexpected_keys, error_msgs)  # type: ignore[no-untyped-call]
@@ -205,6 +215,7 @@ def attach(
     scaling: str = "balanced",
     saved_dtype: torch.dtype | None = None,
     backend: str = "auto",
+    subspace: str = "weight",
 ) -> None:
     """Give a re-classed convolution its core (zero unless given) and suffix, in float32 for a half-precision weight."""
     weight = layer.weight
@@ -221,6 +232,7 @@ def attach(
     layer.scaling = scaling
     layer.saved_dtype = saved_dtype
     layer.backend = backend
+    layer.subspace = subspace
     layer.enabled = True
     layer.base_replaced = False
 
@@ -231,7 +243,8 @@ def detach(layer: LoRAEdgeConv) -> None:
         delattr(layer, name)
     for name in ("frozen_cores", "scale", "bond_cap", "scaling", "saved_dtype", "enabled", "base_replaced"):
         delattr(layer, name)
-    layer.__dict__.pop("backend", None)
+    for name in ("backend", "subspace"):
+        layer.__dict__.pop(name, None)
     layer.__class__ = layer.stock  # type: ignore[assignment]
 
 

@@ -12,6 +12,8 @@ from torch import Tensor
 from lora_edge.tt import contract_suffix, tt_svd
 
 SCALINGS = ("balanced", "paper")
+SUBSPACES = ("weight", "gradient", "auto")
+FILL = 1e-5  # size of the weight's rows beside the gradient's: above float32's noise, too small to turn them
 
 
 def weight_suffix(weight: Tensor, rank: int, scaling: str = "balanced") -> list[Tensor]:
@@ -21,7 +23,8 @@ def weight_suffix(weight: Tensor, rank: int, scaling: str = "balanced") -> list[
         weight: pre-trained kernel ``(O, I/g, *K)``.
         rank: cap of every bond.
         scaling: ``"paper"`` leaves the singular values in the rows, so the row norms are the singular values;
-            ``"balanced"`` gives the rows one common norm, their root mean square, which keeps the norm of ``S``.
+            ``"balanced"`` gives all rows the norm of :func:`common_norm`, for which one learning rate serves every layer and
+            rank.
 
     Returns:
         ``[G2 (r1, I/g, r2), ..., Gd (r_{d-1}, K_last, 1)]``.
@@ -31,18 +34,69 @@ def weight_suffix(weight: Tensor, rank: int, scaling: str = "balanced") -> list[
     exact = weight.detach().cpu().to(torch.float64)
     cores = tt_svd(exact, rank)[1:]
     if scaling == "balanced":
-        cores = balance(cores)
+        cores = balance(cores, common_norm(exact, cores[0].shape[0]))
     dtype = torch.float64 if weight.dtype == torch.float64 else torch.float32
     return [core.to(dtype) for core in cores]
 
 
-def balance(cores: list[Tensor]) -> list[Tensor]:
-    """Scale the first bond of ``G2`` so that every row of the suffix has the root-mean-square row norm.
+def gradient_suffix(weight: Tensor, gradient: Tensor, rank: int, scaling: str = "balanced") -> list[Tensor]:
+    """Frozen cores from the TT-SVD of the dense weight gradient: its leading right singular directions.
+
+    Where the gradient has a lower rank than is asked for, as behind a pooled layer with few classes, the weight's leading
+    directions take the rows that are left: without one a row could not learn. The suffix has the norm that the weight's own
+    suffix has, so that a learning rate does not depend on how large the loss is.
+
+    Args:
+        weight: pre-trained kernel ``(O, I/g, *K)``.
+        gradient: ``dW``, or ``Q^T dW (q, I/g, *K)`` of :func:`lora_edge.gradient.leading_gradients`, which has the same suffix.
+        rank, scaling: as for :func:`weight_suffix`.
+
+    Returns:
+        ``[G2 (r1, I/g, r2), ..., Gd (r_{d-1}, K_last, 1)]``.
+
+    Raises:
+        ValueError: the gradient is zero.
+    """
+    exact = gradient.to(torch.float64) / gradient.abs().max()
+    if not bool(torch.isfinite(exact).all()):
+        raise ValueError(
+            'the batches yield no gradient for it, so it has no such directions; exclude it, or use subspace="weight"'
+        )
+    own = contract_suffix(weight_suffix(weight.detach().cpu().to(torch.float64), rank, scaling))
+    size = own.norm() if bool(own.norm()) else torch.ones((), dtype=torch.float64)
+    rows = torch.cat([exact / exact.norm(), FILL * own / size])
+    if len(rows) > len(weight):  # a bond holds no more than O
+        _, energy, directions = torch.linalg.svd(rows.flatten(1), full_matrices=False)
+        rows = (energy[:, None] * directions)[: len(weight)].unflatten(1, rows.shape[1:])
+    cores = weight_suffix(rows, rank, scaling)
+    factor = size / contract_suffix(cores).norm()
+    dtype = torch.float64 if weight.dtype == torch.float64 else torch.float32
+    return [(core if k else core * factor).to(dtype) for k, core in enumerate(cores)]
+
+
+def row_energies(tensor: Tensor, rank: int) -> Tensor:
+    """Energy ``(r1,)`` of each suffix row of a weight or gradient ``(O, I/g, *K)``: its squared singular value, in float64."""
+    rows = contract_suffix(weight_suffix(tensor.detach().to(torch.float64), rank, "paper"))
+    return rows.flatten(1).square().sum(dim=1)
+
+
+def common_norm(weight: Tensor, rank: int) -> float:
+    """The norm of a balanced suffix row: a filter's, ``|W| / sqrt(O)`` by root mean square, over the number of rows ``r1``.
+
+    One step of Adam moves each entry of the core by the learning rate at most, and so an output's response to ``x`` by at most
+    the rate times ``sum_q |S_q x|``. The signs agree in what reduces the loss, so these terms add up: ``r1`` rows of this norm
+    move it by at most the rate times what a filter of the layer's usual norm gives, whatever the layer's width, kernel, fan-in
+    and rank.
+    """
+    return float(weight.norm()) / weight.shape[0] ** 0.5 / rank
+
+
+def balance(cores: list[Tensor], norm: float) -> list[Tensor]:
+    """Scale the first bond of ``G2`` so that every row of the suffix has this norm.
 
     A row that is zero to float32 precision (a rank-deficient weight) has no direction of its own and stays as it is.
     """
     rows = contract_suffix(cores).flatten(1).norm(dim=1)
     live = rows > rows.max() * torch.finfo(torch.float32).eps
-    common = rows[live].square().mean().sqrt() if bool(live.any()) else rows.max()
-    factor = torch.where(live, common / rows.clamp_min(torch.finfo(rows.dtype).tiny), torch.ones_like(rows))
+    factor = torch.where(live, norm / rows.clamp_min(torch.finfo(rows.dtype).tiny), torch.ones_like(rows))
     return [cores[0] * factor[:, None, None], *cores[1:]]

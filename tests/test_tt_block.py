@@ -79,6 +79,20 @@ def test_matrix(case, epilogue, adapted):
         assert relative_error(g, w) <= 1e-12, k
 
 
+@pytest.mark.parametrize("case", BLOCK_CASES, ids=lambda c: c.name)
+def test_a_suffix_alone_gets_its_gradient(case, monkeypatch):
+    """From ``B^T dz``, without the dense weight gradient; in slices."""
+    monkeypatch.setattr(sys.modules["lora_edge.ops.tt_block"], "SLICE_BYTES", 1)
+    (x, weight, core, suffix, *rest), options = arguments(case, EPILOGUES["affine, residual with affine, relu6"])
+    suffix.requires_grad_()
+    y = tt_block(x, weight, core.detach(), suffix, *rest, **options)
+    want = reference.tt_block(x, weight, core.detach(), suffix, *rest, **options)
+    dy = torch.randn_like(y)
+    inputs = [x, suffix]
+    for g, w in zip(torch.autograd.grad(y, inputs, dy), torch.autograd.grad(want, inputs, dy), strict=True):
+        assert relative_error(g, w) <= 1e-12
+
+
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float16, torch.bfloat16], ids=str)
 @pytest.mark.parametrize("case", [c for c in BLOCK_CASES if c.rank <= 3], ids=lambda c: c.name)
 def test_other_dtypes(case, dtype):

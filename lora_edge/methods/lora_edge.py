@@ -13,4 +13,4 @@ def prepare(model: nn.Module, rank: int, inputs: Tensor) -> list[nn.Parameter]:
     return list(trainable_parameters(model))
 
 
-METHOD = Method("lora_edge", "LoRA-Edge", lr=1e-2, prepare=prepare, finish=merge)
+METHOD = Method("lora_edge", "LoRA-Edge", lr=2e-2, prepare=prepare, finish=merge)

@@ -12,4 +12,4 @@ def prepare(model: nn.Module, rank: int, inputs: Tensor) -> list[nn.Parameter]:
     return list(trainable_parameters(adapt(model, rank, bn="batch")))
 
 
-METHOD = Method("lora_edge_batch_bn", "LoRA-Edge, BN in batch mode", lr=1e-2, prepare=prepare, finish=merge)
+METHOD = Method("lora_edge_batch_bn", "LoRA-Edge, BN in batch mode", lr=2e-2, prepare=prepare, finish=merge)

@@ -14,4 +14,4 @@ def prepare(model: nn.Module, rank: int, inputs: Tensor) -> list[nn.Parameter]:
     return lora_edge.prepare(calibrate_bn(model, [inputs]), rank, inputs)
 
 
-METHOD = Method("lora_edge_calibrated", "LoRA-Edge, BN calibrated", lr=1e-2, prepare=prepare, finish=merge)
+METHOD = Method("lora_edge_calibrated", "LoRA-Edge, BN calibrated", lr=2e-2, prepare=prepare, finish=merge)

@@ -32,7 +32,7 @@ from lora_edge.ops.checks import (
 from lora_edge.ops.conv_args import ConvArgs, conv, conv_args, conv_input_grad, conv_weight_grad, symmetric
 from lora_edge.ops.plan import Epilogue
 from lora_edge.ops.route import choose_route
-from lora_edge.ops.tt_conv import factor_core_grad
+from lora_edge.ops.tt_conv import factor_core_grad, factor_suffix_grad
 from lora_edge.ops.tt_fuse import core_grad, suffix_grad
 from lora_edge.tt import contracted
 
@@ -257,12 +257,13 @@ class _TTBlock(torch.autograd.Function):
     def backward(ctx: Any, dy: Tensor) -> tuple[Tensor | None, ...]:  # type: ignore[override]
         weight, core, suffix, saved, bits, a, residual_a = ctx.saved_tensors
         args, epilogue = ctx.args, ctx.epilogue
-        needs_x, _, needs_core, _, needs_bias, needs_residual, *_ = ctx.needs_input_grad
+        needs_x, needs_weight, needs_core, needs_suffix, needs_bias, needs_residual, *_ = ctx.needs_input_grad
         dx = _empty(ctx.shape, dy, ctx.format) if needs_x else None
         dresidual = _empty(ctx.y_shape, dy, ctx.y_format) if needs_residual else None
         if dx is not None:
             fused, even = symmetric(_folded_weight(weight, core, suffix, a, epilogue.scale, dy.dtype), args)
-        sums: dict[str, Tensor] = {}  # over the slices: "core" or "weight", and "bias"
+        sums: dict[str, Tensor] = {}  # over the slices: "core", "suffix" or "weight", and "bias"
+        rows = core if a is None or core is None else core * a.to(core.dtype)[:, None]
 
         def add(name: str, value: Tensor) -> None:
             sums[name] = value if name not in sums else sums[name].add_(value)
@@ -280,6 +281,8 @@ class _TTBlock(torch.autograd.Function):
                 torch.mul(dz, _per_channel(residual_a.to(dz.dtype), dz), out=dresidual[part])
             if needs_core and ctx.route == "factor":
                 add("core", factor_core_grad(dz, saved[part].to(dz.dtype), core, args.groups, epilogue.scale))
+            elif needs_suffix and not (needs_weight or needs_core):
+                add("suffix", factor_suffix_grad(dz, saved[part], rows, suffix, args, epilogue.scale))
             elif saved is not None:
                 dw = conv_weight_grad(dz, saved[part], weight.to(dz.dtype), args)
                 add("weight", dw.to(torch.promote_types(weight.dtype, torch.float32)))
@@ -295,7 +298,8 @@ def _parameter_grads(
 ) -> tuple[Tensor | None, ...]:
     """Gradients to weight, core, suffix and bias from the sums over the slices; the affine scales each row."""
     _, needs_weight, needs_core, needs_suffix, needs_bias, *_ = ctx.needs_input_grad
-    dweight = dcore = dsuffix = dbias = None
+    dweight = dcore = dbias = None
+    dsuffix = sums.pop("suffix", None)  # has the affine in it
     scaled = {k: v if a is None else v * a.to(v.dtype).reshape(-1, *[1] * (v.dim() - 1)) for k, v in sums.items()}
     if "core" in scaled:
         dcore = scaled["core"]

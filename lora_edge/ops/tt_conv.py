@@ -150,6 +150,8 @@ class _TTConv(torch.autograd.Function):
         dx = dweight = dcore = dsuffix = dbias = None
         if needs_core and ctx.route == "factor":
             dcore = factor_core_grad(dy, saved.to(dy.dtype), core, ctx.args.groups, ctx.scale)
+        elif needs_suffix and not (needs_weight or needs_core):
+            dsuffix = factor_suffix_grad(dy, saved, core, suffix, ctx.args, ctx.scale)
         elif saved is not None:
             dw = conv_weight_grad(dy, saved, weight.to(dy.dtype), ctx.args)
             dcore = core_grad(dw, core, suffix, ctx.scale) if needs_core else None
@@ -175,3 +177,19 @@ def factor_core_grad(dy: Tensor, h: Tensor, core: Tensor, groups: int, scale: fl
     exact = torch.float64 if core.dtype == torch.float64 else torch.float32
     per_sample = torch.einsum("ngol,ngql->ngoq", dy, h)
     return (scale * per_sample.sum(dim=0, dtype=exact)).reshape(core.shape).to(core.dtype)
+
+
+def factor_suffix_grad(dy: Tensor, x: Tensor, core: Tensor, suffix: Tensor, args: ConvArgs, scale: float) -> Tensor:
+    """``dS = s * B^T dW``, shape ``(r1, I/g, *K)``, by the weight gradient of ``B^T dy``: ``r1`` channels a group, not ``O/g``.
+
+    Args:
+        dy: ``(N, O, *L')``.
+        x: ``(N, I, *L)``.
+    """
+    groups, rank = args.groups, core.shape[1]
+    rows = core.to(dy.dtype).reshape(groups, -1, rank).transpose(1, 2).reshape(groups * rank, -1, *[1] * (dy.dim() - 2))
+    dims = dy.dim() - 2
+    seen = conv(dy, rows, None, ConvArgs((1,) * dims, (0,) * dims, (1,) * dims, groups))
+    dw = conv_weight_grad(seen, x, x.new_empty(groups * rank, *suffix.shape[1:]), args)
+    exact = torch.float64 if suffix.dtype == torch.float64 else torch.float32
+    return (scale * dw.reshape(groups, *suffix.shape).sum(dim=0, dtype=exact)).to(suffix.dtype)

@@ -1,0 +1,102 @@
+"""``python -m benchmarks.gradient_pass``: what ``adapt(subspace="gradient")`` needs beside a training step, a row a workload.
+
+    time   of the gradient pass over one batch, by the median of interleaved rounds, over a training step's (Adam, rank 2)
+    peak   most new storages alive at once, over the training step's, forward and backward together
+
+Fails where the pass takes longer than five steps or more than twice the bytes.
+"""
+
+from __future__ import annotations
+
+import argparse
+import statistics
+import sys
+import time
+import warnings
+from collections.abc import Callable
+
+import torch
+import torch.nn.functional as F
+from rich.console import Console
+from rich.table import Table
+from torch import Tensor
+
+import lora_edge
+from lora_edge.adapt import select
+from lora_edge.gradient import few_samples, leading_gradients
+from lora_edge.memory import StorageTracker
+
+from .workloads import WORKLOADS
+
+MOST_STEPS, MOST_PEAK = 5.0, 2.0  # of a training step
+
+
+def actions(workload: str, batch: int, rank: int) -> tuple[dict[str, Callable[[], object]], list[Tensor]]:
+    """A training step and a gradient pass, and the tensors that are there without them."""
+    about = WORKLOADS[workload]
+    model = about.model()
+    names = select(model, about.targets(model), None)
+    x, y = about.batch(batch)
+    samples = few_samples([(x, y)], x.device)
+    trained = lora_edge.adapt(about.model(), 2, targets=about.targets(model)).train()
+    optimizer = torch.optim.Adam(list(lora_edge.trainable_parameters(trained)), lr=1e-2)
+
+    def step() -> None:
+        optimizer.zero_grad()
+        F.cross_entropy(trained(x), y).backward()
+        optimizer.step()
+
+    step()  # Adam's moments are no transients
+    known = [x, y, *model.parameters(), *model.buffers(), *trained.parameters(), *trained.buffers()]
+    known += [moment for state in optimizer.state.values() for moment in state.values()]
+    return {"step": step, "pass": lambda: leading_gradients(model, names, rank, samples)}, known
+
+
+def peak_bytes(action: Callable[[], object], known: list[Tensor]) -> int:
+    """The most new bytes alive at once while ``action`` runs."""
+    tracker = StorageTracker(known)
+    with tracker:
+        action()
+    return tracker.peak
+
+
+def measure(workload: str, batch: int, rank: int, rounds: int) -> dict[str, float]:
+    """Seconds and peak bytes of a training step and of the gradient pass."""
+    named, known = actions(workload, batch, rank)
+    seconds: dict[str, list[float]] = {name: [] for name in named}
+    for action in named.values():
+        action()
+    for _ in range(rounds):
+        for name, action in named.items():
+            start = time.perf_counter()
+            action()
+            seconds[name].append(time.perf_counter() - start)
+    found = {f"{name} s": statistics.median(times) for name, times in seconds.items()}
+    return found | {f"{name} bytes": float(peak_bytes(action, known)) for name, action in named.items()}
+
+
+def main() -> int:
+    parser = argparse.ArgumentParser(prog="python -m benchmarks.gradient_pass", description=__doc__)
+    parser.add_argument("--workload", nargs="+", choices=list(WORKLOADS), default=["W1"])
+    parser.add_argument("--batch", type=int, default=64)
+    parser.add_argument("--rank", type=int, nargs="+", default=[2, 4, 16])
+    parser.add_argument("--rounds", type=int, default=7)
+    options = parser.parse_args()
+    warnings.filterwarnings("ignore", message="Using padding='same' with even kernel")
+    table = Table(title=f"gradient pass over one batch of {options.batch}")
+    for column in ("workload", "rank", "step ms", "pass ms", "steps", "step MB", "pass MB", "peak ratio"):
+        table.add_column(column, justify="right")
+    missed = 0
+    for workload in options.workload:
+        for rank in options.rank:
+            row = measure(workload, options.batch, rank, options.rounds)
+            steps, peak = row["pass s"] / row["step s"], row["pass bytes"] / row["step bytes"]
+            cells = (1e3 * row["step s"], 1e3 * row["pass s"], steps, row["step bytes"] / 1e6, row["pass bytes"] / 1e6, peak)
+            table.add_row(workload, str(rank), *(f"{value:.2f}" for value in cells))
+            missed += steps > MOST_STEPS or peak > MOST_PEAK
+    Console(width=110).print(table)
+    return 1 if missed else 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

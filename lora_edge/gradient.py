@@ -1,0 +1,210 @@
+"""The dense weight gradient ``dW (O, I/g, *K)`` of every layer, seen through thin matrices: it is never kept, and never whole.
+
+Both products are gradients of the adapted layer ``W + B S`` itself:
+
+    dW S^T    the gradient to the core where ``B = 0``: a training step, in its memory and its time
+    B^T dW    the gradient to the suffix where ``S = 0``; it needs the layers' inputs, so it is taken in micro-batches
+
+Two passes give the leading singular directions (Halko, Martinsson and Tropp, SIAM Review 2011, section 5): ``dW`` times a
+random matrix spans its leading left directions, and seen from an orthonormal basis ``Q`` of these it is ``Q^T dW``, a few rows
+whose right singular vectors are those of ``dW``. Both run on a twin of the model that shares its weights: the model is not
+touched.
+"""
+
+from __future__ import annotations
+
+import copy
+import itertools
+from collections.abc import Iterable, Sequence
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from lora_edge import blocks, calibration, lean
+from lora_edge.layers import ADAPTED_CLASS, LoRAEdgeConv, attach
+from lora_edge.tt import contract_suffix
+
+MOST_BATCHES = 4  # looked at; of all together as many samples are used as one of them holds
+MICRO_BATCHES = 4  # of a batch where the inputs of all layers are saved: fewer bytes than a training step needs on W1
+OVERSAMPLING = 16  # rows beyond the rank asked for, which make those up to the rank precise
+
+_Sample = tuple[Tensor, Tensor]
+
+
+def few_samples(batches: Iterable[Any], device: torch.device) -> list[_Sample]:
+    """The samples that a pass uses: of the first few batches equal parts, together as many as the largest of them holds.
+
+    Args:
+        batches: pairs ``(x (N, ...), y)`` of inputs and classes, as a DataLoader gives them.
+        device: where the samples go.
+
+    Raises:
+        TypeError: ``batches`` cannot be iterated over.
+        ValueError: there are none, one is no pair of tensors, or its ``x`` and ``y`` are not of one length.
+    """
+    try:
+        few = list(itertools.islice(iter(batches), MOST_BATCHES))
+    except TypeError as error:
+        raise TypeError(f"batches is a {type(batches).__name__} ({error}); give an iterable of pairs (x, y)") from None
+    for k, batch in enumerate(few):
+        if not (isinstance(batch, (tuple, list)) and len(batch) == 2 and all(isinstance(part, Tensor) for part in batch)):
+            raise ValueError(f"batches: batch {k} is a {type(batch).__name__}; give pairs (x, y) of tensors")
+        x, y = batch
+        if x.dim() == 0 or y.dim() == 0 or len(x) != len(y):
+            raise ValueError(f"batches: batch {k} has x {tuple(x.shape)} and y {tuple(y.shape)}; give a class for every sample")
+    size = max((len(x) for x, _ in few), default=0)
+    if size == 0:
+        raise ValueError("batches holds no samples, or its iterator was used up before; give at least one batch (x, y)")
+    part = -(-size // len(few))
+    return [(x[:part].to(device), y[:part].to(device)) for x, y in few]
+
+
+def leading_gradients(
+    model: nn.Module, names: Sequence[str], rank: int, samples: list[_Sample], backend: str = "auto"
+) -> dict[str, Tensor]:
+    """``Q^T dW (q, I/g, *K)`` of each named convolution: ``dW`` on its leading left directions, on the CPU.
+
+    ``q`` is ``rank`` and a few more. The loss is the cross-entropy, BatchNorm is on its running statistics and dropout is off.
+
+    Args:
+        names: dotted names of stock convolutions.
+        rank: how many singular directions are to be precise.
+        samples: from :func:`few_samples`.
+        backend: what layers run on where their suffix needs no gradient, as in the first pass.
+
+    Raises:
+        ValueError: the loss or a gradient is NaN or Inf, or the gradient is zero in every layer; the message says which.
+        RuntimeError: the model cannot be copied.
+    """
+    generator = torch.Generator().manual_seed(0)  # of its own: torch's is the user's
+    convs = {name: model.get_submodule(name) for name in names}
+    random = {}
+    for name, conv in convs.items():
+        weight: Tensor = conv.weight  # type: ignore[assignment]
+        rows = min(rank + OVERSAMPLING, weight.shape[0], weight[0].numel())
+        random[name] = torch.randn(rows, *weight.shape[1:], generator=generator)
+    bases = _times_suffix(model, random, samples, backend)
+    del random
+    bases = {name: torch.linalg.qr(seen.double())[0].to(seen.dtype) for name, seen in bases.items()}
+    cut = []
+    for x, y in samples:
+        parts = -(-MICRO_BATCHES // len(samples))
+        cut += list(zip(x.chunk(parts), y.chunk(parts), strict=True))
+    zeros = {
+        name: torch.zeros(()).expand(basis.shape[1], *convs[name].weight.shape[1:])  # type: ignore[misc, index]
+        for name, basis in bases.items()
+    }
+    return _gradients(model, zeros, bases, "suffix", cut, backend)
+
+
+def captured_energies(
+    model: nn.Module, suffixes: dict[str, list[Tensor]], samples: list[_Sample], backend: str = "auto"
+) -> dict[str, Tensor]:
+    """``|dW v_q|^2`` for each row ``v_q`` of the suffix, orthonormalised in order: what the row can catch of the gradient.
+
+    Args:
+        suffixes: name of a convolution and its frozen cores ``[G2, ..., Gd]``.
+        samples: from :func:`few_samples`.
+
+    Returns:
+        Energies ``(r1,)`` by name, float64.
+
+    Raises:
+        as :func:`leading_gradients`.
+    """
+    directions = {}
+    for name, cores in suffixes.items():
+        rows = contract_suffix(cores).to(torch.float64)
+        directions[name] = torch.linalg.qr(rows.flatten(1).T)[0].T.reshape(rows.shape)
+    return {
+        name: seen.double().square().sum(dim=0) for name, seen in _times_suffix(model, directions, samples, backend).items()
+    }
+
+
+def _times_suffix(model: nn.Module, suffixes: dict[str, Tensor], samples: list[_Sample], backend: str) -> dict[str, Tensor]:
+    cores = {name: torch.zeros(model.get_submodule(name).weight.shape[0], len(rows)) for name, rows in suffixes.items()}  # type: ignore
+    return _gradients(model, suffixes, cores, "core", samples, backend)
+
+
+def _gradients(
+    model: nn.Module,
+    suffixes: dict[str, Tensor],
+    cores: dict[str, Tensor],
+    wanted: str,
+    samples: list[_Sample],
+    backend: str,
+) -> dict[str, Tensor]:
+    """Gradient of the mean cross-entropy to every layer's core or suffix. One of the two is zero: the output is the base's."""
+    twin = _twin(model)
+    for module in twin.modules():
+        module.training = False
+    layers: dict[str, LoRAEdgeConv] = {}
+    for name, suffix in suffixes.items():
+        layer: Any = twin.get_submodule(name)
+        layer.__class__ = ADAPTED_CLASS[type(layer)]
+        attach(layer, suffix, cores[name], backend="torch" if wanted == "suffix" else backend)  # no kernel has that gradient
+        layer.core.requires_grad_(wanted == "core")
+        layer.suffix.requires_grad_(wanted == "suffix")
+        layers[name] = layer
+    for _, norm in calibration.batch_norms(twin):
+        if lean.why_not_frozen(norm) is None:
+            lean.freeze_bn(norm, lean=True)
+    lean.make_lean(twin, backend)
+    blocks.fuse(twin)
+    count = sum(len(x) for x, _ in samples)
+    for x, y in samples:
+        if len(x):
+            loss = _loss(twin, x, y) / count
+            if loss.requires_grad:
+                loss.backward()  # type: ignore[no-untyped-call]
+    found = {}
+    for name, layer in layers.items():
+        parameter = getattr(layer, wanted)
+        gradient = torch.zeros_like(parameter) if parameter.grad is None else parameter.grad
+        found[name] = gradient.detach().cpu()
+        if not bool(torch.isfinite(gradient).all()):
+            raise ValueError(f"batches: the gradient of {name or 'the model'} holds NaN or Inf; give finite inputs")
+    if not any(bool(gradient.count_nonzero()) for gradient in found.values()):
+        raise ValueError(
+            "batches yield no gradient: it is zero in every layer; give samples that the model does not fit already"
+        )
+    return found
+
+
+def _loss(model: nn.Module, x: Tensor, y: Tensor) -> Tensor:
+    """The cross-entropy, summed over the samples, in float32 or better."""
+    with torch.enable_grad():
+        logits = model(x)
+        if not isinstance(logits, Tensor):
+            raise ValueError(f"batches: the model's output is a {type(logits).__name__}; the pass needs logits (N, C, ...)")
+        try:
+            loss = F.cross_entropy(logits.to(torch.promote_types(logits.dtype, torch.float32)), y, reduction="sum")
+        except (RuntimeError, IndexError, ValueError) as error:
+            why = str(error).splitlines()[0]
+            raise ValueError(
+                f"batches: no cross-entropy of output {tuple(logits.shape)} and y {tuple(y.shape)} {y.dtype} ({why}); "
+                "give pairs (x, y) of inputs and classes"
+            ) from None
+    if not bool(torch.isfinite(loss)):
+        raise ValueError(f"batches: the loss is {float(loss.detach())}; give finite inputs, and a model whose output is finite")
+    return loss
+
+
+def _twin(model: nn.Module) -> nn.Module:
+    """A copy of the model with modules and flags of its own that shares the weights' memory."""
+    shared: dict[int, Any] = {}
+    for module in model.modules():
+        shared.update(
+            {id(p): nn.Parameter(p.detach(), requires_grad=False) for p in module._parameters.values() if p is not None}
+        )
+        # a computed weight of torch.nn.utils.weight_norm is no leaf, which deepcopy does not take
+        shared.update({id(value): value.detach() for value in module.__dict__.values() if isinstance(value, Tensor)})
+    try:
+        return copy.deepcopy(model, shared)
+    except Exception as error:
+        why = str(error).splitlines()[0] if str(error) else type(error).__name__
+        raise RuntimeError(
+            f'the model cannot be copied, which the gradient pass needs ({why}); use subspace="weight"'
+        ) from None
