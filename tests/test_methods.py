@@ -31,14 +31,15 @@ from networks import BUILD, network, output, train
 from test_har import own
 
 RANK = 2
+LABELS = torch.arange(8) % 2
 METHODS = methods()
 NAMES = list(METHODS)
 BATCH_BN = {"full", "bn_only", "lora_edge_batch_bn"}  # their statistics move in training
 
 
 def _reparametrises(name):
-    model = nn.Sequential(nn.Conv1d(4, 4, 3), nn.BatchNorm1d(4), nn.Linear(2, 2))
-    METHODS[name].prepare(model, 1, torch.randn(2, 4, 4))
+    model = nn.Sequential(nn.Conv1d(4, 4, 3), nn.BatchNorm1d(4), nn.Flatten(), nn.Linear(8, 2))
+    METHODS[name].prepare(model, 1, torch.randn(2, 4, 4), LABELS[:2])
     return bool(reparametrised_layers(model))
 
 
@@ -56,7 +57,7 @@ def _elements(out, into, kernel, groups):
         "lora_c_factors": RANK * (into // groups * last + out * math.prod(leading)),
         "lora_fa": RANK * out,
         "pissa": lora,
-        **dict.fromkeys(["lora_edge", "lora_edge_batch_bn", "lora_edge_calibrated", "lora_edge_paper"], RANK * out),
+        **dict.fromkeys([name for name in NAMES if name.startswith("lora_edge")], RANK * out),
     }
 
 
@@ -103,7 +104,7 @@ def x(trained_base):
 
 def prepared(base, name, x, rank=RANK):
     model = copy.deepcopy(base)
-    return model, METHODS[name].prepare(model, rank, x)
+    return model, METHODS[name].prepare(model, rank, x, LABELS)
 
 
 def test_every_file_is_found_once():
@@ -209,7 +210,7 @@ def test_merged_in_float32_with_one_cast(name, dtype):
     """A half-precision weight is merged with the update of its float32 factors, rounded once."""
     conv = nn.Conv2d(4, 6, 3, dtype=dtype)
     weight = conv.weight.detach().clone()
-    for parameter in METHODS[name].prepare(conv, RANK, torch.empty(0)):
+    for parameter in METHODS[name].prepare(conv, RANK, torch.empty(0), LABELS):
         assert parameter.dtype == (torch.float64 if dtype == torch.float64 else torch.float32)
         with torch.no_grad():
             parameter.add_(0.1 * torch.randn_like(parameter))
@@ -237,7 +238,7 @@ def test_layers_that_share_a_weight_merge_into_a_weight_each():
     model = nn.Sequential(nn.Conv1d(4, 4, 3, padding=1), nn.ReLU(), nn.Conv1d(4, 4, 3, padding=1))
     model[2].weight = model[0].weight
     x = torch.randn(2, 4, 9)
-    train(model, x, METHODS["conv_lora"].prepare(model, 2, x))
+    train(model, x, METHODS["conv_lora"].prepare(model, 2, x, LABELS))
     want = output(model, x)
     torch.testing.assert_close(output(lora_edge.merge(model), x), want)
     assert model[2].weight is not model[0].weight
@@ -245,7 +246,7 @@ def test_layers_that_share_a_weight_merge_into_a_weight_each():
 
 def test_other_computed_weights_are_left_alone():
     model = nn.Sequential(nn.Conv2d(3, 4, 3), nn.utils.parametrizations.weight_norm(nn.Conv2d(4, 4, 3)))
-    METHODS["conv_lora"].prepare(model, 2, torch.empty(0))
+    METHODS["conv_lora"].prepare(model, 2, torch.empty(0), LABELS)
     assert list(reparametrised_layers(model)) == [model[0]]
     lora_edge.merge(model)
     assert type(model[0]) is nn.Conv2d
@@ -265,12 +266,12 @@ def test_the_seed_governs_the_random_start(name, base, x):
 
 def test_bias_only_trains_every_bias_there_is(base):
     """BatchNorm's shifts and the head's bias; T-ResNet's convolutions have none and get none."""
-    METHODS["bias_only"].prepare(base, RANK, torch.empty(0))
+    METHODS["bias_only"].prepare(base, RANK, torch.empty(0), LABELS)
     trained = {name for name, p in base.named_parameters() if p.requires_grad}
     norms = {name for name, m in base.named_modules() if isinstance(m, _BatchNorm)}
     assert trained == {f"{name}.bias" for name in norms} | {"head.bias"}
     with pytest.raises(ValueError, match="bias only: the model has no bias"):
-        METHODS["bias_only"].prepare(nn.Conv1d(2, 2, 3, bias=False), RANK, torch.empty(0))
+        METHODS["bias_only"].prepare(nn.Conv1d(2, 2, 3, bias=False), RANK, torch.empty(0), LABELS)
 
 
 def test_dora_keeps_a_dead_channel_dead():
@@ -278,7 +279,7 @@ def test_dora_keeps_a_dead_channel_dead():
     with torch.no_grad():
         conv.weight[1] = 0.0
     x = torch.randn(2, 3, 9)
-    parameters = METHODS["dora"].prepare(conv, RANK, x)
+    parameters = METHODS["dora"].prepare(conv, RANK, x, LABELS)
     train(conv, x, parameters)
     assert all(bool(torch.isfinite(p).all()) for p in parameters)
     assert bool(torch.isfinite(conv.weight).all())
@@ -298,7 +299,7 @@ def test_refuses_by_name_and_changes_nothing(name, base, x):
         before = fingerprint_state(model.state_dict())
         kinds = [type(m) for m in model.modules()]
         with pytest.raises(error, match=text) as caught:
-            METHODS[name].prepare(model, rank, x)
+            METHODS[name].prepare(model, rank, x, LABELS)
         assert "\n" not in str(caught.value)
         assert fingerprint_state(model.state_dict()) == before
         assert [type(m) for m in model.modules()] == kinds
@@ -316,7 +317,7 @@ def test_an_adapted_model_is_refused(base, x):
     model, _ = prepared(base, "conv_lora", x)
     for again in ("conv_lora", "lora_edge"):
         with pytest.raises(RuntimeError, match="the model is adapted already"):
-            METHODS[again].prepare(model, 2, x)
+            METHODS[again].prepare(model, 2, x, LABELS)
     with pytest.raises(RuntimeError, match=r"another method than LoRA-Edge; use lora_edge\.methods\.files\.save_trained"):
         lora_edge.save_adapter(model, "unused")
 

@@ -146,8 +146,8 @@ def adapt_by(method: Method, base: nn.Module, task: Split, settings: Settings, t
     """Adapt a copy of ``base`` by one method; the adapter and the merged model of an adapted one are written to ``keep``."""
     torch.manual_seed(settings.seed)
     model = copy.deepcopy(base)
-    x, _ = tensors(task.adapt)
-    parameters = method.prepare(model, settings.rank, x)
+    x, y = tensors(task.adapt)
+    parameters = method.prepare(model, settings.rank, x, y)
     lr = settings.lr if settings.lr is not None and method.name == "lora_edge" else method.lr
     model.train()
     trainable = sum(p.numel() for p in parameters)

@@ -155,8 +155,8 @@ def measure(study: Study, run: Run, task: Split, base: nn.Module) -> dict[str, A
         task = few_shot(task, run.share)
     torch.manual_seed(run.seed)
     model, method = copy.deepcopy(base), methods()[run.method]
-    x, _ = tensors(task.adapt)
-    parameters = method.prepare(model, run.rank, x)
+    x, y = tensors(task.adapt)
+    parameters = method.prepare(model, run.rank, x, y)
     model.train()
     trainable = sum(p.numel() for p in parameters)
     saved = saved_bytes(copy.deepcopy(model), x.repeat(-(-BATCH // len(x)), 1, 1)[:BATCH])

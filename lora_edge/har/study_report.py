@@ -178,8 +178,13 @@ def main() -> int:
     parser.add_argument("rows", type=Path, nargs="+", help="files that lora_edge.har.study wrote")
     parser.add_argument("--picture", type=Path, help="a PNG to write")
     options = parser.parse_args()
+    return main_of(options.rows, options.picture)
+
+
+def main_of(files: list[Path], picture: Path | None) -> int:
+    """Print the tables of the files and write the picture; 2 with a line on standard error where there is nothing to show."""
     studies: dict[str, dict[str, Summary]] = {}
-    for path in options.rows:
+    for path in files:
         rows = read_rows(path)
         found = summaries(rows)
         if not found:
@@ -188,8 +193,8 @@ def main() -> int:
         studies[path.stem.removeprefix("study_").replace("_", ", protocol ")] = found
         parts = [f"### {path.stem}", table(found), people_table(found), other_stages(rows)]
         print("\n\n".join(part for part in parts if part), end="\n\n")
-    if options.picture is not None:
-        draw(studies, options.picture)
+    if picture is not None:
+        draw(studies, picture)
     return 0
 
 

@@ -15,7 +15,7 @@ from lora_edge.layers import LoRAEdgeConv, check_adaptable
 from lora_edge.reparametrised import Reparametrisation, added_tensors, attach
 from lora_edge.tt import check_rank
 
-Prepare = Callable[[nn.Module, int, Tensor], list[nn.Parameter]]
+Prepare = Callable[[nn.Module, int, Tensor, Tensor], list[nn.Parameter]]
 
 
 def _nothing_to_do(model: nn.Module) -> nn.Module:
@@ -30,8 +30,8 @@ class Method:
         name: for the command line and the result rows.
         title: for tables and pictures.
         lr: Adam's rate where none is asked for.
-        prepare: ``prepare(model, rank, inputs)`` freezes and changes ``model`` in place and returns the parameters to
-            train. ``inputs (N, ...)`` are the target's unlabelled adaptation windows; ``rank`` is ignored by most.
+        prepare: ``prepare(model, rank, inputs, labels)`` freezes and changes ``model`` in place and returns the parameters
+            to train. ``inputs (N, ...)`` and ``labels (N,)`` are the target's adaptation windows, which most do not use.
         finish: ``finish(model)`` returns the plain model, with the base's module types, after training.
     """
 
@@ -64,7 +64,7 @@ def reparametrised(kind: Callable[[_ConvNd, int], Reparametrisation]) -> Prepare
     Its ``finish`` is :func:`lora_edge.merge`. Refuses by name, before anything is changed, what ``adapt`` refuses too.
     """
 
-    def prepare(model: nn.Module, rank: int, inputs: Tensor) -> list[nn.Parameter]:
+    def prepare(model: nn.Module, rank: int, inputs: Tensor, labels: Tensor) -> list[nn.Parameter]:
         rank = check_rank(rank)
         made: list[tuple[_ConvNd, Reparametrisation]] = []
         for name in select(model, None, None):

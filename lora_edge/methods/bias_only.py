@@ -10,7 +10,7 @@ from torch import Tensor, nn
 from lora_edge.methods.base import Method, freeze_backbone, unfreeze_backbone
 
 
-def prepare(model: nn.Module, rank: int, inputs: Tensor) -> list[nn.Parameter]:
+def prepare(model: nn.Module, rank: int, inputs: Tensor, labels: Tensor) -> list[nn.Parameter]:
     """A convolution without a bias gets none: the shift of the BatchNorm after it is its bias, at the same cost."""
     biases = [p for name, p in model.named_parameters() if name.rpartition(".")[2].startswith("bias")]
     if not biases:

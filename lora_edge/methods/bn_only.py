@@ -8,7 +8,7 @@ from torch.nn.modules.batchnorm import _BatchNorm
 from lora_edge.methods.base import Method, unfreeze_backbone
 
 
-def prepare(model: nn.Module, rank: int, inputs: Tensor) -> list[nn.Parameter]:
+def prepare(model: nn.Module, rank: int, inputs: Tensor, labels: Tensor) -> list[nn.Parameter]:
     model.requires_grad_(False)
     affine = [p for m in model.modules() if isinstance(m, _BatchNorm) for p in m.parameters(recurse=False)]
     if not affine:

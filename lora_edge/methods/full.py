@@ -7,7 +7,7 @@ from torch import Tensor, nn
 from lora_edge.methods.base import Method
 
 
-def prepare(model: nn.Module, rank: int, inputs: Tensor) -> list[nn.Parameter]:
+def prepare(model: nn.Module, rank: int, inputs: Tensor, labels: Tensor) -> list[nn.Parameter]:
     model.requires_grad_(True)
     return list(model.parameters())
 

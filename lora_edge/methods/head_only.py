@@ -8,7 +8,7 @@ from lora_edge.adapt import find_head
 from lora_edge.methods.base import Method, freeze_backbone, unfreeze_backbone
 
 
-def prepare(model: nn.Module, rank: int, inputs: Tensor) -> list[nn.Parameter]:
+def prepare(model: nn.Module, rank: int, inputs: Tensor, labels: Tensor) -> list[nn.Parameter]:
     freeze_backbone(model)
     return list(model.get_submodule(find_head(model)).requires_grad_(True).parameters())
 

@@ -8,7 +8,7 @@ from lora_edge.adapt import adapt, merge, trainable_parameters
 from lora_edge.methods.base import Method
 
 
-def prepare(model: nn.Module, rank: int, inputs: Tensor) -> list[nn.Parameter]:
+def prepare(model: nn.Module, rank: int, inputs: Tensor, labels: Tensor) -> list[nn.Parameter]:
     adapt(model, rank)
     return list(trainable_parameters(model))
 

@@ -10,8 +10,8 @@ from lora_edge.methods import lora_edge
 from lora_edge.methods.base import Method
 
 
-def prepare(model: nn.Module, rank: int, inputs: Tensor) -> list[nn.Parameter]:
-    return lora_edge.prepare(calibrate_bn(model, [inputs]), rank, inputs)
+def prepare(model: nn.Module, rank: int, inputs: Tensor, labels: Tensor) -> list[nn.Parameter]:
+    return lora_edge.prepare(calibrate_bn(model, [inputs]), rank, inputs, labels)
 
 
 METHOD = Method("lora_edge_calibrated", "LoRA-Edge, BN calibrated", lr=2e-2, prepare=prepare, finish=merge)

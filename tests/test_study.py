@@ -1,0 +1,119 @@
+"""The study on a small data set of its own: what is planned, that it goes on where it stopped, and its tables."""
+
+from __future__ import annotations
+
+import csv
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+from lora_edge.har import study, study_report
+from lora_edge.har.data import load_npz, split
+from lora_edge.methods import methods
+
+PEOPLE = (1, 2, 3, 4, 5)
+METHODS = ("full", "head_only", "lora_edge")
+
+
+@pytest.fixture(scope="module")
+def data(tmp_path_factory) -> Path:
+    """Five people, three classes, windows of 20 samples that half overlap."""
+    random = np.random.default_rng(0)
+    people, classes, count = len(PEOPLE), 3, 12
+    y = np.tile(np.repeat(np.arange(classes), count), people)
+    subject = np.repeat(PEOPLE, classes * count)
+    wave = np.sin(np.arange(20) * (1 + y[:, None]) / 3)[:, None, :] * (1 + 0.2 * subject[:, None, None])
+    x = (wave + 0.3 * random.standard_normal((len(y), 4, 20))).astype(np.float32)
+    path = tmp_path_factory.mktemp("data") / "small.npz"
+    np.savez(path, X=x, y=y, subject=subject)
+    return path
+
+
+@pytest.fixture
+def small(data, tmp_path, monkeypatch) -> study.Study:
+    monkeypatch.setattr(study, "STEPS", 6)
+    monkeypatch.setattr(study, "LONG_STEPS", 8)
+    return study.Study(
+        str(data), "A", tmp_path / "rows.csv", tmp_path / "sources", people=PEOPLE, seeds=1, epochs=1, methods=METHODS
+    )
+
+
+def test_a_persons_rate_comes_from_two_others():
+    for person in PEOPLE:
+        judges = study.search_people(person, PEOPLE)
+        assert person not in judges
+        assert len(judges) == 2
+    rows = [
+        {"stage": "search", "method": "full", "person": str(p), "lr": str(lr), "f1": str(f1)}
+        for p, lr, f1 in [
+            (1, 0.1, 0.9),
+            (2, 0.1, 0.1),
+            (1, 0.2, 0.6),
+            (2, 0.2, 0.6),
+            (3, 0.1, 1.0),
+            (4, 0.1, 1.0),
+            (3, 0.2, 0.0),
+        ]
+    ]
+    assert study.chosen_rate(rows, "full", 5, PEOPLE) == 0.2
+    assert study.chosen_rate(rows, "full", 1, PEOPLE) == 0.1
+    with pytest.raises(ValueError, match=r"no search rows of bn_only on people \(1, 2\); run the stage search first"):
+        study.chosen_rate(rows, "bn_only", 5, PEOPLE)
+    assert all(len(set(study.rates(method))) == 5 for method in methods().values())
+
+
+def test_it_goes_on_where_it_stopped(small, capsys):
+    said: list[str] = []
+
+    def tell(line: str) -> None:
+        said.append(line)
+        if len(said) == 30:
+            raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt):
+        study.run_study(small, tell)
+    before = study.read_rows(small.rows)
+    assert 0 < len(before) < 30
+    count = study.run_study(small, lambda line: None)
+    rows = study.read_rows(small.rows)
+    assert rows[: len(before)] == before
+    assert len(rows) == len(before) + count == len({study.key_of(row) for row in rows})
+    assert study.run_study(small, print) == 0
+    searched, compared = 4 * len(METHODS) * 5, len(PEOPLE) * len(METHODS)
+    assert len(rows) == searched + len(PEOPLE) + compared * (1 + 1 + len(study.SHARES))
+    assert {row["lr"] for row in rows if row["stage"] == "study" and row["method"] == "full"} <= {
+        "0.0001",
+        "0.0003",
+        "0.001",
+        "0.003",
+        "0.01",
+    }
+
+    assert study_report.main_of([small.rows], small.rows.with_suffix(".png")) == 0
+    printed = capsys.readouterr().out
+    assert "| full fine-tuning |" in printed
+    assert "| zero-shot |" in printed
+    assert "8 steps" in printed
+    assert small.rows.with_suffix(".png").stat().st_size > 1000
+
+
+def test_few_windows_of_each_recording(data):
+    task = split(load_npz(data), 1)
+    fewest = study.few_shot(task, 0.01).adapt
+    assert sorted(fewest.y.tolist()) == [0, 1, 2]
+    assert len(fewest) < len(study.few_shot(task, 0.2).adapt) < len(task.adapt)
+
+
+def test_bad_input(small, data, tmp_path):
+    with pytest.raises(ValueError, match="there is no method 'nothing'; give some of bias_only, bn_only"):
+        study.Study(str(data), "A", tmp_path / "r.csv", tmp_path, methods=("nothing",)).chosen()
+    with small.rows.open("w") as file:
+        csv.DictWriter(file, study.FIELDS).writeheader()
+    assert study_report.main_of([small.rows], None) == 2
+
+
+def test_interval():
+    middle, half = study_report.interval([1.0, 2.0, 3.0])
+    assert middle == 2.0
+    assert half == pytest.approx(2.484, abs=1e-3)  # t(2, 97.5 %) = 4.303 on a standard error of 1 / sqrt(3)
