@@ -11,6 +11,7 @@ module's own forward runs, bit-identical to the base model's.
 
 from __future__ import annotations
 
+import functools
 import inspect
 import operator
 import random
@@ -173,14 +174,26 @@ def _step_by_step(
 
 
 def _args(conv: nn.modules.conv._ConvNd, padding: tuple[int, ...] | None) -> ConvArgs:
-    dims = conv.weight.dim() - 2
-    own: Any = 0 if conv.padding_mode != "zeros" else conv.padding
-    args = conv_args(conv.stride, own, conv.dilation, conv.groups, dims, "tt_block")
+    own = 0 if conv.padding_mode != "zeros" else conv.padding if isinstance(conv.padding, str) else tuple(conv.padding)
+    return _fixed_args(tuple(conv.stride), own, tuple(conv.dilation), conv.groups, tuple(conv.weight.shape[2:]), padding)
+
+
+@functools.lru_cache(maxsize=1024)
+def _fixed_args(
+    stride: tuple[int, ...],
+    own: Any,
+    dilation: tuple[int, ...],
+    groups: int,
+    kernel: tuple[int, ...],
+    padding: tuple[int, ...] | None,
+) -> ConvArgs:
+    dims = len(kernel)
+    args = conv_args(stride, own, dilation, groups, dims, "tt_block")
     if padding is None:
         return args
     extra = [(padding[2 * k], padding[2 * k + 1]) for k in reversed(range(len(padding) // 2))]
     extra = [(0, 0)] * (dims - len(extra)) + extra
-    total = args.total_padding(conv.weight.shape[2:])
+    total = args.total_padding(kernel)
     pairs = tuple((low + more[0], high + more[1]) for (low, high), more in zip(total, extra, strict=True))
     return args._replace(padding=pairs)
 

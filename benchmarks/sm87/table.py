@@ -62,7 +62,7 @@ class Row:
         """The most that the predicted time may be over the floor, if there is a bound."""
         case = self.case
         if case.is_fuse:
-            return FUSE_BOUND if case.op == "tt_fuse_forward" and case.layer.weight * case.itemsize >= FUSE_BYTES else None
+            return FUSE_BOUND if case.layer.weight * case.itemsize >= FUSE_BYTES else None
         bounded = self.workload in BLOCK_WORKLOADS and case.precision in BLOCK_PRECISIONS
         return BLOCK_BOUND if bounded else None
 
