@@ -50,6 +50,7 @@ class SavedBytes:
 
     def __exit__(self, *error: Any) -> None:
         self._hooks.__exit__(*error)  # type: ignore[no-untyped-call]
+        self._kept.clear()  # the hooks refer to self, so these would wait for the garbage collector
 
 
 class StorageTracker(TorchDispatchMode):

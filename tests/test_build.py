@@ -150,7 +150,7 @@ def test_wheel_without_cuda(wheel):
 
 
 def test_benchmarks_come_with_the_wheel(wheel):
-    names = ("memory", "people", "workloads")  # the others work on the sources, in a clone
+    names = ("memory", "workloads")  # the others work on the sources, in a clone
     code = (
         "import importlib.util, lora_edge.benchmarks\n"
         "print(lora_edge.benchmarks.RESULTS, importlib.util.find_spec('benchmarks'))\n"
