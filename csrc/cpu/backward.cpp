@@ -6,11 +6,10 @@
 #include <vector>
 
 #include "block.h"
-#include "cut.h"
 #include "few.h"
-#include "memory.h"
 #include "pack.h"
 #include "threads.h"
+#include "tiles.h"
 
 namespace lora_edge::cpu {
 namespace {
@@ -24,8 +23,8 @@ struct Backward {
   const int rows, octets, rank, pitch, sums_floats;
   const std::vector<int32_t> dy_at, dresidual_at;
   const std::vector<Phase> phases;
-  std::vector<std::vector<int32_t>> dx_at, depthwise_offsets;  // by phase
-  std::vector<float> sums;                                     // of each unit: dcore by rank, then dbias
+  std::vector<std::vector<int32_t>> dx_at;  // by phase
+  std::vector<float> sums;                  // of each unit: dcore by rank, then dbias
 
   Backward(const Problem& problem, const BackwardCall& given, int threads)
       : p(problem), call(given), c(problem.conv), cut(c.batch, c.out_h * c.out_w, threads), rows(c.out_h * c.out_w),
@@ -33,19 +32,14 @@ struct Backward {
         sums_floats((rank + (call.dbias == nullptr ? 0 : 1)) * pitch),
         dy_at(places_of(cut.samples, c.out_h, c.out_w, 0, 0, 1, 1, call.dy_strides)),
         dresidual_at(places_of(cut.samples, c.out_h, c.out_w, 0, 0, 1, 1, call.dresidual_strides)),
-        phases(call.dx == nullptr || has_few_positions(c) ? std::vector<Phase>{}
-                                                          : phases_of(c, is_depthwise(c) ? 0 : cut.samples)),
+        phases(call.dx == nullptr || has_few_positions(c) ? std::vector<Phase>{} : phases_of(c, cut.samples)),
         sums(static_cast<size_t>(cut.units) * sums_floats, 0.0f) {
     for (const Phase& phase : phases) {
       const Reach& r = phase.product.reach;
       dx_at.push_back(
           places_of(cut.samples, r.rows_h, r.rows_w, phase.h, phase.w, c.stride_h, c.stride_w, call.dx_strides));
-      if (is_depthwise(c)) {
-        depthwise_offsets.push_back(offsets_of(r, cut.samples, {c.out_h, c.out_w, c.outputs, dense_outputs(c)}));
-        pack_depthwise(p, Composed(p, call), phase.kernel_taps, floats(call.packed) + phase.base);
-      }
     }
-    if (!is_depthwise(c) && !phases.empty()) pack_backward(p, call, phases, threads);
+    if (!phases.empty()) pack_backward(p, call, phases, threads);
   }
 
   size_t unit_floats() const { return call.dx == nullptr ? 0 : static_cast<size_t>(cut.samples) * rows * c.outputs; }
@@ -65,33 +59,13 @@ struct Backward {
   }
 
   void input_gradient(int unit, int part, const float* dz) const {
-    const int64_t sample = int64_t{unit} * cut.samples;
-    const int samples = cut.samples_of(unit, c.batch), width = is_depthwise(c) ? c.channels : kernels_here().panel;
+    float* dx = plus(floats(call.dx), int64_t{unit} * cut.samples * call.dx_strides.n);
     for (size_t i = 0; i < phases.size(); ++i) {
-      const Product& product = phases[i].product;
-      const Reach& r = product.reach;
       const float* packed = floats(call.packed) + phases[i].base;
-      int done = 0;
-      const int panels = (c.channels + width - 1) / width;
-      const int lines = samples * r.rows_h, together = product.together();
-      for_each_strip(cut, part, lines, r.rows_w, together, panels, [&](int line, int line_end, int panel, int panel_end) {
-        const int64_t first_row = int64_t{line} * r.rows_w;
-        FinishRows f{};
-        f.rows = (line_end - line) * r.rows_w, f.pitch = width, f.y_at = dx_at[i].data() + first_row;
-        float* tile = kept<float, Keep::sums>(static_cast<size_t>(up(f.rows, kTileRows)) * width);
-        f.sums = tile;
-        const float* prepared = is_depthwise(c) ? dz : product.prepare(dz, line, line_end, done);
-        for (int first = panel * width; first < std::min(panel_end * width, c.channels); first += width) {
-          if (is_depthwise(c)) {
-            const int32_t* from = depthwise_offsets[i].data() + first_row * r.taps();
-            kernels_here().depthwise_rows({dz, packed, from, tile, f.rows, r.taps(), c.channels});
-          } else {
-            product.run(prepared, packed, first, line, line_end, tile);
-          }
-          f.columns = std::min(width, c.channels - first);
-          f.y = floats(call.dx) + sample * call.dx_strides.n + first;
-          kernels_here().finish_rows(f);
-        }
+      const int samples = cut.samples_of(unit, c.batch);
+      for_each_tile(cut, part, samples, phases[i].product, dz, packed, c.channels, [&](FinishRows& f, int64_t row, int first) {
+        f.y = dx + first, f.y_at = dx_at[i].data() + row;
+        kernels_here().finish_rows(f);
       });
     }
   }

@@ -25,7 +25,7 @@ const char* refusal(const Problem& p) {
 Scratch scratch(const Problem& p) {
   const Conv& c = p.conv;
   if (has_few_positions(c)) return {few_packed_floats(c) * 4, 0};
-  const Product forward(forward_reach(c), {c.in_h, c.in_w, c.channels / c.groups, {}}, c.outputs, 0);
+  const Product forward(forward_reach(c), {c.in_h, c.in_w, c.channels, {}}, c.outputs, 0, is_depthwise(c));
   int64_t backward = 0;
   for (const Phase& phase : phases_of(c, 0)) backward += phase.product.packed_floats();
   return {forward.packed_floats() * 4, backward * 4};

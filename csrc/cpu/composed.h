@@ -13,7 +13,11 @@ inline bool is_depthwise(const Conv& c) { return c.groups > 1; }
 inline const float* floats(const void* p) { return static_cast<const float*>(p); }
 inline float* floats(void* p) { return static_cast<float*>(p); }
 
-inline const float* plus(const float* p, int64_t n) { return p == nullptr ? nullptr : p + n; }
+// p + n, null for null.
+template <class T>
+T* plus(T* p, int64_t n) {
+  return p == nullptr ? nullptr : p + n;
+}
 
 struct Composed {
   const float *weight, *core, *suffix, *a;  // all but weight may be null

@@ -4,10 +4,9 @@
 #include <vector>
 
 #include "composed.h"
-#include "cut.h"
 #include "memory.h"
-#include "product.h"
 #include "threads.h"
+#include "tiles.h"
 
 namespace lora_edge::cpu {
 namespace {
@@ -15,7 +14,6 @@ namespace {
 constexpr int kFewPositions = 128;     // with more, packing the kernel costs less than filtering saves
 constexpr int kOutputsTogether = 24;   // of forward: whole tiles of rows and whole bytes of bits
 constexpr int kColumnsTogether = 128;  // of backward
-constexpr int kChunk = 256;            // of k that is summed in registers, as in product.cpp
 
 int taps_of(const Conv& c) { return c.kernel_h * c.kernel_w; }
 int positions_of(const Conv& c) { return c.batch * c.out_h * c.out_w; }
@@ -34,19 +32,12 @@ std::vector<int32_t> inputs_of(const Conv& c) {
   return by_tap;
 }
 
-// Floats of a row in the panel of columns that begins at `column`.
-int width_at(int column, int columns) { return std::min(kernels_here().panel, up(columns - column, kernels_here().lanes)); }
-
 // All of k of some rows and one panel.
-void multiply(const float* source, const int32_t* offsets, const float* panel, int width, int rows, int k, float* sums) {
+void multiply_panel(const float* source, const int32_t* offsets, const float* panel, int width, int rows, int k, float* sums) {
   GemmRows g{};
   g.source = source, g.zeros = zeros(k), g.packed = panel, g.offsets = offsets, g.sums = sums;
-  g.rows = rows, g.taps = g.tap_end = 1, g.channels = k, g.vectors = width / kernels_here().lanes;
-  for (; g.channel < k; g.channel = g.channel_end) {
-    g.channel_end = std::min(g.channel + kChunk, k);
-    kernels_here().gemm_rows(g);
-    g.adds = true;
-  }
+  g.rows = rows, g.taps = 1, g.channels = k, g.vectors = width / kernels_here().lanes;
+  multiply(g);
 }
 
 // Offsets of `rows` rows that lie `apart`.
@@ -89,7 +80,7 @@ int64_t few_packed_floats(const Conv& c) {
 void few_forward(const Problem& p, const ForwardCall& call, const float* shift, int threads) {
   const Conv& c = p.conv;
   const Composed kernel(p, call);
-  const int positions = positions_of(c), panel = kernels_here().panel, octets = (c.outputs + 7) / 8;
+  const int positions = positions_of(c), panel = kernels_here().panel;
   const int64_t k = kernel.columns;
   const std::vector<int32_t> y_at = places_of(c.batch, c.out_h, c.out_w, 0, 0, 1, 1, call.y_strides);
   const std::vector<int32_t> residual_at = places_of(c.batch, c.out_h, c.out_w, 0, 0, 1, 1, call.residual_strides);
@@ -101,7 +92,7 @@ void few_forward(const Problem& p, const ForwardCall& call, const float* shift, 
     float* sums = kept<float, Keep::sums>(static_cast<size_t>(up(count, kTileRows) * panel));
     for (int first = 0; first < positions; first += panel) {
       const float* maps = floats(call.packed) + first * k;
-      multiply(source, offsets.data(), maps, width_at(first, positions), count, static_cast<int>(k), sums);
+      multiply_panel(source, offsets.data(), maps, width_at(first, positions), count, static_cast<int>(k), sums);
       for (int i = first; i < std::min(first + panel, positions); ++i)
         for (int row = 0; row < count; ++row) to[int64_t{i} * pitch + row] = sums[row * panel + i - first];
     }
@@ -115,12 +106,9 @@ void few_forward(const Problem& p, const ForwardCall& call, const float* shift, 
     float* done = kept<float, Keep::masked>(static_cast<size_t>(positions) * kOutputsTogether);
     each_panel(composed, rows, count, done, kOutputsTogether);
     FinishRows f{};
-    f.sums = done, f.rows = positions, f.pitch = kOutputsTogether, f.columns = count, f.octets = octets;
-    f.activation = p.activation, f.low = p.activation == Activation::clamp ? p.low : 0.0f, f.high = p.high;
-    f.y = floats(call.y) + first, f.y_at = y_at.data(), f.shift = shift + first;
-    f.residual = plus(floats(call.residual), first), f.residual_at = residual_at.data();
-    f.residual_scale = plus(floats(call.residual_scale), first);
-    f.bits = call.bits == nullptr ? nullptr : static_cast<uint8_t*>(call.bits) + first / 8;
+    f.sums = done, f.rows = positions, f.pitch = kOutputsTogether, f.columns = count;
+    set_epilogue(f, p, call, shift, floats(call.residual), static_cast<uint8_t*>(call.bits), first);
+    f.y = floats(call.y) + first, f.y_at = y_at.data(), f.residual_at = residual_at.data();
     kernels_here().finish_rows(f);
   });
 }
@@ -148,7 +136,8 @@ void few_input_gradient(const Problem& p, const BackwardCall& call, const float*
     float* gathered = kept<float, Keep::masked>(dx_at.size() * static_cast<size_t>(channels));
     std::fill(gathered, gathered + dx_at.size() * static_cast<size_t>(channels), 0.0f);
     for (int column = 0; column < columns; column += panel) {
-      multiply(dz, rows.data(), packed + int64_t{column} * c.outputs, width_at(column, columns), positions, c.outputs, sums);
+      const float* columns_of = packed + int64_t{column} * c.outputs;
+      multiply_panel(dz, rows.data(), columns_of, width_at(column, columns), positions, c.outputs, sums);
       for (int j = column; j < std::min(column + panel, columns); ++j) {
         const int32_t* to = inputs.data() + static_cast<int64_t>(j % taps) * positions;
         for (int i = 0; i < positions; ++i) {

@@ -3,15 +3,13 @@
 //   h, then panel by panel of outputs the product, and y, residual, activation and bits as the panel is done
 // Floor: what ANCHORS calls the channels-last rate, less what filtering saves; one read of x, one write of y.
 #include <algorithm>
-#include <numeric>
 #include <vector>
 
 #include "block.h"
-#include "cut.h"
 #include "few.h"
-#include "memory.h"
 #include "pack.h"
 #include "threads.h"
+#include "tiles.h"
 
 namespace lora_edge::cpu {
 namespace {
@@ -80,14 +78,12 @@ std::vector<float> shift_of(const Conv& c, const ForwardCall& call) {
 
 void block_forward(const Problem& p, const ForwardCall& call, int threads) {
   const Conv& c = p.conv;
-  const Kernels& k = kernels_here();
   const std::vector<float> shift = shift_of(c, call);
   if (has_few_positions(c)) return few_forward(p, call, shift.data(), threads);
   const Cut cut(c.batch, c.out_h * c.out_w, threads);
   const Reach reach = forward_reach(c);
   const Source source{c.in_h, c.in_w, c.channels, call.x_strides};
-  const Product product(reach, source, c.outputs, is_depthwise(c) ? 0 : cut.samples);
-  const std::vector<int32_t> offsets = is_depthwise(c) ? offsets_of(reach, cut.samples, source) : std::vector<int32_t>{};
+  const Product product(reach, source, c.outputs, cut.samples, is_depthwise(c));
   // Where y takes x's place, x is read to its end first: a unit's y waits in the cache, or all of it where threads share units.
   const bool overwrites = call.y == call.x;
   std::vector<float> waiting(overwrites && cut.parts > 1 ? static_cast<size_t>(c.batch * call.y_strides.n) : 0);
@@ -96,15 +92,8 @@ void block_forward(const Problem& p, const ForwardCall& call, int threads) {
   const std::vector<int32_t> residual_at = places_of(cut.samples, c.out_h, c.out_w, 0, 0, 1, 1, call.residual_strides);
   std::vector<Suffix> suffix;  // one or none
   if (call.h != nullptr) suffix.emplace_back(p, call, reach, source, cut.samples);
-  float* packed = floats(call.packed);
-  if (is_depthwise(c)) {
-    std::vector<int> taps(static_cast<size_t>(reach.taps()));
-    std::iota(taps.begin(), taps.end(), 0);
-    pack_depthwise(p, Composed(p, call), taps, packed);
-  } else {
-    pack_forward(p, call, product, threads);
-  }
-  const int octets = (c.outputs + 7) / 8, rows = reach.rows(), width = is_depthwise(c) ? c.outputs : k.panel;
+  pack_forward(p, call, product, threads);
+  const int octets = (c.outputs + 7) / 8, rows = reach.rows();
   parallel_for(threads, cut.units * cut.parts, [&](int i) {
     const int unit = i / cut.parts, part = i % cut.parts, samples = cut.samples_of(unit, c.batch);
     const int64_t sample = int64_t{unit} * cut.samples;
@@ -113,33 +102,12 @@ void block_forward(const Problem& p, const ForwardCall& call, int threads) {
     float* y = all_of_y + sample * call.y_strides.n;
     const size_t y_floats = static_cast<size_t>(samples * call.y_strides.n);
     if (overwrites && waiting.empty()) y = kept<float, Keep::masked>(y_floats);
-    int done = 0;
-    const int panels = (c.outputs + width - 1) / width;
-    const int lines = samples * c.out_h, together = product.together();
-    for_each_strip(cut, part, lines, c.out_w, together, panels, [&](int line, int line_end, int panel, int panel_end) {
-      const int64_t first_row = int64_t{line} * c.out_w;
-      FinishRows f{};
-      f.rows = (line_end - line) * c.out_w, f.pitch = width, f.octets = octets;
-      f.activation = p.activation, f.low = p.activation == Activation::clamp ? p.low : 0.0f, f.high = p.high;
-      f.y_at = y_at.data() + first_row, f.residual_at = residual_at.data() + first_row;
-      float* sums = kept<float, Keep::sums>(static_cast<size_t>(up(f.rows, kTileRows)) * width);
-      f.sums = sums;
-      const float* prepared = is_depthwise(c) ? x : product.prepare(x, line, line_end, done);
-      for (int first = panel * width; first < std::min(panel_end * width, c.outputs); first += width) {
-        if (is_depthwise(c)) {
-          k.depthwise_rows({x, packed, offsets.data() + first_row * reach.taps(), sums, f.rows, reach.taps(), c.outputs});
-        } else {
-          product.run(prepared, packed, first, line, line_end, sums);
-        }
-        f.columns = std::min(width, c.outputs - first);
-        f.y = y + first;
-        f.shift = shift.data() + first;
-        f.residual = call.residual == nullptr ? nullptr : floats(call.residual) + sample * call.residual_strides.n + first;
-        f.residual_scale = plus(floats(call.residual_scale), first);
-        uint8_t* bits = static_cast<uint8_t*>(call.bits);
-        f.bits = bits == nullptr ? nullptr : bits + (sample * rows + first_row) * octets + first / 8;
-        k.finish_rows(f);
-      }
+    const float* residual = plus(floats(call.residual), sample * call.residual_strides.n);
+    uint8_t* bits = plus(static_cast<uint8_t*>(call.bits), sample * rows * octets);
+    for_each_tile(cut, part, samples, product, x, floats(call.packed), c.outputs, [&](FinishRows& f, int64_t row, int first) {
+      set_epilogue(f, p, call, shift.data(), residual, plus(bits, row * octets), first);
+      f.y = y + first, f.y_at = y_at.data() + row, f.residual_at = residual_at.data() + row;
+      kernels_here().finish_rows(f);
     });
     if (overwrites && waiting.empty()) std::copy_n(y, y_floats, floats(call.y) + sample * call.y_strides.n);
   });

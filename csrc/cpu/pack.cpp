@@ -16,11 +16,24 @@ Reach backward_reach(const Conv& c, const PackedLayout& layout, int h, int w) {
   return {rows_h, rows_w, 1, 1, taps_h.origin, taps_w.origin, taps_h.advance, taps_w.advance, taps_h.count, taps_w.count};
 }
 
-// to (count) = the term's sum of rows of `from` (tap, pitch); `taps` gives the row of each tap of the product.
-template <class Taps>
-void combine(const Term& term, float* to, const float* from, const Taps& taps, int pitch, int count) {
+// `tap_of(t)` is the tap of the kernel that is the product's tap t.
+template <class TapOf>
+void pack_depthwise(const Problem& p, const Composed& kernel, int taps, const TapOf& tap_of, float* packed) {
+  const Conv& c = p.conv;
+  float* row = kept<float, Keep::composed>(static_cast<size_t>(c.kernel_h) * c.kernel_w);
+  for (int o = 0; o < c.outputs; ++o) {
+    kernel.row(o, row);
+    for (int t = 0; t < taps; ++t) packed[t * c.outputs + o] = row[tap_of(t)];
+  }
+}
+
+int same_tap(int tap) { return tap; }
+
+// to (count) = the term's sum of rows of `from` (tap, pitch); `tap_of` gives the row of each tap of the product.
+template <class TapOf>
+void combine(const Term& term, float* to, const float* from, const TapOf& tap_of, int pitch, int count) {
   int rows[9];
-  for (int k = 0; k < term.count; ++k) rows[k] = taps(term.taps[k]);
+  for (int k = 0; k < term.count; ++k) rows[k] = tap_of(term.taps[k]);
   kernels_here().combine_taps({from, rows, term.factors, to, term.count, pitch, count});
 }
 
@@ -28,7 +41,6 @@ void combine(const Term& term, float* to, const float* from, const Taps& taps, i
 
 std::vector<Phase> phases_of(const Conv& c, int samples) {
   const PackedLayout layout = packed_layout(c, Packing::backward, 4);
-  const int outputs = is_depthwise(c) ? 1 : c.outputs;
   std::vector<Phase> phases;
   int64_t base = 0;
   for (int h = 0; h < c.stride_h; ++h)
@@ -41,7 +53,8 @@ std::vector<Phase> phases_of(const Conv& c, int samples) {
         for (int j = 0; j < taps_w.count; ++j) {
           taps.push_back((taps_h.first + taps_h.step * i) * c.kernel_w + taps_w.first + taps_w.step * j);
         }
-      phases.push_back({h, w, Product(reach, {c.out_h, c.out_w, outputs, dense_outputs(c)}, c.channels, samples), taps, base});
+      const Source dy{c.out_h, c.out_w, c.outputs, dense_outputs(c)};
+      phases.push_back({h, w, Product(reach, dy, c.channels, samples, is_depthwise(c)), taps, base});
       base += phases.back().product.packed_floats();
     }
   return phases;
@@ -52,15 +65,13 @@ void pack_forward(const Problem& p, const ForwardCall& call, const Product& prod
   const Conv& c = p.conv;
   const Composed kernel(p, call);
   const int taps = c.kernel_h * c.kernel_w, lanes = kernels_here().lanes;
+  if (is_depthwise(c)) return pack_depthwise(p, kernel, taps, same_tap, floats(call.packed));
   const int64_t row = up(c.channels * taps, 16) + 16;  // not a power of two, whose rows would share a few places in the cache
   parallel_for(threads, (c.outputs + lanes - 1) / lanes, [&](int block) {
     const int first = block * lanes, count = std::min(lanes, c.outputs - first);
     float* rows = kept<float, Keep::composed>(static_cast<size_t>(row * lanes));
     std::fill(rows + count * row, rows + lanes * row, 0.0f);
-    for (int o = 0; o < count; ++o) {
-      float* to = rows + o * row;
-      kernel.row(first + o, to);
-    }
+    for (int o = 0; o < count; ++o) kernel.row(first + o, rows + o * row);
     struct Stream {
       const Term* term;
       float* to;
@@ -72,14 +83,14 @@ void pack_forward(const Problem& p, const ForwardCall& call, const Product& prod
         streams.push_back({&terms[t], product.packed_at(floats(call.packed), group, static_cast<int>(t), 0, first)});
       }
     }
-    const int step = product.width_of(first);
+    const int step = width_at(first, c.outputs);
     float* by_tap = kept<float, Keep::taps>(static_cast<size_t>(taps) * lanes);
     for (int i = 0; i < c.channels; ++i) {  // all terms of a channel, while its taps are in the first cache
       const float* from = rows + int64_t{i} * taps;
       for (int t = 0; t < taps; ++t)
         for (int o = 0; o < lanes; ++o) by_tap[t * lanes + o] = from[o * row + t];
       for (Stream& stream : streams) {
-        combine(*stream.term, stream.to, by_tap, [](int tap) { return tap; }, lanes, lanes);
+        combine(*stream.term, stream.to, by_tap, same_tap, lanes, lanes);
         stream.to += step;
       }
     }
@@ -90,6 +101,13 @@ void pack_backward(const Problem& p, const BackwardCall& call, const std::vector
   const Conv& c = p.conv;
   const Composed kernel(p, call);
   const int taps = c.kernel_h * c.kernel_w, panel = kernels_here().panel, whole = up(c.channels, kernels_here().lanes);
+  auto tap_of = [](const Phase& phase) { return [&phase](int tap) { return phase.kernel_taps[static_cast<size_t>(tap)]; }; };
+  if (is_depthwise(c)) {
+    for (const Phase& phase : phases) {
+      pack_depthwise(p, kernel, phase.product.reach.taps(), tap_of(phase), floats(call.packed) + phase.base);
+    }
+    return;
+  }
   parallel_for(threads, c.outputs, [&](int o) {
     float* row = kept<float, Keep::composed>(static_cast<size_t>(c.channels) * taps);
     kernel.row(o, row);
@@ -101,26 +119,16 @@ void pack_backward(const Problem& p, const BackwardCall& call, const std::vector
         std::fill(by_tap + t * panel + count, by_tap + t * panel + width, 0.0f);
       }
       for (const Phase& phase : phases) {
-        auto tap_of = [&](int tap) { return phase.kernel_taps[static_cast<size_t>(tap)]; };
         for (int group = 0; group < phase.product.groups(); ++group) {
           const std::vector<Term>& terms = phase.product.terms(group);
           for (size_t t = 0; t < terms.size(); ++t) {
             float* to = phase.product.packed_at(floats(call.packed) + phase.base, group, static_cast<int>(t), o, first);
-            combine(terms[t], to, by_tap, tap_of, panel, width);
+            combine(terms[t], to, by_tap, tap_of(phase), panel, width);
           }
         }
       }
     }
   });
-}
-
-void pack_depthwise(const Problem& p, const Composed& kernel, const std::vector<int>& taps, float* packed) {
-  const Conv& c = p.conv;
-  float* row = kept<float, Keep::composed>(static_cast<size_t>(c.kernel_h) * c.kernel_w);
-  for (int o = 0; o < c.outputs; ++o) {
-    kernel.row(o, row);
-    for (size_t t = 0; t < taps.size(); ++t) packed[t * c.outputs + o] = row[taps[t]];
-  }
 }
 
 }  // namespace lora_edge::cpu

@@ -25,11 +25,9 @@ struct Phase {
 // `samples`: the most that a product is given at once.
 std::vector<Phase> phases_of(const Conv&, int samples);
 
-// Columns are outputs.
+// (tap, channel) of a depthwise convolution; else columns are outputs.
 void pack_forward(const Problem&, const ForwardCall&, const Product&, int threads);
-// Columns are inputs, channels outputs.
+// (tap, channel) of a depthwise convolution; else columns are inputs, channels outputs.
 void pack_backward(const Problem&, const BackwardCall&, const std::vector<Phase>&, int threads);
-// (tap, channel), by the taps of forward or of one phase.
-void pack_depthwise(const Problem&, const Composed&, const std::vector<int>& taps, float* packed);
 
 }  // namespace lora_edge::cpu

@@ -2,7 +2,6 @@
 
 #include <algorithm>
 
-#include "kernels_of.h"
 #include "memory.h"
 
 namespace lora_edge::cpu {
@@ -46,9 +45,27 @@ std::vector<int32_t> offsets_of(const Reach& r, int samples, const Source& sourc
   return table;
 }
 
-Product::Product(const Reach& r, const Source& source, int columns, int samples)
-    : reach(r), source_(source), columns_(columns), pairs_((r.rows_w + 1) / 2), first_(0), places_(0),
-      filtered_(r.step_w == 1 && (r.advance_w == 1 || r.advance_w == -1) && r.taps_w > 1 && r.rows_w > 1),
+void multiply(GemmRows g) {
+  const int step = std::max(1, kChunk / g.channels), part = std::min(kChunk, g.channels);
+  g.adds = false;
+  for (g.tap = 0; g.tap < g.taps; g.tap = g.tap_end) {
+    g.tap_end = std::min(g.tap + step, g.taps);
+    for (g.channel = 0; g.channel < g.channels; g.channel = g.channel_end) {
+      g.channel_end = std::min(g.channel + part, g.channels);
+      kernels_here().gemm_rows(g);
+      g.adds = true;
+    }
+  }
+}
+
+int width_at(int column, int columns) {
+  const Kernels& k = kernels_here();
+  return std::min(k.panel, up(columns - column / k.panel * k.panel, k.lanes));
+}
+
+Product::Product(const Reach& r, const Source& source, int columns, int samples, bool is_depthwise)
+    : reach(r), source_(source), columns_(columns), pairs_((r.rows_w + 1) / 2), first_(0), places_(0), depthwise_(is_depthwise),
+      filtered_(!is_depthwise && r.step_w == 1 && (r.advance_w == 1 || r.advance_w == -1) && r.taps_w > 1 && r.rows_w > 1),
       tall_(filtered_ && r.step_h == 1 && (r.advance_h == 1 || r.advance_h == -1) && r.taps_h == 3 && r.rows_h % 2 == 0) {
   if (filtered_) {
     filter_width(samples);
@@ -140,12 +157,10 @@ void Product::filter_height(int samples) {
     }
 }
 
-int Product::width_of(int column) const {
-  const Kernels& k = kernels_here();
-  return std::min(k.panel, up(columns_ - column / k.panel * k.panel, k.lanes));
-}
+int Product::width() const { return depthwise_ ? columns_ : kernels_here().panel; }
 
 int64_t Product::group_floats(int group) const {
+  if (depthwise_) return int64_t{reach.taps()} * columns_;
   return static_cast<int64_t>(terms_[group].size()) * source_.channels * up(columns_, kernels_here().lanes);
 }
 
@@ -160,7 +175,7 @@ float* Product::packed_at(float* packed, int group, int term, int channel, int c
   const int panel = column / kernels_here().panel * kernels_here().panel;
   const int64_t terms = static_cast<int64_t>(terms_[group].size());
   const int64_t row = int64_t{term} * source_.channels + channel;
-  return packed + terms * source_.channels * panel + row * width_of(column) + column - panel;
+  return packed + terms * source_.channels * panel + row * width_at(column, columns_) + column - panel;
 }
 
 // The first or the last line of the source, counted over samples, that a line reads.
@@ -216,22 +231,19 @@ void Product::run_group(int group, const float* source, const float* packed, int
   g.source = source, g.zeros = zeros(channels), g.sums = sums;
   g.packed = packed_at(const_cast<float*>(packed), group, 0, 0, column);
   g.offsets = offsets_[group].data() + int64_t{row} * terms;
-  g.rows = rows, g.taps = terms, g.channels = channels, g.vectors = width_of(column) / kernels_here().lanes;
+  g.rows = rows, g.taps = terms, g.channels = channels, g.vectors = width_at(column, columns_) / kernels_here().lanes;
   if (terms == 0) return void(std::fill(sums, sums + int64_t{up(rows, kTileRows)} * kernels_here().panel, 0.0f));
-  const int step = std::max(1, kChunk / channels), part = std::min(kChunk, channels);
-  for (g.tap = 0; g.tap < terms; g.tap = g.tap_end) {
-    g.tap_end = std::min(g.tap + step, terms);
-    for (g.channel = 0; g.channel < channels; g.channel = g.channel_end) {
-      g.channel_end = std::min(g.channel + part, channels);
-      kernels_here().gemm_rows(g);
-      g.adds = true;
-    }
-  }
+  multiply(g);
 }
 
-int64_t Product::sums_floats(int lines) const { return int64_t{up(lines * reach.rows_w, kTileRows)} * kernels_here().panel; }
+int64_t Product::sums_floats(int lines) const { return int64_t{up(lines * reach.rows_w, kTileRows)} * width(); }
 
 void Product::run(const float* prepared, const float* packed, int column, int line, int line_end, float* sums) const {
+  if (depthwise_) {
+    const int rows = (line_end - line) * reach.rows_w, taps = reach.taps();
+    const int32_t* offsets = offsets_[0].data() + int64_t{line} * reach.rows_w * taps;
+    return kernels_here().depthwise_rows({prepared, packed, offsets, sums, rows, taps, columns_});
+  }
   if (!filtered_) {
     return run_group(0, prepared, packed, column, line * reach.rows_w, (line_end - line) * reach.rows_w, sums);
   }

@@ -1,4 +1,5 @@
-// One convolution as products of matrices: rows are positions, columns the panels of a packed kernel.
+// One convolution as products of matrices: rows are positions, columns the panels of a packed kernel. A depthwise one is a sum
+// of rows, all of its columns at once.
 //
 // directly    the rows' sources are read where they lie, a table of offsets names one for each tap ("indirect convolution":
 //             Dukhan, The Indirect Convolution Algorithm, 2019); stride, dilation and any padding are in the table alone
@@ -15,6 +16,7 @@
 #include <vector>
 
 #include "../problem.h"
+#include "kernels_of.h"
 
 namespace lora_edge::cpu {
 
@@ -43,27 +45,34 @@ struct Term {
   int count;
 };
 
+// All of k of some rows and one panel; `tap` .. `adds` of the argument are filled in here.
+void multiply(GemmRows);
+
+// Floats of a row in the panel that holds `column`.
+int width_at(int column, int columns);
+
 // For `samples` samples, the offset of each row's source for each tap, -1 outside.
 std::vector<int32_t> offsets_of(const Reach&, int samples, const Source&);
 
 class Product {
  public:
-  // `samples`: the most that `run` is given at once.
-  Product(const Reach&, const Source&, int columns, int samples);
+  // `samples`: the most that `run` is given at once. Depthwise: as many columns as the source has channels.
+  Product(const Reach&, const Source&, int columns, int samples, bool is_depthwise = false);
 
   int64_t packed_floats() const;
+  // Columns that `run` does at once.
+  int width() const;
   int groups() const { return tall_ ? 16 : filtered_ ? 4 : 1; }
   // Lines that are only done together: `line` and `line_end` are multiples of it.
   int together() const { return tall_ ? 2 : 1; }
   const std::vector<Term>& terms(int group) const { return terms_[group]; }
   // Where a column of a term and channel is packed, and the floats from there to the next channel.
   float* packed_at(float* packed, int group, int term, int channel, int column) const;
-  int width_of(int column) const;
 
   // What the lines (sample, u_h) in [line, line_end) read, to be called before `run` by the same thread. Source lines up to
   // `done` may be there from the strips before, of the same samples; it grows.
   const float* prepare(const float* source, int line, int line_end, int& done) const;
-  // Writes the panel that begins at `column` for the lines in [line, line_end) to sums (rows, panel).
+  // Writes the columns that begin at `column` for the lines in [line, line_end) to sums (rows, width).
   void run(const float* prepared, const float* packed, int column, int line, int line_end, float* sums) const;
   // Floats that `sums` must have for so many lines.
   int64_t sums_floats(int lines) const;
@@ -81,7 +90,7 @@ class Product {
 
   Source source_;
   int columns_, pairs_, first_, places_;  // filtered: pairs of a line, the first position that is transformed, and how many are
-  bool filtered_, tall_;                  // along the width; along the height as well
+  bool depthwise_, filtered_, tall_;      // filtered along the width; along the height as well
   int64_t apart_ = 0;                     // floats between the transformed maps of the three kinds
   std::vector<Term> terms_[16];
   std::vector<int32_t> offsets_[16];
