@@ -15,26 +15,21 @@ from __future__ import annotations
 
 import hashlib
 import json
-import os
-import tempfile
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors import SafetensorError, safe_open
-from safetensors.torch import save_file
 from torch import Tensor, nn
 
 from lora_edge import calibration
 from lora_edge.adapt import AdaptState, LayerPlan, adapt_state, adapted_layers, fingerprint, fingerprint_state, install, unwrap
 from lora_edge.layers import ADAPTED_CLASS, LoRAEdgeConv
 from lora_edge.ops import tt_fuse
+from lora_edge.safetensors_file import PathLike, read_safetensors, write_safetensors
 from lora_edge.tt import contract_suffix
 
 FORMAT = "lora_edge adapter 1"
 _KEYS = {"format", "base", "layers", "options", "checksum"}
-Path_ = str | os.PathLike[str]
 
 
 @dataclass(frozen=True)
@@ -60,7 +55,7 @@ class Adapter:
         return {k.removeprefix("changed."): v for k, v in self.tensors.items() if k.startswith("changed.")}
 
 
-def save_adapter(model: nn.Module, path: Path_) -> None:
+def save_adapter(model: nn.Module, path: PathLike) -> None:
     """Write the model's adapter to ``path``, atomically: the old file stays until the new one is whole.
 
     Raises:
@@ -102,7 +97,7 @@ def save_adapter(model: nn.Module, path: Path_) -> None:
     write_safetensors(tensors, path, metadata)
 
 
-def load_adapter(model: nn.Module, path: Path_) -> nn.Module:
+def load_adapter(model: nn.Module, path: PathLike) -> nn.Module:
     """Load an adapter into its base model, or into the same base adapted with the same layers and rank; in place.
 
     Returns:
@@ -158,21 +153,14 @@ def load_adapter(model: nn.Module, path: Path_) -> nn.Module:
     return model
 
 
-def read_adapter(path: Path_) -> Adapter:
+def read_adapter(path: PathLike) -> Adapter:
     """Read and verify an adapter file.
 
     Raises:
         OSError: the file cannot be read.
         ValueError: it is not an adapter file, or is damaged.
     """
-    if not Path(path).is_file():
-        raise FileNotFoundError(f"{path}: no such file; give the path of an adapter that save_adapter wrote")
-    try:
-        with safe_open(path, framework="pt") as file:
-            metadata = file.metadata() or {}
-            tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
-    except (SafetensorError, UnicodeDecodeError) as error:
-        raise ValueError(f"{path}: not a safetensors file, or damaged ({_one_line(error)}); save the adapter again") from None
+    tensors, metadata = read_safetensors(path, "save_adapter")
     if "format" not in metadata or set(metadata) != _KEYS or metadata["format"] != FORMAT:
         raise ValueError(f"{path}: not a lora_edge adapter of format {FORMAT!r}, or damaged; give a file of save_adapter")
     if _checksum(tensors, metadata) != metadata["checksum"]:
@@ -199,28 +187,6 @@ def merge_state(state: dict[str, Tensor], adapter: Adapter, name: str) -> dict[s
     return {key: value.contiguous() for key, value in merged.items()}
 
 
-def write_safetensors(tensors: dict[str, Tensor], path: Path_, metadata: dict[str, str] | None = None) -> None:
-    """``safetensors.torch.save_file`` through a temporary file beside ``path``, moved into place when whole."""
-    target = Path(path)
-    try:
-        handle, name = tempfile.mkstemp(prefix=f".{target.name}.", dir=target.parent)
-    except OSError as error:
-        raise OSError(f"{path}: cannot write there ({error.strerror}); give a folder that exists and is writable") from None
-    os.close(handle)
-    try:
-        save_file(tensors, name, metadata)
-        with open(name, "rb") as written:
-            os.fsync(written.fileno())
-        umask = os.umask(0)
-        os.umask(umask)
-        os.chmod(name, 0o666 & ~umask)
-        os.replace(name, target)
-    except SafetensorError as error:
-        raise OSError(f"{path}: could not be written ({_one_line(error)}); check the free space") from None
-    finally:
-        Path(name).unlink(missing_ok=True)
-
-
 def _check_base(model: nn.Module, state: AdaptState, layers: dict[str, LoRAEdgeConv]) -> None:
     now = fingerprint(model)
     if now == state.fingerprint:
@@ -235,7 +201,7 @@ def _check_base(model: nn.Module, state: AdaptState, layers: dict[str, LoRAEdgeC
         layer.base_replaced = False
 
 
-def _check_layer(model: nn.Module, name: str, adapter: Adapter, path: Path_) -> None:
+def _check_layer(model: nn.Module, name: str, adapter: Adapter, path: PathLike) -> None:
     modules = dict(model.named_modules())
     core = adapter.tensors.get(f"{name}.core")
     frozen = adapter.frozen(name)
@@ -273,7 +239,3 @@ def _checksum(tensors: dict[str, Tensor], metadata: dict[str, str]) -> str:
         digest.update(f"{key}={metadata[key]}\n".encode())
     digest.update(fingerprint_state(tensors).encode())
     return digest.hexdigest()
-
-
-def _one_line(error: Exception) -> str:
-    return str(error).splitlines()[0] if str(error) else type(error).__name__

@@ -107,7 +107,8 @@ def _adapt(options: argparse.Namespace) -> None:
 
 
 def _merge(options: argparse.Namespace) -> None:
-    from lora_edge.adapter_file import merge_state, read_adapter, write_safetensors
+    from lora_edge.adapter_file import merge_state, read_adapter
+    from lora_edge.safetensors_file import write_safetensors
     from lora_edge.state_file import load_state
 
     state = load_state(options.base)

@@ -2,17 +2,16 @@
 
 from __future__ import annotations
 
-import os
 import pickle
 from pathlib import Path
 
 import torch
-from safetensors import SafetensorError
-from safetensors.torch import load_file
 from torch import Tensor
 
+from lora_edge.safetensors_file import PathLike, read_safetensors
 
-def load_state(path: str | os.PathLike[str]) -> dict[str, Tensor]:
+
+def load_state(path: PathLike) -> dict[str, Tensor]:
     """Name and tensor of every entry.
 
     Raises:
@@ -22,10 +21,7 @@ def load_state(path: str | os.PathLike[str]) -> dict[str, Tensor]:
     if not Path(path).is_file():
         raise FileNotFoundError(f"{path}: no such file; give a state dict in safetensors or torch.save form")
     if Path(path).suffix == ".safetensors":
-        try:
-            return load_file(path)
-        except SafetensorError as error:
-            raise ValueError(f"{path}: not a safetensors file, or damaged ({str(error).splitlines()[0]})") from None
+        return read_safetensors(path)[0]
     try:
         state = torch.load(path, map_location="cpu", weights_only=True)
     except (RuntimeError, pickle.UnpicklingError, EOFError, ValueError):

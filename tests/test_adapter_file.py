@@ -87,7 +87,7 @@ def test_old_file_stays_until_the_new_one_is_whole(tmp_path, monkeypatch):
             file.write(b"half of it")
         raise KeyboardInterrupt
 
-    monkeypatch.setattr("lora_edge.adapter_file.save_file", interrupted)
+    monkeypatch.setattr("lora_edge.safetensors_file.save_file", interrupted)
     with pytest.raises(KeyboardInterrupt):
         lora_edge.save_adapter(model, path)
     assert path.read_bytes() == before

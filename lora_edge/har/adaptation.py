@@ -23,12 +23,13 @@ import torch
 from torch import Tensor, nn
 
 import lora_edge
-from lora_edge.adapter_file import save_adapter, write_safetensors
+from lora_edge.adapter_file import save_adapter
 from lora_edge.har.data import MIRRORED_CHANNELS, Split, Windows, load_npz, load_watch, mirrored, split
 from lora_edge.har.models import TResNet
 from lora_edge.har.train import BATCH, Curve, macro_f1, tensors, train_source, train_target
 from lora_edge.memory import saved_bytes
 from lora_edge.methods import Method, methods
+from lora_edge.safetensors_file import write_safetensors
 from lora_edge.state_file import load_state
 
 TARGET_SHARE = 0.95  # "seconds to the target F1": of what full fine-tuning reaches

@@ -2,19 +2,16 @@
 
 from __future__ import annotations
 
-from pathlib import Path
-
-from safetensors import SafetensorError, safe_open
 from torch import Tensor, nn
 
 from lora_edge.adapt import fingerprint_state
-from lora_edge.adapter_file import Path_, write_safetensors
 from lora_edge.methods.base import trained_state
+from lora_edge.safetensors_file import PathLike, read_safetensors, write_safetensors
 
 FORMAT = "lora_edge trained 1"
 
 
-def save_trained(model: nn.Module, path: Path_) -> None:
+def save_trained(model: nn.Module, path: PathLike) -> None:
     """Write :func:`trained_state` to a safetensors file, atomically, with a checksum and the base's fingerprint.
 
     Raises:
@@ -25,21 +22,14 @@ def save_trained(model: nn.Module, path: Path_) -> None:
     write_safetensors(trained, path, metadata)
 
 
-def load_trained(model: nn.Module, path: Path_) -> nn.Module:
+def load_trained(model: nn.Module, path: PathLike) -> nn.Module:
     """Load a file of :func:`save_trained` into the same base model, prepared by the same method and rank; in place.
 
     Raises:
         OSError: the file cannot be read.
         ValueError: it is no such file, is damaged, or belongs to another method, rank or base. The model is left as it was.
     """
-    if not Path(path).is_file():
-        raise FileNotFoundError(f"{path}: no such file; give the path of a file that save_trained wrote")
-    try:
-        with safe_open(path, framework="pt") as file:
-            metadata = file.metadata() or {}
-            trained = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
-    except (SafetensorError, UnicodeDecodeError):
-        raise ValueError(f"{path}: not a safetensors file, or damaged; save it again") from None
+    trained, metadata = read_safetensors(path, "save_trained")
     if metadata.get("format") != FORMAT or metadata.get("checksum") != fingerprint_state(trained):
         raise ValueError(f"{path}: not a file of save_trained, or damaged; save it again")
     own = trained_state(model)
