@@ -422,17 +422,25 @@ def assert_same(layer, oracle, x, pairs):
         assert float((got - expected).detach().norm() / expected.detach().norm()) <= 1e-5
 
 
-@pytest.mark.parametrize("name", list(CONVS))
-def test_conv_lora_is_pefts(name):
+def assert_pefts_conv_lora(name, kind):
+    """The same layer as PEFT's with the same factors; ``lora_A`` is trained or frozen in both."""
     make, shape = CONVS[name]
     conv = make()
     oracle, theirs = peft_layer(conv)
-    layer, mine = ours(conv, ConvLoRA)
+    layer, mine = ours(conv, kind)
     a, b = theirs.lora_A["default"].weight, theirs.lora_B["default"].weight
+    a.requires_grad_(mine.lora_A.requires_grad)
     with torch.no_grad():
         a.copy_(mine.lora_A)
         b.copy_(mine.lora_B.view(b.shape))
-    assert_same(layer, oracle, torch.randn(shape), [(mine.lora_A, a), (mine.lora_B, b)])
+    trained = [(mine.lora_A, a)] if a.requires_grad else []
+    assert_same(layer, oracle, torch.randn(shape), [*trained, (mine.lora_B, b)])
+    return mine
+
+
+@pytest.mark.parametrize("name", list(CONVS))
+def test_conv_lora_is_pefts(name):
+    assert assert_pefts_conv_lora(name, ConvLoRA).lora_A.grad is not None
 
 
 @pytest.mark.parametrize("name", list(CONVS))
@@ -448,16 +456,7 @@ def test_conv_lora_starts_as_pefts(name):
 
 @pytest.mark.parametrize("name", list(CONVS))
 def test_lora_fa_is_pefts_with_a_frozen(name):
-    make, shape = CONVS[name]
-    conv = make()
-    oracle, theirs = peft_layer(conv)
-    layer, mine = ours(conv, LoRAFA)
-    a, b = theirs.lora_A["default"].weight.requires_grad_(False), theirs.lora_B["default"].weight
-    with torch.no_grad():
-        a.copy_(mine.lora_A)
-        b.copy_(mine.lora_B.view(b.shape))
-    assert_same(layer, oracle, torch.randn(shape), [(mine.lora_B, b)])
-    assert mine.lora_A.grad is None
+    assert assert_pefts_conv_lora(name, LoRAFA).lora_A.grad is None
 
 
 @pytest.mark.parametrize("name", list(CONVS))

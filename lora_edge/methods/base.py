@@ -4,13 +4,14 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass
+from typing import Any
 
 from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _BatchNorm
 from torch.nn.modules.conv import _ConvNd
 
 from lora_edge import calibration, lean
-from lora_edge.adapt import AdaptState, fingerprint, select
+from lora_edge.adapt import AdaptState, adapt, fingerprint, select, trainable_parameters
 from lora_edge.layers import LoRAEdgeConv, check_adaptable
 from lora_edge.reparametrised import Reparametrisation, added_tensors, attach
 from lora_edge.tt import check_rank
@@ -56,6 +57,24 @@ def unfreeze_backbone(model: nn.Module) -> nn.Module:
         if isinstance(module, lean.FrozenBatchNorm):
             lean.unfreeze_bn(module)
     return model.requires_grad_(True)
+
+
+def adapted(*, calibrated: bool = False, with_batches: bool = False, **options: Any) -> Prepare:
+    """``prepare`` of a form of LoRA-Edge; its ``finish`` is :func:`lora_edge.merge`.
+
+    Args:
+        calibrated: whether BatchNorm's statistics are moved to the target's windows first.
+        with_batches: whether :func:`lora_edge.adapt` is given the target's windows as ``batches``.
+        options: of :func:`lora_edge.adapt`.
+    """
+
+    def prepare(model: nn.Module, rank: int, inputs: Tensor, labels: Tensor) -> list[nn.Parameter]:
+        if calibrated:
+            calibration.calibrate_bn(model, [inputs])
+        batches = [(inputs, labels)] if with_batches else None
+        return list(trainable_parameters(adapt(model, rank, batches=batches, **options)))
+
+    return prepare
 
 
 def reparametrised(kind: Callable[[_ConvNd, int], Reparametrisation]) -> Prepare:
