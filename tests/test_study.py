@@ -81,7 +81,7 @@ def test_it_goes_on_where_it_stopped(small, capsys):
     assert len(rows) == len(before) + count == len({study.key_of(row) for row in rows})
     assert study.run_study(small, print) == 0
     searched, compared = 4 * len(METHODS) * 5, len(PEOPLE) * len(METHODS)
-    assert len(rows) == searched + len(PEOPLE) + compared * (1 + 1 + len(study.SHARES))
+    assert len(rows) == searched + len(PEOPLE) + compared * (1 + 1 + len(study.SHARES)) + len(METHODS)
     assert {row["lr"] for row in rows if row["stage"] == "study" and row["method"] == "full"} <= {
         "0.0001",
         "0.0003",
@@ -95,6 +95,9 @@ def test_it_goes_on_where_it_stopped(small, capsys):
     assert "| full fine-tuning |" in printed
     assert "| zero-shot |" in printed
     assert "8 steps" in printed
+    full = study_report.summaries(rows)["full"]
+    assert full.step_over_full == 1.0
+    assert full.times_shorter(full) == pytest.approx([1.0] * len(PEOPLE), rel=0.5)  # its own set-up is in its time
     assert small.rows.with_suffix(".png").stat().st_size > 1000
 
 

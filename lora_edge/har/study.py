@@ -4,12 +4,14 @@ Stages, each a value of the column ``stage``:
 
     search    five learning rates a method, on two people, one seed
     study     every person and seed at the rate that the search chose, 50 steps
-    long      the compared few to convergence, 500 steps
+    long      the compared few to convergence, 500 steps, one seed
     few_shot  the compared few on the first 1, 2, 5 and 10 % of each of the target's recordings, at least one window of each
+    speed     seconds of a step and of what a method does before the first, all methods in turn in each of some rounds
 
 A person's rate is the one with the best mean F1 of two *other* people (1 and 2; for these two, 3 and 4), so it never depends
-on that person's test windows. Rows go to ``results/<device>/study_<data>_<protocol>.csv`` one by one; what is there already is
-not run again. ``lora_edge.har.study_report`` makes the table and the picture from them.
+on that person's test windows. Only the stage ``speed`` is timed: the others may run beside other work. Rows go to
+``results/<device>/study_<data>_<protocol>.csv`` one by one; what is there already is not run again.
+``lora_edge.har.study_report`` makes the table and the picture from them.
 """
 
 from __future__ import annotations
@@ -18,10 +20,11 @@ import argparse
 import copy
 import csv
 import sys
+import time
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
-from statistics import mean
+from statistics import mean, median
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -30,7 +33,7 @@ from torch import nn
 
 from lora_edge.har.adaptation import Settings, machine, source
 from lora_edge.har.data import Split, mirrored
-from lora_edge.har.train import BATCH, macro_f1, tensors, train_target
+from lora_edge.har.train import BATCH, macro_f1, tensors, train_target, training_step
 from lora_edge.memory import saved_bytes
 from lora_edge.methods import Method, methods
 
@@ -39,11 +42,12 @@ SHARES = (0.01, 0.02, 0.05, 0.10)
 COMPARED = ("full", "head_only", "lora_edge")  # in the long and the few-shot stage
 SEARCH_PEOPLE = ((1, 2), (3, 4))
 WITHOUT_TRAINING = ("zero_shot", "mirrored")
-STAGES = ("search", "study", "long", "few_shot")
+STAGES = ("search", "study", "long", "few_shot", "speed")
+SPEED_ROUNDS, WARM_UP = 15, 3
 KEY = ("stage", "person", "seed", "method", "rank", "lr", "steps", "share")
 FIELDS = (
     "device", "date", "lora_edge", "torch", "threads", "data", "protocol", *KEY, "trainable", "share_percent", "saved_bytes",
-    "f1", "seconds", "curve",
+    "f1", "curve", "setup_seconds", "step_seconds", "step_over_full",
 )  # fmt: skip
 
 
@@ -120,7 +124,7 @@ def planned(study: Study, rows: Callable[[], list[dict[str, str]]]) -> Iterator[
     for stage in ("study", "long", "few_shot"):
         if stage not in study.stages:
             continue
-        for seed in range(study.seeds):
+        for seed in range(1 if stage == "long" else study.seeds):
             for person in study.people:
                 if stage == "study":
                     for name in WITHOUT_TRAINING[: 2 if study.protocol == "B" and study.data == "watch" else 1]:
@@ -133,6 +137,9 @@ def planned(study: Study, rows: Callable[[], list[dict[str, str]]]) -> Iterator[
                         yield Run(
                             stage, person, seed, method.name, study.rank, lr, LONG_STEPS if stage == "long" else STEPS, share
                         )
+    if "speed" in study.stages:
+        for method in chosen:
+            yield Run("speed", study.people[0], 0, method.name, study.rank, method.lr, SPEED_ROUNDS)
 
 
 def few_shot(task: Split, share: float) -> Split:
@@ -160,7 +167,7 @@ def measure(study: Study, run: Run, task: Split, base: nn.Module) -> dict[str, A
     model.train()
     trainable = sum(p.numel() for p in parameters)
     saved = saved_bytes(copy.deepcopy(model), x.repeat(-(-BATCH // len(x)), 1, 1)[:BATCH])
-    every = 5 if run.stage == "study" else run.steps  # only the study's rows have a curve
+    every = 2 if run.stage == "study" else run.steps  # only the study's rows have a curve
     curve = train_target(
         model, parameters, task.adapt, task.test, steps=run.steps, lr=run.lr, seed=run.seed, evaluate_every=every
     )
@@ -170,8 +177,40 @@ def measure(study: Study, run: Run, task: Split, base: nn.Module) -> dict[str, A
         "share_percent": 100 * trainable / sum(p.numel() for p in base.parameters()),
         "saved_bytes": saved,
         "f1": macro_f1(model, task.test),
-        "seconds": curve.seconds[-1],
         "curve": " ".join(f"{s}:{f1:.4f}" for s, f1 in zip(curve.step, curve.f1, strict=True)),
+    }
+
+
+def speeds(study: Study, task: Split, base: nn.Module) -> dict[str, dict[str, float]]:
+    """The columns of the stage ``speed`` by method: medians over rounds in which each method does a step in turn.
+
+    ``step_over_full`` is the median of a round's ratio to full fine-tuning, ``setup_seconds`` are those of ``prepare``.
+    """
+    x, y = tensors(task.adapt)
+    index = torch.arange(BATCH) % len(x)
+    setup: dict[str, float] = {}
+    trained: dict[str, tuple[nn.Module, torch.optim.Optimizer]] = {}
+    for method in {"full": methods()["full"], **{method.name: method for method in study.chosen()}}.values():
+        model = copy.deepcopy(base)
+        start = time.perf_counter()
+        parameters = method.prepare(model, study.rank, x, y)
+        setup[method.name] = time.perf_counter() - start
+        trained[method.name] = model.train(), torch.optim.Adam(parameters, lr=method.lr)
+    rounds: list[dict[str, float]] = []
+    for _ in range(WARM_UP + SPEED_ROUNDS):
+        seconds = {}
+        for name, (model, optimizer) in trained.items():
+            start = time.perf_counter()
+            training_step(model, optimizer, x[index], y[index])
+            seconds[name] = time.perf_counter() - start
+        rounds.append(seconds)
+    return {
+        name: {
+            "setup_seconds": setup[name],
+            "step_seconds": median(seconds[name] for seconds in rounds[WARM_UP:]),
+            "step_over_full": median(seconds[name] / seconds["full"] for seconds in rounds[WARM_UP:]),
+        }
+        for name in trained
     }
 
 
@@ -180,21 +219,25 @@ def run_study(study: Study, tell: Callable[[str], None] = print) -> int:
     rows = read_rows(study.rows)
     done = {key_of(row) for row in rows}
     loaded: tuple[tuple[int, int], Split, nn.Module] | None = None
+    timed: dict[str, dict[str, float]] = {}
     count = 0
     for run in planned(study, lambda: rows):
         if key_of(run._asdict()) in done:
             continue
         if loaded is None or loaded[0] != (run.person, run.seed):
             loaded = ((run.person, run.seed), *source_of(study, run.person, run.seed, tell))
-        found = {
+        if run.stage == "speed":
+            timed = timed or speeds(study, loaded[1], loaded[2])
+        found: dict[str, Any] = {
             **machine(), "device": study.device, "data": Path(study.data).stem, "protocol": study.protocol, **run._asdict(),
-            **measure(study, run, loaded[1], loaded[2]),
+            **(timed[run.method] if run.stage == "speed" else measure(study, run, loaded[1], loaded[2])),
         }  # fmt: skip
         row = {name: _text(found.get(name, "")) for name in FIELDS}
         append_row(study.rows, row)
         rows.append(row)
         count += 1
-        tell(f"{run.stage} person {run.person} seed {run.seed} {run.method} lr {run.lr:g}: F1 {found['f1']:.3f}")
+        result = f"F1 {found['f1']:.3f}" if "f1" in found else f"{1000 * found['step_seconds']:.0f} ms a step"
+        tell(f"{run.stage} person {run.person} seed {run.seed} {run.method} lr {run.lr:g}: {result}")
     return count
 
 

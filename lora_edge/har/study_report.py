@@ -1,8 +1,10 @@
 """``python -m lora_edge.har.study_report ROWS.csv ...``: the study's tables as Markdown, and its picture.
 
 A method's row: mean macro-F1 of the people (each the mean of its seeds), the difference to full fine-tuning with its 95 %
-interval paired by person, for how many people it is ahead, and the seconds of training to 95 % of the F1 that full fine-tuning
-reaches on that person and seed. Where some seeds do not reach it, the column says how many did.
+interval paired by person, for how many people it is ahead, and the time to 95 % of the F1 that full fine-tuning reaches on that
+person and seed: steps until an evaluation shows it, times the median seconds of a step, and what the method does before the
+first step. Where some people and seeds do not reach it, the column says how many did. The last column is full fine-tuning's
+time over the method's, the median of those that reach it.
 """
 
 from __future__ import annotations
@@ -18,7 +20,6 @@ import numpy as np
 
 from lora_edge.har.adaptation import TARGET_SHARE
 from lora_edge.har.study import WITHOUT_TRAINING, read_rows
-from lora_edge.har.train import Curve
 from lora_edge.methods import methods
 
 TITLES = {"zero_shot": "zero-shot", "mirrored": "mirrored input"}
@@ -26,11 +27,14 @@ TITLES = {"zero_shot": "zero-shot", "mirrored": "mirrored input"}
 
 @dataclass
 class Summary:
-    """One method's rows of the stage ``study``; ``f1`` and ``seconds`` by person and seed."""
+    """One method's rows of the stage ``study``; ``f1`` and ``steps`` to the target F1 by person and seed."""
 
     name: str
     f1: dict[tuple[int, int], float] = field(default_factory=dict)
-    seconds: dict[tuple[int, int], float | None] = field(default_factory=dict)
+    steps: dict[tuple[int, int], int | None] = field(default_factory=dict)
+    setup_seconds: float = 0.0
+    step_seconds: float | None = None
+    step_over_full: float | None = None
     rates: set[float] = field(default_factory=set)
     trainable: int = 0
     share_percent: float = 0.0
@@ -39,6 +43,24 @@ class Summary:
     @property
     def title(self) -> str:
         return TITLES.get(self.name) or methods()[self.name].title
+
+    def seconds(self) -> list[float]:
+        """Seconds to the target F1 where it was reached; empty without rows of the stage ``speed``."""
+        if self.step_seconds is None:
+            return []
+        return [self.setup_seconds + steps * self.step_seconds for steps in self.steps.values() if steps is not None]
+
+    def times_shorter(self, full: Summary) -> list[float]:
+        """Full fine-tuning's time to the target F1 over this method's, of each person and seed that reached it."""
+        if self.step_over_full is None or full.step_seconds is None:
+            return []
+        setup = self.setup_seconds / full.step_seconds  # in full fine-tuning's steps
+        pairs = [(full.steps[key], steps) for key, steps in self.steps.items()]
+        return [
+            most / max(setup + steps * self.step_over_full, 1e-9)
+            for most, steps in pairs
+            if most is not None and steps is not None
+        ]
 
     def by_person(self) -> dict[int, float]:
         """Mean of a person's seeds."""
@@ -51,8 +73,12 @@ class Summary:
 def summaries(rows: list[dict[str, str]]) -> dict[str, Summary]:
     """Each method's summary, in the order of the rows."""
     found: dict[str, Summary] = {}
-    curves: dict[tuple[str, int, int], Curve] = {}
+    curves: dict[tuple[str, int, int], list[tuple[int, float]]] = {}
     for row in rows:
+        if row["stage"] == "speed" and row["method"] in found:
+            summary = found[row["method"]]
+            summary.setup_seconds, summary.step_seconds = float(row["setup_seconds"]), float(row["step_seconds"])
+            summary.step_over_full = float(row["step_over_full"])
         if row["stage"] != "study":
             continue
         summary = found.setdefault(row["method"], Summary(row["method"]))
@@ -64,13 +90,11 @@ def summaries(rows: list[dict[str, str]]) -> dict[str, Summary]:
         summary.trainable, summary.share_percent = int(row["trainable"]), float(row["share_percent"])
         summary.saved_bytes = int(row["saved_bytes"])
         points = [point.split(":") for point in row["curve"].split()]
-        steps = [int(step) for step, _ in points]
-        each = float(row["seconds"]) / max(1, steps[-1])
-        curves[row["method"], key[0], key[1]] = Curve(steps, [step * each for step in steps], [float(f1) for _, f1 in points])
+        curves[row["method"], key[0], key[1]] = [(int(step), float(f1)) for step, f1 in points]
     for (name, person, seed), curve in curves.items():
         best = found["full"].f1.get((person, seed)) if "full" in found else None
         if best is not None:
-            found[name].seconds[person, seed] = curve.seconds_to(TARGET_SHARE * best)
+            found[name].steps[person, seed] = next((step for step, f1 in curve if f1 >= TARGET_SHARE * best), None)
     return found
 
 
@@ -87,15 +111,16 @@ def interval(differences: list[float]) -> tuple[float, float]:
 def table(found: dict[str, Summary]) -> str:
     """The table of a study in Markdown."""
     lines = [
-        "| method | rate | trainable | share | saved | macro-F1 | spread | minus full, points | ahead of full | s to 95 % |",
-        "|---|---|---|---|---|---|---|---|---|---|",
+        "| method | rate | trainable | share | saved | macro-F1 | spread | minus full, points | ahead of full "
+        "| s to 95 % | times shorter |",
+        "|---|---|---|---|---|---|---|---|---|---|---|",
     ]
     full = found["full"].by_person() if "full" in found else {}
     for summary in found.values():
         people = summary.by_person()
         scores = list(people.values())
         spread = f"{np.std(scores, ddof=1):.3f}" if len(scores) > 1 else "-"
-        cells = [summary.title, "-", "-", "-", "-", f"{mean(scores):.3f}", spread, "-", "-", "-"]
+        cells = [summary.title, "-", "-", "-", "-", f"{mean(scores):.3f}", spread, "-", "-", "-", "-"]
         if summary.rates:
             cells[1] = " / ".join(f"{rate:g}" for rate in sorted(summary.rates))
             cells[2:5] = [f"{summary.trainable:,}", f"{summary.share_percent:.2f} %", f"{summary.saved_bytes / 1e6:.2f} MB"]
@@ -104,10 +129,12 @@ def table(found: dict[str, Summary]) -> str:
             middle, half = interval([100 * (people[p] - full[p]) for p in shared])
             cells[7] = f"{middle:+.1f} ± {half:.1f}"
             cells[8] = f"{sum(people[p] > full[p] for p in shared)} of {len(shared)}"
-        if summary.seconds:
-            reached = [s for s in summary.seconds.values() if s is not None]
-            count = f" ({len(reached)} of {len(summary.seconds)})" if len(reached) < len(summary.seconds) else ""
-            cells[9] = f"{median(reached):.2f}{count}" if reached else "not reached"
+        reached = sum(steps is not None for steps in summary.steps.values())
+        count = f" ({reached} of {len(summary.steps)})" if reached < len(summary.steps) else ""
+        if seconds := summary.seconds():
+            cells[9] = f"{median(seconds):.2f}{count}"
+        if "full" in found and (ratios := summary.times_shorter(found["full"])):
+            cells[10] = f"{median(ratios):.2f}"
         lines.append("| " + " | ".join(cells) + " |")
     return "\n".join(lines)
 
@@ -156,8 +183,8 @@ def draw(studies: dict[str, dict[str, Summary]], path: Path) -> None:
                 continue
             summary = found[name]
             f1 = mean(summary.by_person().values())
-            reached = [s for s in summary.seconds.values() if s is not None]
-            values = (summary.trainable, summary.saved_bytes / 1e6, median(reached) if reached else None)
+            seconds = summary.seconds()
+            values = (summary.trainable, summary.saved_bytes / 1e6, median(seconds) if seconds else None)
             for axis, value in zip(axes, values, strict=True):
                 if value is not None:
                     axis.plot(

@@ -57,6 +57,13 @@ def macro_f1(model: nn.Module, windows: Windows) -> float:
     return float(f1_score(y, predict(model, x), labels=present, average="macro", zero_division=0))
 
 
+def training_step(model: nn.Module, optimizer: torch.optim.Optimizer, x: Tensor, y: Tensor) -> None:
+    """One step on one batch, cross-entropy."""
+    optimizer.zero_grad(set_to_none=True)
+    F.cross_entropy(model(x), y).backward()
+    optimizer.step()
+
+
 def train_source(
     model: nn.Module,
     windows: Windows,
@@ -75,9 +82,7 @@ def train_source(
     model.train()
     for done in range(1, steps + 1):
         index = next(stream)
-        optimizer.zero_grad(set_to_none=True)
-        F.cross_entropy(model(x[index]), y[index]).backward()
-        optimizer.step()
+        training_step(model, optimizer, x[index], y[index])
         schedule.step()
         if progress is not None:
             progress(done, steps)
@@ -109,9 +114,7 @@ def train_target(
     for step in range(1, steps + 1):
         index = next(stream)
         start = time.perf_counter()
-        optimizer.zero_grad(set_to_none=True)
-        F.cross_entropy(model(x[index]), y[index]).backward()
-        optimizer.step()
+        training_step(model, optimizer, x[index], y[index])
         seconds += time.perf_counter() - start
         if step % evaluate_every == 0 or step == steps:
             curve.step.append(step)
