@@ -6,6 +6,7 @@ import numpy as np
 import pytest
 import torch
 
+from benchmarks import phone_watch
 from lora_edge.har import data
 from lora_edge.har.data import ADAPT_SHARE, TEST_SHARE, WATCH_STEP, WATCH_WINDOW, load_npz, load_watch, mirrored, split
 from lora_edge.har.models import MobileNetV2, ResNet18, TResNet
@@ -169,23 +170,27 @@ def test_a_part_without_windows(tmp_path):
         split(load_npz(own(tmp_path / "one.npz", subject=np.ones(240, int))), 1)
 
 
-def test_phone_and_watch_data_as_own_data(spsw_path, tmp_path):
+def test_phone_and_watch_data_as_own_data(spsw_path, tmp_path, monkeypatch):
     """The real phone and watch set, when it is beside the repository, in the documented format."""
-    with np.load(spsw_path) as raw:
-        keep = raw["purity"] >= 0.6
-        assert keep.sum() == 8_359
-        own(
-            tmp_path / "spsw.npz",
-            X=raw["X"][keep],
-            y=raw["y"][keep],
-            subject=raw["subject"][keep],
-            domain=raw["device"][keep],
-            classes=raw["classes"],
-            domains=raw["devices"],
-        )
-    task = split(load_npz(tmp_path / "spsw.npz"), 1, "B", "watch")
+    monkeypatch.setattr("sys.argv", ["phone_watch", str(spsw_path), str(tmp_path / "spsw.npz")])
+    assert phone_watch.main() == 0
+    windows = load_npz(tmp_path / "spsw.npz")
+    assert len(windows) == 8_359
+    task = split(windows, 1, "B", "watch")
     assert task.source.x.shape[1:] == (6, 50)
     assert len(np.unique(task.test.y)) == 5
+
+
+def test_sessions_are_not_cut(tmp_path):
+    """Ten sessions of unequal length: the first three adapt, the last five test, whatever their numbers are."""
+    lengths = np.array([7, 1, 4, 2, 3, 9, 5, 6, 8, 2])
+    session = np.repeat([30, 2, 7, 1, 9, 8, 4, 0, 5, 6], lengths)
+    count = len(session)
+    rest = {"X": np.random.randn(2 * count, 4, 8).astype(np.float32), "y": np.arange(2 * count) % 3}
+    path = own(tmp_path / "own.npz", subject=np.repeat([1, 2], count), domain=None, session=np.tile(session, 2), **rest)
+    task = split(load_npz(path), 1)
+    assert len(task.adapt) == lengths[:3].sum()
+    assert len(task.test) == lengths[5:].sum()
 
 
 def test_models_take_their_inputs():

@@ -34,7 +34,8 @@ RANK = 2
 LABELS = torch.arange(8) % 2
 METHODS = methods()
 NAMES = list(METHODS)
-BATCH_BN = {"full", "bn_only", "lora_edge_batch_bn"}  # their statistics move in training
+BATCH_BN = {"full", "target_only", "bn_only", "lora_edge_batch_bn"}  # their statistics move in training
+OTHER_START = {"target_only", "lora_edge_calibrated", "lora_edge_calibrated_gradient", "lora_edge_budget"}  # than the base
 
 
 def _reparametrises(name):
@@ -66,7 +67,7 @@ def expected_trainable(model, name):
     maps = sum(m.num_features for m in model.modules() if isinstance(m, _BatchNorm))
     head = [m for m in model.modules() if isinstance(m, nn.Linear)][-1]
     counts = {
-        "full": sum(p.numel() for p in model.parameters()),
+        **dict.fromkeys(["full", "target_only"], sum(p.numel() for p in model.parameters())),
         "head_only": (head.in_features + 1) * head.out_features,
         "bn_only": 2 * maps,
         "bias_only": sum(m.bias.numel() for m in model.modules() if getattr(m, "bias", None) is not None),
@@ -110,7 +111,7 @@ def prepared(base, name, x, rank=RANK):
 def test_every_file_is_found_once():
     assert sorted(NAMES) == NAMES
     assert {"conv_lora", "dora", "lora_c", "lora_c_factors", "lora_fa", "pissa"} <= set(REPARAMETRISED)
-    assert set(REPARAMETRISED) | BATCH_BN | {"bias_only", "head_only", "lora_edge", "lora_edge_calibrated"} <= set(NAMES)
+    assert set(REPARAMETRISED) | BATCH_BN | OTHER_START | {"bias_only", "head_only", "lora_edge"} <= set(NAMES)
     assert len({m.title for m in METHODS.values()}) == len(NAMES)
 
 
@@ -119,7 +120,7 @@ def test_starts_as_the_base_model_and_trains_as_many_as_the_formula_says(name, b
     model, parameters = prepared(base, name, x)
     assert sum(p.numel() for p in parameters) == expected_trainable(base, name)
     assert {id(p) for p in parameters} == {id(p) for p in model.parameters() if p.requires_grad}
-    if name != "lora_edge_calibrated":
+    if name not in OTHER_START:
         torch.testing.assert_close(output(model.eval(), x), output(base, x), rtol=0, atol=1e-5)
 
 
@@ -330,7 +331,7 @@ def test_what_was_trained_is_saved_and_loaded(name, base, x, tmp_path):
     save_trained(model, path)
     added = sum(p.numel() for p in model.parameters()) - sum(p.numel() for p in base.parameters())
     factors = sum(v.numel() for v in trained_state(model).values() if v.is_floating_point())
-    statistics = expected_trainable(base, "bn_only") if name in BATCH_BN | {"lora_edge_calibrated"} else 0
+    statistics = expected_trainable(base, "bn_only") if name in BATCH_BN | OTHER_START else 0
     doubled = 2 if name == "pissa" else 1  # with the start of its factors
     assert factors == statistics + doubled * (added if added else sum(p.numel() for p in parameters))
     torch.manual_seed(7)

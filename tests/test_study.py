@@ -3,11 +3,14 @@
 from __future__ import annotations
 
 import csv
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
 import pytest
+import torch
 
+from benchmarks import digits
 from lora_edge.har import study, study_report
 from lora_edge.har.data import load_npz, split
 from lora_edge.methods import methods
@@ -34,14 +37,13 @@ def data(tmp_path_factory) -> Path:
 def small(data, tmp_path, monkeypatch) -> study.Study:
     monkeypatch.setattr(study, "STEPS", 6)
     monkeypatch.setattr(study, "LONG_STEPS", 8)
-    return study.Study(
-        str(data), "A", tmp_path / "rows.csv", tmp_path / "sources", people=PEOPLE, seeds=1, epochs=1, methods=METHODS
-    )
+    problem = study.Activities(str(data), "A", tmp_path / "sources", PEOPLE, epochs=1)
+    return study.Study(problem, tmp_path / "rows.csv", seeds=1, methods=METHODS)
 
 
-def test_a_persons_rate_comes_from_two_others():
+def test_a_persons_rate_comes_from_two_others(small):
     for person in PEOPLE:
-        judges = study.search_people(person, PEOPLE)
+        judges = small.problem.judges(person)
         assert person not in judges
         assert len(judges) == 2
     rows = [
@@ -56,10 +58,10 @@ def test_a_persons_rate_comes_from_two_others():
             (3, 0.2, 0.0),
         ]
     ]
-    assert study.chosen_rate(rows, "full", 5, PEOPLE) == 0.2
-    assert study.chosen_rate(rows, "full", 1, PEOPLE) == 0.1
+    assert study.chosen_rate(rows, "full", small.problem.judges(5)) == 0.2
+    assert study.chosen_rate(rows, "full", small.problem.judges(1)) == 0.1
     with pytest.raises(ValueError, match=r"no search rows of bn_only on people \(1, 2\); run the stage search first"):
-        study.chosen_rate(rows, "bn_only", 5, PEOPLE)
+        study.chosen_rate(rows, "bn_only", (1, 2))
     assert all(len(set(study.rates(method))) == 5 for method in methods().values())
 
 
@@ -108,9 +110,30 @@ def test_few_windows_of_each_recording(data):
     assert len(fewest) < len(study.few_shot(task, 0.2).adapt) < len(task.adapt)
 
 
-def test_bad_input(small, data, tmp_path):
+def test_digits_of_search_and_study_are_apart(monkeypatch):
+    """Each digit's own number stands in its image, so that the parts of the splits can be told."""
+    x = torch.zeros(5000, 3, 32, 32)
+    x[:, 0, 0, 0] = torch.arange(5000)
+    y = torch.randint(10, (5000,), generator=torch.Generator().manual_seed(0))
+    monkeypatch.setattr(digits, "load_digits", lambda path: (x, y))
+    monkeypatch.setattr(digits, "load_weights", lambda model, path: None)
+    problem = digits.Digits(500, Path("svhn.pth"), Path("digits.csv.gz"))
+    seen = {"search": set(), "study": set()}
+    for stage, numbers in seen.items():
+        for draw in problem.people:
+            run = study.Run(stage, draw, 0, "full", 8, 1e-3, 50)
+            task, model = problem.task(run, print)
+            assert np.bincount(task.adapt.y).tolist() == [50] * 10
+            parts = [set(part.x[:, 0, 0, 0].astype(int)) for part in (task.adapt, task.test)]
+            assert not parts[0] & parts[1]
+            numbers |= parts[0] | parts[1]
+    assert not seen["search"] & seen["study"]
+    assert sum(p.numel() for p in model.parameters()) == 815_018
+
+
+def test_bad_input(small):
     with pytest.raises(ValueError, match="there is no method 'nothing'; give some of bias_only, bn_only"):
-        study.Study(str(data), "A", tmp_path / "r.csv", tmp_path, methods=("nothing",)).chosen()
+        replace(small, methods=("nothing",)).chosen()
     with small.rows.open("w") as file:
         csv.DictWriter(file, study.FIELDS).writeheader()
     assert study_report.main_of([small.rows], None) == 2

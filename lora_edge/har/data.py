@@ -7,6 +7,8 @@ Own data is one ``.npz`` with
     subject    (windows,) int                    who
     domain     (windows,) int                    optional: which wrist, device or place; 0 if missing
     recording  (windows,) int                    optional: which recording; a run of one subject, domain and class if missing
+    session    (windows,) int                    optional: which repetition; a subject's repetitions in a domain are then one
+                                                 recording, which is only split between them
     classes, channels, domains   (names,) str    optional names
 
 Windows of one recording are split by time, never shuffled: the first 30 % adapt, the last 50 % test, the gap between is not
@@ -145,7 +147,7 @@ def load_npz(path: str | os.PathLike[str]) -> Windows:
     if x.ndim != 3 or not np.issubdtype(x.dtype, np.floating):
         raise ValueError(f"{path}: X is {x.dtype} {x.shape}; give floats of shape (windows, channels, time)")
     columns = {}
-    for key in ("y", "subject", "domain", "recording"):
+    for key in ("y", "subject", "domain", "recording", "session"):
         column = data.get(key, np.zeros(len(x), np.int64))
         if column.shape != (len(x),) or not np.issubdtype(column.dtype, np.integer):
             raise ValueError(f"{path}: {key} is {column.dtype} {column.shape}; give integers of shape ({len(x)},)")
@@ -157,7 +159,7 @@ def load_npz(path: str | os.PathLike[str]) -> Windows:
         y=columns["y"],
         subject=columns["subject"],
         domain=columns["domain"],
-        position=_positions(columns, "recording" in data),
+        position=_positions(columns, {"recording", "session"} & set(data)),
         classes=classes,
         channels=_names(data, "channels", x.shape[1]),
         domains=domains,
@@ -257,17 +259,21 @@ def _names(data: dict[str, np.ndarray], key: str, count: int) -> list[str]:
     return [str(name) for name in data[key]]
 
 
-def _positions(columns: dict[str, np.ndarray], has_recording: bool) -> np.ndarray:
+def _positions(columns: dict[str, np.ndarray], given: set[str]) -> np.ndarray:
     """Share of the recording each window covers, from the order of the windows alone.
 
-    The k-th of n windows counts as ``[k / n, (k + 1) / n)``. The unused 20 % is at least one window wide wherever there is an
-    adapting one, so windows with half overlap share no sample across the gap.
+    The k-th of n windows, or every window of the k-th of n sessions, counts as ``[k / n, (k + 1) / n)``. The unused 20 % is at
+    least one window wide wherever there is an adapting one, so windows with half overlap share no sample across the gap.
     """
-    keys = ["recording", "subject", "domain"] if has_recording else ["subject", "domain", "y"]
+    keys = ["subject", "domain", *(["recording"] if "recording" in given else [] if "session" in given else ["y"])]
     _, group = np.unique(np.stack([columns[key] for key in keys]), axis=1, return_inverse=True)
     position = np.empty((len(group), 2))
     for g in np.unique(group):
         index = np.flatnonzero(group == g)
         k = np.arange(len(index))
-        position[index] = np.stack([k / len(index), (k + 1) / len(index)], axis=1)
+        if "session" in given:
+            _, first, k = np.unique(columns["session"][index], return_index=True, return_inverse=True)
+            k = np.argsort(np.argsort(first))[k]  # in the order in which they come
+        count = k.max() + 1
+        position[index] = np.stack([k / count, (k + 1) / count], axis=1)
     return position

@@ -25,7 +25,7 @@ from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from statistics import mean, median
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, Protocol
 
 import numpy as np
 import torch
@@ -64,20 +64,78 @@ class Run(NamedTuple):
     share: float = 0.0
 
 
+class Problem(Protocol):
+    """What is adapted to: a task for each person and seed."""
+
+    @property
+    def name(self) -> str: ...
+    @property
+    def protocol(self) -> str: ...
+    @property
+    def people(self) -> Sequence[int]: ...
+    @property
+    def without_training(self) -> Sequence[str]:
+        """Rows that need no training."""
+        ...
+
+    @property
+    def evaluate_every(self) -> int:
+        """Steps from one point of a row's curve to the next."""
+        ...
+
+    def judges(self, person: int) -> tuple[int, ...]:
+        """Whose search chooses this person's rates; their test windows are never this person's."""
+        ...
+
+    def task(self, run: Run, tell: Callable[[str], None]) -> tuple[Split, nn.Module]:
+        """The split of a run's person and the model to adapt, by the run's seed."""
+        ...
+
+
 @dataclass(frozen=True)
-class Study:
-    """What is studied, and where its rows and source models lie."""
+class Activities:
+    """Each person's activities from the model of the others, pre-trained once a person and seed and kept in ``sources``."""
 
     data: str
     protocol: str
-    rows: Path
     sources: Path
-    device: str = "cpu"
+    people: Sequence[int]
     target_domain: str | None = None
-    people: Sequence[int] = tuple(range(1, 11))
+    epochs: int = 10
+    evaluate_every: int = 2
+
+    @property
+    def name(self) -> str:
+        return "_".join([Path(self.data).stem, *([self.target_domain] if self.target_domain else [])])
+
+    @property
+    def without_training(self) -> Sequence[str]:
+        return WITHOUT_TRAINING if self.data == "watch" and self.protocol == "B" else WITHOUT_TRAINING[:1]
+
+    def judges(self, person: int) -> tuple[int, ...]:
+        """Two others."""
+        first, second = SEARCH_PEOPLE
+        return tuple(p for p in (second if person in first else first) if p in self.people)
+
+    def task(self, run: Run, tell: Callable[[str], None]) -> tuple[Split, nn.Module]:
+        settings = Settings(
+            data=self.data, target_subject=run.person, protocol=self.protocol, target_domain=self.target_domain,
+            out=self.sources, seed=run.seed, epochs=self.epochs, rank=max(1, run.rank),
+        )  # fmt: skip
+        return source(
+            settings, lambda title, done, total: tell(f"person {run.person} seed {run.seed}: {title}") if total == 1 else None
+        )
+
+
+@dataclass(frozen=True)
+class Study:
+    """What is studied how, and where its rows lie."""
+
+    problem: Problem
+    rows: Path
+    device: str = "cpu"
     seeds: int = 3
     rank: int = 2
-    epochs: int = 10
     methods: Sequence[str] = ()
     stages: Sequence[str] = STAGES
 
@@ -95,15 +153,8 @@ def rates(method: Method) -> list[float]:
     return [float(f"{method.lr * factor:.1g}") for factor in (0.1, 0.3, 1.0, 3.0, 10.0)]
 
 
-def search_people(person: int, people: Sequence[int]) -> tuple[int, ...]:
-    """The two people whose F1 chooses a person's rate; never the person's own."""
-    first, second = SEARCH_PEOPLE
-    return tuple(p for p in (second if person in first else first) if p in people)
-
-
-def chosen_rate(rows: list[dict[str, str]], method: str, person: int, people: Sequence[int]) -> float:
-    """The rate with the best mean F1 in the search; of equals the smaller."""
-    judges = search_people(person, people)
+def chosen_rate(rows: list[dict[str, str]], method: str, judges: tuple[int, ...]) -> float:
+    """The rate with the best mean F1 of these people in the search; of equals the smaller."""
     f1: dict[float, list[float]] = {}
     for row in rows:
         if row["stage"] == "search" and row["method"] == method and int(row["person"]) in judges:
@@ -117,7 +168,7 @@ def planned(study: Study, rows: Callable[[], list[dict[str, str]]]) -> Iterator[
     """Every run of the study in order; a stage that needs rates reads them from the rows when it comes to them."""
     chosen = study.chosen()
     if "search" in study.stages:
-        for person in sorted({judge for p in study.people for judge in search_people(p, study.people)}):
+        for person in sorted({judge for p in study.problem.people for judge in study.problem.judges(p)}):
             for method in chosen:
                 for lr in rates(method):
                     yield Run("search", person, 0, method.name, study.rank, lr, STEPS)
@@ -125,21 +176,21 @@ def planned(study: Study, rows: Callable[[], list[dict[str, str]]]) -> Iterator[
         if stage not in study.stages:
             continue
         for seed in range(1 if stage == "long" else study.seeds):
-            for person in study.people:
+            for person in study.problem.people:
                 if stage == "study":
-                    for name in WITHOUT_TRAINING[: 2 if study.protocol == "B" and study.data == "watch" else 1]:
+                    for name in study.problem.without_training:
                         yield Run(stage, person, seed, name, 0, 0.0, 0)
                 for method in chosen:
                     if stage != "study" and method.name not in COMPARED:
                         continue
-                    lr = chosen_rate(rows(), method.name, person, study.people)
+                    lr = chosen_rate(rows(), method.name, study.problem.judges(person))
                     for share in SHARES if stage == "few_shot" else (0.0,):
                         yield Run(
                             stage, person, seed, method.name, study.rank, lr, LONG_STEPS if stage == "long" else STEPS, share
                         )
     if "speed" in study.stages:
         for method in chosen:
-            yield Run("speed", study.people[0], 0, method.name, study.rank, method.lr, SPEED_ROUNDS)
+            yield Run("speed", study.problem.people[0], 0, method.name, study.rank, method.lr, SPEED_ROUNDS)
 
 
 def few_shot(task: Split, share: float) -> Split:
@@ -167,7 +218,7 @@ def measure(study: Study, run: Run, task: Split, base: nn.Module) -> dict[str, A
     model.train()
     trainable = sum(p.numel() for p in parameters)
     saved = saved_bytes(copy.deepcopy(model), x.repeat(-(-BATCH // len(x)), 1, 1)[:BATCH])
-    every = 2 if run.stage == "study" else run.steps  # only the study's rows have a curve
+    every = study.problem.evaluate_every if run.stage == "study" else run.steps  # only the study's rows have a curve
     curve = train_target(
         model, parameters, task.adapt, task.test, steps=run.steps, lr=run.lr, seed=run.seed, evaluate_every=every
     )
@@ -218,19 +269,20 @@ def run_study(study: Study, tell: Callable[[str], None] = print) -> int:
     """Run what is missing; returns how many runs that were."""
     rows = read_rows(study.rows)
     done = {key_of(row) for row in rows}
-    loaded: tuple[tuple[int, int], Split, nn.Module] | None = None
+    loaded: tuple[tuple[int, int, bool], Split, nn.Module] | None = None
     timed: dict[str, dict[str, float]] = {}
     count = 0
     for run in planned(study, lambda: rows):
         if key_of(run._asdict()) in done:
             continue
-        if loaded is None or loaded[0] != (run.person, run.seed):
-            loaded = ((run.person, run.seed), *source_of(study, run.person, run.seed, tell))
+        key = (run.person, run.seed, run.stage == "search")
+        if loaded is None or loaded[0] != key:
+            loaded = (key, *study.problem.task(run, tell))
         if run.stage == "speed":
             timed = timed or speeds(study, loaded[1], loaded[2])
         found: dict[str, Any] = {
-            **machine(), "device": study.device, "data": Path(study.data).stem, "protocol": study.protocol, **run._asdict(),
-            **(timed[run.method] if run.stage == "speed" else measure(study, run, loaded[1], loaded[2])),
+            **machine(), "device": study.device, "data": study.problem.name, "protocol": study.problem.protocol,
+            **run._asdict(), **(timed[run.method] if run.stage == "speed" else measure(study, run, loaded[1], loaded[2])),
         }  # fmt: skip
         row = {name: _text(found.get(name, "")) for name in FIELDS}
         append_row(study.rows, row)
@@ -239,15 +291,6 @@ def run_study(study: Study, tell: Callable[[str], None] = print) -> int:
         result = f"F1 {found['f1']:.3f}" if "f1" in found else f"{1000 * found['step_seconds']:.0f} ms a step"
         tell(f"{run.stage} person {run.person} seed {run.seed} {run.method} lr {run.lr:g}: {result}")
     return count
-
-
-def source_of(study: Study, person: int, seed: int, tell: Callable[[str], None]) -> tuple[Split, nn.Module]:
-    """A person's split and the model of the others, pre-trained once a seed and kept in ``study.sources``."""
-    settings = Settings(
-        data=study.data, target_subject=person, protocol=study.protocol, target_domain=study.target_domain, out=study.sources,
-        seed=seed, epochs=study.epochs, rank=study.rank,
-    )  # fmt: skip
-    return source(settings, lambda title, done, total: tell(f"person {person} seed {seed}: {title}") if total == 1 else None)
 
 
 def read_rows(path: Path) -> list[dict[str, str]]:
@@ -278,25 +321,22 @@ def _text(value: object) -> str:
     return f"{value:.6g}" if isinstance(value, (float, np.floating)) else str(value)
 
 
-def main() -> int:
-    parser = argparse.ArgumentParser(prog="python -m lora_edge.har.study", description=__doc__.split("\n")[0])
-    parser.add_argument("--data", default="watch", help='an .npz, or "watch"')
-    parser.add_argument("--protocol", choices=["A", "B"], default="B")
-    parser.add_argument("--target-domain", help="protocol B of an .npz: the target's domain")
-    parser.add_argument("--people", type=int, nargs="+", default=list(range(1, 11)))
+def add_options(parser: argparse.ArgumentParser) -> None:
+    """The options of every study."""
     parser.add_argument("--seeds", type=int, default=3)
     parser.add_argument("--rank", type=int, default=2)
     parser.add_argument("--methods", nargs="+", default=[], help="default: all")
     parser.add_argument("--stages", nargs="+", choices=STAGES, default=list(STAGES))
     parser.add_argument("--results", type=Path, default=Path("benchmarks/results"), help="folder of the rows")
-    parser.add_argument("--sources", type=Path, default=Path("study-sources"), help="folder of the source models")
     parser.add_argument("--device", default="cpu", help="folder of the results")
-    options = parser.parse_args()
-    rows = options.results / options.device / f"study_{Path(options.data).stem}_{options.protocol}.csv"
+
+
+def run_problem(problem: Problem, options: argparse.Namespace) -> int:
+    """Study a problem by :func:`add_options`' options; 2 with a line on standard error where the input is bad."""
+    rows = options.results / options.device / f"study_{problem.name}_{problem.protocol}.csv"
     study = Study(
-        data=options.data, protocol=options.protocol, rows=rows, sources=options.sources, device=options.device,
-        target_domain=options.target_domain, people=options.people, seeds=options.seeds, rank=options.rank,
-        methods=options.methods, stages=options.stages,
+        problem, rows, device=options.device, seeds=options.seeds, rank=options.rank, methods=options.methods,
+        stages=options.stages,
     )  # fmt: skip
     try:
         print(f"{run_study(study, lambda line: print(line, flush=True))} runs; rows in {rows}")
@@ -304,6 +344,19 @@ def main() -> int:
         print(f"study: error: {str(error).splitlines()[0]}", file=sys.stderr)
         return 2
     return 0
+
+
+def main() -> int:
+    parser = argparse.ArgumentParser(prog="python -m lora_edge.har.study", description=__doc__.split("\n")[0])
+    parser.add_argument("--data", default="watch", help='an .npz, or "watch"')
+    parser.add_argument("--protocol", choices=["A", "B"], default="B")
+    parser.add_argument("--target-domain", help="protocol B of an .npz: the target's domain")
+    parser.add_argument("--people", type=int, nargs="+", default=list(range(1, 11)))
+    parser.add_argument("--sources", type=Path, default=Path("study-sources"), help="folder of the source models")
+    add_options(parser)
+    options = parser.parse_args()
+    problem = Activities(options.data, options.protocol, options.sources, options.people, options.target_domain)
+    return run_problem(problem, options)
 
 
 if __name__ == "__main__":

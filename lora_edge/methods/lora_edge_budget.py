@@ -1,14 +1,18 @@
-"""LoRA-Edge in the gradient's subspace after BatchNorm calibration; ranks by the gradient's energy, 0.5 % of the parameters."""
+"""LoRA-Edge after BatchNorm calibration, ranks by the gradient's energy: as many parameters as one rank everywhere has."""
 
 from __future__ import annotations
 
-from lora_edge.adapt import merge
-from lora_edge.methods.base import Method, adapted
+from torch import Tensor, nn
 
-METHOD = Method(
-    "lora_edge_budget",
-    "LoRA-Edge, BN calibrated, gradient, 0.5 %",
-    lr=2e-2,
-    prepare=adapted(calibrated=True, with_batches=True, subspace="gradient", params="0.5%"),  # whatever the rank
-    finish=merge,
-)
+from lora_edge.adapt import merge, select
+from lora_edge.methods.base import Method, adapted
+from lora_edge.tt import attainable_ranks, check_rank
+
+
+def prepare(model: nn.Module, rank: int, inputs: Tensor, labels: Tensor) -> list[nn.Parameter]:
+    shapes = [tuple(model.get_submodule(name).weight.shape) for name in select(model, None, None)]  # type: ignore[union-attr, arg-type]
+    budget = sum(shape[0] * attainable_ranks(shape, check_rank(rank))[0] for shape in shapes)
+    return adapted(calibrated=True, with_batches=True, params=budget)(model, rank, inputs, labels)
+
+
+METHOD = Method("lora_edge_budget", "LoRA-Edge, BN calibrated, ranks by energy", lr=2e-2, prepare=prepare, finish=merge)
