@@ -1,5 +1,6 @@
 # `make demo` runs the main job, `make test` the tests, `make test-all` every case in Triton's interpreter too, `make check` the
-# linters, `make mutate` the test of the kernels' tests. Each does its own set-up.
+# linters, `make mutate` the test of the kernels' tests, `make sanitize` the CPU engine's tests under the address and
+# undefined-behaviour sanitizers. Each does its own set-up.
 #
 # The virtual environment reuses a torch that python3 already has (as on a Jetson) and never replaces it; without one it
 # installs $(TORCH).
@@ -14,7 +15,7 @@ export LORA_EDGE_CUDA ?= $(if $(wildcard /dev/nvidiactl /dev/nvmap /dev/dxg),,0)
 BIN := $(VENV)/bin
 PIP := $(BIN)/python -m pip --disable-pip-version-check -q
 
-.PHONY: demo test test-all check mutate clean
+.PHONY: demo test test-all check mutate sanitize clean
 .DELETE_ON_ERROR:
 
 demo: $(VENV)/har
@@ -33,6 +34,18 @@ check: $(VENV)/check
 
 mutate: $(VENV)/test
 	$(BIN)/python tests/mutate.py
+
+# A copy is built with the sanitizers; their runtimes must be there before Python is. Python itself leaks on purpose.
+SANITIZE := -fsanitize=address,undefined
+sanitize: $(VENV)/test
+	rm -rf build/sanitize && mkdir -p build/sanitize
+	cp -r setup.py pyproject.toml README.md LICENSE csrc lora_edge benchmarks tests build/sanitize
+	rm -f build/sanitize/lora_edge/_C*.so
+	cd build/sanitize && CFLAGS="-O1 -g $(SANITIZE)" LDFLAGS="$(SANITIZE)" LORA_EDGE_CUDA=0 \
+	  $(abspath $(BIN))/python setup.py -q build_ext --inplace
+	cd build/sanitize && LD_PRELOAD="$$(for l in asan ubsan stdc++; do $(CC) -print-file-name=lib$$l.so; done | tr '\n' ' ')" \
+	  ASAN_OPTIONS=detect_leaks=0 UBSAN_OPTIONS=halt_on_error=1:print_stacktrace=1 \
+	  $(abspath $(BIN))/python -m pytest -s tests/test_cpu_engine.py
 
 # The torch that is there is written down as a constraint, so that no other package can replace it.
 $(VENV)/torch.txt:

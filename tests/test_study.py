@@ -47,7 +47,7 @@ def test_a_persons_rate_comes_from_two_others(small):
         assert person not in judges
         assert len(judges) == 2
     rows = [
-        {"stage": "search", "method": "full", "person": str(p), "lr": str(lr), "f1": str(f1)}
+        {"stage": "search", "method": "full", "rank": "2", "person": str(p), "lr": str(lr), "f1": str(f1)}
         for p, lr, f1 in [
             (1, 0.1, 0.9),
             (2, 0.1, 0.1),
@@ -58,14 +58,14 @@ def test_a_persons_rate_comes_from_two_others(small):
             (3, 0.2, 0.0),
         ]
     ]
-    assert study.chosen_rate(rows, "full", small.problem.judges(5)) == 0.2
-    assert study.chosen_rate(rows, "full", small.problem.judges(1)) == 0.1
-    with pytest.raises(ValueError, match=r"no search rows of bn_only on people \(1, 2\); run the stage search first"):
-        study.chosen_rate(rows, "bn_only", (1, 2))
+    assert study.chosen_rate(rows, "full", 2, small.problem.judges(5)) == 0.2
+    assert study.chosen_rate(rows, "full", 2, small.problem.judges(1)) == 0.1
+    with pytest.raises(ValueError, match=r"no search rows of full at rank 1 on people \(1, 2\); run the stage search first"):
+        study.chosen_rate(rows, "full", 1, (1, 2))
     assert all(len(set(study.rates(method))) == 5 for method in methods().values())
 
 
-def test_it_goes_on_where_it_stopped(small, capsys):
+def test_it_goes_on_where_it_stopped(small, monkeypatch):
     said: list[str] = []
 
     def tell(line: str) -> None:
@@ -92,11 +92,18 @@ def test_it_goes_on_where_it_stopped(small, capsys):
         "0.01",
     }
 
-    assert study_report.main_of([small.rows], small.rows.with_suffix(".png")) == 0
-    printed = capsys.readouterr().out
-    assert "| full fine-tuning |" in printed
-    assert "| zero-shot |" in printed
-    assert "8 steps" in printed
+    picture = small.rows.with_suffix(".png")
+    page = small.rows.with_suffix(".md")
+    page.write_text("before\n<!-- results -->\nold\n<!-- end of results -->\nafter\n")
+    monkeypatch.setattr("sys.argv", ["study_report", str(small.rows), "--picture", str(picture), "--page", str(page)])
+    assert study_report.main() == 0
+    written = page.read_text()
+    for part in ("before\n", "| full fine-tuning | 5 |", "| zero-shot | 5 |", "8 steps", "\nafter"):
+        assert part in written
+    assert "old" not in written
+    assert study_report.main() == 0
+    assert page.read_text() == written
+    assert picture.stat().st_size > 1000
     full = study_report.summaries(rows)["full"]
     assert full.step_over_full == 1.0
     assert full.times_shorter(full) == pytest.approx([1.0] * len(PEOPLE), rel=0.5)  # its own set-up is in its time
@@ -136,7 +143,10 @@ def test_bad_input(small):
         replace(small, methods=("nothing",)).chosen()
     with small.rows.open("w") as file:
         csv.DictWriter(file, study.FIELDS).writeheader()
-    assert study_report.main_of([small.rows], None) == 2
+    with pytest.raises(ValueError, match=r"has no rows of the stage study; run lora_edge\.har\.study first"):
+        study_report.report([small.rows])
+    with pytest.raises(ValueError, match="the page must hold <!-- results --> and <!-- end of results --> once each"):
+        study_report.replace_between_marks("no marks", "text")
 
 
 def test_interval():

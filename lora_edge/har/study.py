@@ -153,14 +153,15 @@ def rates(method: Method) -> list[float]:
     return [float(f"{method.lr * factor:.1g}") for factor in (0.1, 0.3, 1.0, 3.0, 10.0)]
 
 
-def chosen_rate(rows: list[dict[str, str]], method: str, judges: tuple[int, ...]) -> float:
+def chosen_rate(rows: list[dict[str, str]], method: str, rank: int, judges: tuple[int, ...]) -> float:
     """The rate with the best mean F1 of these people in the search; of equals the smaller."""
     f1: dict[float, list[float]] = {}
     for row in rows:
-        if row["stage"] == "search" and row["method"] == method and int(row["person"]) in judges:
+        same = (row["stage"], row["method"], row["rank"]) == ("search", method, str(rank))
+        if same and int(row["person"]) in judges:
             f1.setdefault(float(row["lr"]), []).append(float(row["f1"]))
     if not f1:
-        raise ValueError(f"no search rows of {method} on people {judges}; run the stage search first")
+        raise ValueError(f"no search rows of {method} at rank {rank} on people {judges}; run the stage search first")
     return min(f1, key=lambda lr: (-mean(f1[lr]), lr))
 
 
@@ -183,7 +184,7 @@ def planned(study: Study, rows: Callable[[], list[dict[str, str]]]) -> Iterator[
                 for method in chosen:
                     if stage != "study" and method.name not in COMPARED:
                         continue
-                    lr = chosen_rate(rows(), method.name, study.problem.judges(person))
+                    lr = chosen_rate(rows(), method.name, study.rank, study.problem.judges(person))
                     for share in SHARES if stage == "few_shot" else (0.0,):
                         yield Run(
                             stage, person, seed, method.name, study.rank, lr, LONG_STEPS if stage == "long" else STEPS, share

@@ -1,10 +1,10 @@
 """``python -m lora_edge.har.study_report ROWS.csv ...``: the study's tables as Markdown, and its picture.
 
-A method's row: mean macro-F1 of the people (each the mean of its seeds), the difference to full fine-tuning with its 95 %
-interval paired by person, for how many people it is ahead, and the time to 95 % of the F1 that full fine-tuning reaches on that
-person and seed: steps until an evaluation shows it, times the median seconds of a step, and what the method does before the
-first step. Where some people and seeds do not reach it, the column says how many did. The last column is full fine-tuning's
-time over the method's, the median of those that reach it.
+A method's row: its runs (people times seeds) and their rates; mean and spread of the people's macro-F1, each the mean of its
+seeds; the difference to full fine-tuning on the same seeds with its 95 % interval, paired by person; for how many people it is
+ahead; and the time to 95 % of the F1 that full fine-tuning reaches on that person and seed: steps until an evaluation shows it,
+times the median seconds of a step, and what the method does before the first step. Where some people and seeds do not reach it,
+the column says how many did. The last column is full fine-tuning's time over the method's, the median of those that reach it.
 """
 
 from __future__ import annotations
@@ -22,14 +22,24 @@ from lora_edge.har.adaptation import TARGET_SHARE
 from lora_edge.har.study import WITHOUT_TRAINING, read_rows
 from lora_edge.methods import methods
 
+MARKS = ("<!-- results -->", "<!-- end of results -->")
+HEADINGS = {
+    "watch_A": "A new user (watch, protocol A)",
+    "watch_B": "A new user's other wrist (watch, protocol B)",
+    "spsw_watch_B": "From other people's phones to one's watch",
+    "spsw_phone_B": "From other people's watches to one's phone",
+    "digits_50": "SVHN's network, 50 MNIST digits",
+    "digits_500": "SVHN's network, 500 MNIST digits",
+}
 TITLES = {"zero_shot": "zero-shot", "mirrored": "mirrored input"}
 
 
 @dataclass
 class Summary:
-    """One method's rows of the stage ``study``; ``f1`` and ``steps`` to the target F1 by person and seed."""
+    """One method's rows of the stage ``study`` at one rank; ``f1`` and ``steps`` to the target F1 by person and seed."""
 
     name: str
+    note: str = ""
     f1: dict[tuple[int, int], float] = field(default_factory=dict)
     steps: dict[tuple[int, int], int | None] = field(default_factory=dict)
     setup_seconds: float = 0.0
@@ -42,7 +52,7 @@ class Summary:
 
     @property
     def title(self) -> str:
-        return TITLES.get(self.name) or methods()[self.name].title
+        return (TITLES.get(self.name) or methods()[self.name].title) + self.note
 
     def seconds(self) -> list[float]:
         """Seconds to the target F1 where it was reached; empty without rows of the stage ``speed``."""
@@ -64,24 +74,36 @@ class Summary:
 
     def by_person(self) -> dict[int, float]:
         """Mean of a person's seeds."""
-        scores: dict[int, list[float]] = defaultdict(list)
-        for (person, _), f1 in self.f1.items():
-            scores[person].append(f1)
-        return {person: mean(values) for person, values in sorted(scores.items())}
+        return _by_person(self.f1)
+
+    def minus(self, full: Summary) -> dict[int, float]:
+        """Mean difference to full fine-tuning by person, on the seeds that both have."""
+        return _by_person({key: f1 - full.f1[key] for key, f1 in self.f1.items() if key in full.f1})
+
+
+def _by_person(values: dict[tuple[int, int], float]) -> dict[int, float]:
+    seeds: dict[int, list[float]] = defaultdict(list)
+    for (person, _), value in values.items():
+        seeds[person].append(value)
+    return {person: mean(seeds[person]) for person in sorted(seeds)}
 
 
 def summaries(rows: list[dict[str, str]]) -> dict[str, Summary]:
-    """Each method's summary, in the order of the rows."""
+    """Each method's summary, in the order of the rows; one at another rank than most rows have has it in its name."""
+    ranks = [row["rank"] for row in rows if row["stage"] == "study" and row["method"] not in WITHOUT_TRAINING]
+    usual = max(ranks, key=ranks.count, default="")
     found: dict[str, Summary] = {}
     curves: dict[tuple[str, int, int], list[tuple[int, float]]] = {}
     for row in rows:
-        if row["stage"] == "speed" and row["method"] in found:
-            summary = found[row["method"]]
+        note = "" if row["rank"] == usual or row["method"] in WITHOUT_TRAINING else f", rank {row['rank']}"
+        name = row["method"] + note
+        if row["stage"] == "speed" and name in found:
+            summary = found[name]
             summary.setup_seconds, summary.step_seconds = float(row["setup_seconds"]), float(row["step_seconds"])
             summary.step_over_full = float(row["step_over_full"])
         if row["stage"] != "study":
             continue
-        summary = found.setdefault(row["method"], Summary(row["method"]))
+        summary = found.setdefault(name, Summary(row["method"], note))
         key = (int(row["person"]), int(row["seed"]))
         summary.f1[key] = float(row["f1"])
         if row["method"] in WITHOUT_TRAINING:
@@ -90,7 +112,7 @@ def summaries(rows: list[dict[str, str]]) -> dict[str, Summary]:
         summary.trainable, summary.share_percent = int(row["trainable"]), float(row["share_percent"])
         summary.saved_bytes = int(row["saved_bytes"])
         points = [point.split(":") for point in row["curve"].split()]
-        curves[row["method"], key[0], key[1]] = [(int(step), float(f1)) for step, f1 in points]
+        curves[name, key[0], key[1]] = [(int(step), float(f1)) for step, f1 in points]
     for (name, person, seed), curve in curves.items():
         best = found["full"].f1.get((person, seed)) if "full" in found else None
         if best is not None:
@@ -111,24 +133,23 @@ def interval(differences: list[float]) -> tuple[float, float]:
 def table(found: dict[str, Summary]) -> str:
     """The table of a study in Markdown."""
     lines = [
-        "| method | rate | trainable | share | saved | macro-F1 | spread | minus full, points | ahead of full "
+        "| method | runs | rate | trainable | saved | macro-F1 | spread | minus full, points | ahead of full "
         "| s to 95 % | times shorter |",
-        "|---|---|---|---|---|---|---|---|---|---|---|",
+        "|---" * 11 + "|",
     ]
-    full = found["full"].by_person() if "full" in found else {}
     for summary in found.values():
-        people = summary.by_person()
-        scores = list(people.values())
+        scores = list(summary.by_person().values())
         spread = f"{np.std(scores, ddof=1):.3f}" if len(scores) > 1 else "-"
-        cells = [summary.title, "-", "-", "-", "-", f"{mean(scores):.3f}", spread, "-", "-", "-", "-"]
+        cells = [summary.title, str(len(summary.f1)), "-", "-", "-", f"{mean(scores):.3f}", spread, "-", "-", "-", "-"]
         if summary.rates:
-            cells[1] = " / ".join(f"{rate:g}" for rate in sorted(summary.rates))
-            cells[2:5] = [f"{summary.trainable:,}", f"{summary.share_percent:.2f} %", f"{summary.saved_bytes / 1e6:.2f} MB"]
-        shared = [person for person in people if person in full]
-        if shared and summary.name != "full":
-            middle, half = interval([100 * (people[p] - full[p]) for p in shared])
+            cells[2] = " / ".join(f"{rate:g}" for rate in sorted(summary.rates))
+            cells[3] = f"{summary.trainable:,} ({summary.share_percent:.2f} %)"
+            cells[4] = f"{summary.saved_bytes / 1e6:.2f} MB"
+        if "full" in found and summary.name != "full":
+            differences = list(summary.minus(found["full"]).values())
+            middle, half = interval([100 * difference for difference in differences])
             cells[7] = f"{middle:+.1f} ± {half:.1f}"
-            cells[8] = f"{sum(people[p] > full[p] for p in shared)} of {len(shared)}"
+            cells[8] = f"{sum(difference > 0 for difference in differences)} of {len(differences)}"
         reached = sum(steps is not None for steps in summary.steps.values())
         count = f" ({reached} of {len(summary.steps)})" if reached < len(summary.steps) else ""
         if seconds := summary.seconds():
@@ -200,28 +221,55 @@ def draw(studies: dict[str, dict[str, Summary]], path: Path) -> None:
     plt.close(figure)
 
 
-def main() -> int:
-    parser = argparse.ArgumentParser(prog="python -m lora_edge.har.study_report", description=__doc__.split("\n")[0])
-    parser.add_argument("rows", type=Path, nargs="+", help="files that lora_edge.har.study wrote")
-    parser.add_argument("--picture", type=Path, help="a PNG to write")
-    options = parser.parse_args()
-    return main_of(options.rows, options.picture)
+def report(files: list[Path]) -> tuple[str, dict[str, dict[str, Summary]]]:
+    """The tables of all files in Markdown, and their summaries by heading.
 
-
-def main_of(files: list[Path], picture: Path | None) -> int:
-    """Print the tables of the files and write the picture; 2 with a line on standard error where there is nothing to show."""
+    Raises:
+        ValueError: a file has no rows to show.
+    """
     studies: dict[str, dict[str, Summary]] = {}
+    parts: list[str] = []
     for path in files:
         rows = read_rows(path)
         found = summaries(rows)
         if not found:
-            print(f"study_report: error: {path} has no rows of the stage study; run lora_edge.har.study first", file=sys.stderr)
-            return 2
-        studies[path.stem.removeprefix("study_").replace("_", ", protocol ")] = found
-        parts = [f"### {path.stem}", table(found), people_table(found), other_stages(rows)]
-        print("\n\n".join(part for part in parts if part), end="\n\n")
-    if picture is not None:
-        draw(studies, picture)
+            raise ValueError(f"{path} has no rows of the stage study; run lora_edge.har.study first")
+        name = path.stem.removeprefix("study_")
+        heading = HEADINGS.get(name, name.replace("_", ", "))
+        studies[heading] = found
+        parts += [f"### {heading}", table(found), people_table(found), other_stages(rows)]
+    return "\n\n".join(part for part in parts if part), studies
+
+
+def replace_between_marks(page: str, text: str) -> str:
+    """The page with ``text`` between its two marks.
+
+    Raises:
+        ValueError: the page has not both marks, once each.
+    """
+    begin, end = MARKS
+    if page.count(begin) != 1 or page.count(end) != 1:
+        raise ValueError(f"the page must hold {begin} and {end} once each")
+    return f"{page[: page.index(begin)]}{begin}\n\n{text}\n\n{page[page.index(end) :]}"
+
+
+def main() -> int:
+    parser = argparse.ArgumentParser(prog="python -m lora_edge.har.study_report", description=__doc__.split("\n")[0])
+    parser.add_argument("rows", type=Path, nargs="+", help="files that lora_edge.har.study wrote")
+    parser.add_argument("--picture", type=Path, help="a PNG to write")
+    parser.add_argument("--page", type=Path, help=f"a Markdown file whose text between {MARKS[0]} and {MARKS[1]} is replaced")
+    options = parser.parse_args()
+    try:
+        text, studies = report(options.rows)
+        if options.page is not None:
+            options.page.write_text(replace_between_marks(options.page.read_text(), text))
+    except (ValueError, OSError) as error:
+        print(f"study_report: error: {error}", file=sys.stderr)
+        return 2
+    if options.page is None:
+        print(text)
+    if options.picture is not None:
+        draw(studies, options.picture)
     return 0
 
 
