@@ -57,11 +57,12 @@ def gradient_suffix(weight: Tensor, gradient: Tensor, rank: int, scaling: str = 
     Raises:
         ValueError: the gradient is zero.
     """
-    exact = gradient.to(torch.float64) / gradient.abs().max()
-    if not bool(torch.isfinite(exact).all()):
+    largest = float(gradient.abs().max())
+    if not 0 < largest < float("inf"):
         raise ValueError(
             'the batches yield no gradient for it, so it has no such directions; exclude it, or use subspace="weight"'
         )
+    exact = gradient.to(torch.float64) / largest
     own = contract_suffix(weight_suffix(weight.detach().cpu().to(torch.float64), rank, scaling))
     size = own.norm() if bool(own.norm()) else torch.ones((), dtype=torch.float64)
     rows = torch.cat([exact / exact.norm(), FILL * own / size])
@@ -86,7 +87,10 @@ def common_norm(weight: Tensor, rank: int) -> float:
     One step of Adam moves each entry of the core by the learning rate at most, and so an output's response to ``x`` by at most
     the rate times ``sum_q |S_q x|``. The signs agree in what reduces the loss, so these terms add up: ``r1`` rows of this norm
     move it by at most the rate times what a filter of the layer's usual norm gives, whatever the layer's width, kernel, fan-in
-    and rank.
+    and rank. (Source: after muP, Yang et al. 2022, arXiv 2203.03466, for the core alone.)
+
+    A step of SGD is ``dW`` seen by the unit rows, times the rate and the square of this norm: fine-tuning's own step in the
+    subspace at ``|W|^2 / (O r1^2)`` of its rate, so there a rate does not carry over from layer to layer and rank to rank.
     """
     return float(weight.norm()) / weight.shape[0] ** 0.5 / rank
 

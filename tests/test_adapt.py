@@ -128,6 +128,30 @@ def test_balanced_rows_have_one_norm_and_span_the_papers_subspace():
         torch.testing.assert_close(nn.functional.normalize(a), nn.functional.normalize(b))
 
 
+@pytest.mark.parametrize("rank", [1, 2, 4])
+@pytest.mark.parametrize("optimizer", [torch.optim.SGD, torch.optim.Adam])
+def test_the_first_steps_size_is_the_one_that_the_balanced_norm_is_derived_from(optimizer, rank):
+    """SGD: ``dW`` seen by the unit rows times the squared norm. Adam: the rate a core entry, an output a filter at most."""
+    conv, lr = nn.Conv2d(6, 16, 3).double(), 1e-3
+    x = torch.randn(5, 6, 8, 8, dtype=torch.float64)
+    (gradient,) = torch.autograd.grad(conv(x).square().sum(), conv.weight)
+    model = lora_edge.adapt(nn.Sequential(conv), rank)
+    layer = model[0]
+    step = optimizer(lora_edge.trainable_parameters(model), lr=lr)
+    model(x).square().sum().backward()
+    step.step()
+    rows = layer.suffix.detach().flatten(1)
+    update = layer.core.detach() @ rows
+    norm = conv.weight.detach().norm() / 16**0.5 / rank
+    if optimizer is torch.optim.SGD:
+        unit = rows / rows.norm(dim=1, keepdim=True)
+        torch.testing.assert_close(update, -lr * norm**2 * gradient.flatten(1) @ unit.T @ unit)
+    else:
+        torch.testing.assert_close(layer.core.detach().abs(), torch.full((16, rank), lr).double(), rtol=1e-4, atol=0)
+        assert float(update.norm(dim=1).max().detach()) <= lr * norm * rank
+        assert float(update.norm(dim=1).min().detach()) >= 0.5 * lr * norm * rank**0.5
+
+
 def test_targets_and_exclude():
     model, _ = network("2-D")
     assert list(adapted_layers(lora_edge.adapt(copy.deepcopy(model), 2, targets="stem"))) == ["stem"]
