@@ -52,10 +52,15 @@ def _parser() -> argparse.ArgumentParser:
     adapt.add_argument("--target-domain", help='protocol B: the target\'s domain, name or number (watch: "left")')
     adapt.add_argument("--model", metavar="package.module:factory", help="your model; default T-ResNet")
     adapt.add_argument("--weights", type=Path, help="its source weights; default: pre-train on the other people")
+    adapt.add_argument(
+        "--method",
+        default="lora_edge",
+        help="form of LoRA-Edge, a file in lora_edge/methods (default lora_edge), as lora_edge_budget",
+    )
     adapt.add_argument("--rank", type=int, default=2, help="cap of the TT bonds (default 2)")
     adapt.add_argument("--steps", type=int, default=50, help="Adam steps of the adaptation (default 50)")
     adapt.add_argument("--epochs", type=int, default=10, help="epochs of the pre-training (default 10)")
-    adapt.add_argument("--lr", type=float, help="LoRA-Edge's learning rate (default 2e-2)")
+    adapt.add_argument("--lr", type=float, help="the method's learning rate (default its own, 2e-2)")
     adapt.add_argument("--seed", type=int, default=0)
     adapt.add_argument("--out", required=True, type=Path, help="folder for the adapter, the merged model, results and picture")
     adapt.set_defaults(run=_adapt)

@@ -51,6 +51,7 @@ class Settings:
     epochs: int = 10
     lr: float | None = None
     seed: int = 0
+    method: str = "lora_edge"
 
 
 @dataclass
@@ -87,7 +88,7 @@ Progress = Callable[[str, int, int], None]
 
 
 def run(settings: Settings, progress: Progress | None = None) -> Report:
-    """Pre-train (or load) the source model, adapt it by every method, write the files of the LoRA-Edge row to ``settings.out``.
+    """Pre-train (or load) the source model, adapt it by every method, write the files of ``settings.method``.
 
     Files: ``adapter.safetensors``, ``merged.safetensors`` (a plain state dict), ``results.json``, ``f1_over_time.png`` and
     ``source-*.safetensors``, which a second run reuses.
@@ -100,6 +101,10 @@ def run(settings: Settings, progress: Progress | None = None) -> Report:
         ValueError, TypeError, OSError: bad data, an absent subject, a model that does not fit, an unwritable folder.
     """
     tell = progress or (lambda title, done, total: None)
+    available = methods()
+    forms = [name for name in available if name.startswith("lora_edge")]
+    if settings.method not in forms:
+        raise ValueError(f"method is {settings.method!r}; give a form of LoRA-Edge: {', '.join(forms)}")
     task, model = source(settings, tell)
     report = Report(
         settings={**asdict(settings), "out": str(settings.out), "weights": settings.weights and str(settings.weights)},
@@ -110,9 +115,8 @@ def run(settings: Settings, progress: Progress | None = None) -> Report:
     report.rows.append(Row("zero_shot", "zero-shot", macro_f1(model, task.test)))
     if set(MIRRORED_CHANNELS) <= set(task.test.channels) and settings.protocol == "B":
         report.rows.append(Row("mirrored", "mirrored input", macro_f1(model, mirrored(task).test)))
-    available = methods()
-    for name in ("head_only", "bn_only", "full", "lora_edge"):
-        keep = settings.out if name == "lora_edge" else None
+    for name in dict.fromkeys(("head_only", "bn_only", "full", "lora_edge", settings.method)):
+        keep = settings.out if name == settings.method else None
         report.rows.append(adapt_by(available[name], model, task, settings, tell, keep))
     report.target_f1 = set_seconds_to_target(report.rows)
     write_text(settings.out / "results.json", json.dumps(asdict(report), indent=1) + "\n")
@@ -149,7 +153,7 @@ def adapt_by(method: Method, base: nn.Module, task: Split, settings: Settings, t
     model = copy.deepcopy(base)
     x, y = tensors(task.adapt)
     parameters = method.prepare(model, settings.rank, x, y)
-    lr = settings.lr if settings.lr is not None and method.name == "lora_edge" else method.lr
+    lr = settings.lr if settings.lr is not None and method.name == settings.method else method.lr
     model.train()
     trainable = sum(p.numel() for p in parameters)
     row = Row(method.name, method.title, 0.0, trainable, 100 * trainable / sum(p.numel() for p in base.parameters()), lr=lr)

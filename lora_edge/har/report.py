@@ -48,7 +48,7 @@ def draw(report: Report, path: Path) -> None:
                 row.f1, color="0.55", linestyle=":" if row.name == "zero_shot" else "-.", linewidth=1.2, label=row.title
             )
         else:
-            emphasis = row.name == "lora_edge"
+            emphasis = row.name == report.settings["method"]
             axes.plot(
                 row.curve.seconds, row.curve.f1, color=colours(k % 10), linewidth=2.6 if emphasis else 1.5,
                 marker="o", markersize=3.5, label=f"{row.title} ({row.trainable:,} parameters)", zorder=3 if emphasis else 2,
