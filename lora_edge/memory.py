@@ -42,7 +42,7 @@ class SavedBytes:
         if storage.data_ptr() not in self._own and storage.nbytes():
             self.storages[storage.data_ptr()] = storage.nbytes()
             self._kept.append(tensor.detach())
-        return tensor
+        return tensor.detach()  # an output saved by its own function would keep that function, and so itself, for good
 
     def __enter__(self) -> SavedBytes:
         self._hooks.__enter__()  # type: ignore[no-untyped-call]

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import pickle
+import weakref
 
 import pytest
 import torch
@@ -101,6 +102,14 @@ def test_parameter_counts():
     mobile = MobileNetV2(17)
     lora_edge.adapt(mobile, 2, targets=pointwise(mobile))
     assert sum(p.numel() for p in lora_edge.trainable_parameters(mobile)) == 19_776
+
+
+def test_counting_saved_bytes_keeps_nothing():
+    """A sigmoid saves its own output, which refers to it."""
+    model, outputs = nn.Sequential(nn.Linear(3, 4), nn.Sigmoid()), []
+    model[1].register_forward_hook(lambda module, inputs, output: outputs.append(weakref.ref(output)))
+    assert saved_bytes(model, torch.randn(5, 3)) > 0
+    assert [output() for output in outputs] == [None]
 
 
 def test_saved_bytes_of_w1_with_stock_layers_around():
