@@ -69,6 +69,7 @@ def expected_trainable(model, name):
     counts = {
         **dict.fromkeys(["full", "target_only"], sum(p.numel() for p in model.parameters())),
         "head_only": (head.in_features + 1) * head.out_features,
+        "full_frozen_bn": sum(p.numel() for p in model.parameters()) - 2 * maps,
         "bn_only": 2 * maps,
         "bias_only": sum(m.bias.numel() for m in model.modules() if getattr(m, "bias", None) is not None),
     }

@@ -153,3 +153,10 @@ def test_interval():
     middle, half = study_report.interval([1.0, 2.0, 3.0])
     assert middle == 2.0
     assert half == pytest.approx(2.484, abs=1e-3)  # t(2, 97.5 %) = 4.303 on a standard error of 1 / sqrt(3)
+
+
+def test_the_readmes_results_are_those_of_the_committed_rows():
+    root = Path(study_report.__file__).parents[2]
+    page = (root / "README.md").read_text()
+    text, _ = study_report.report(sorted((root / "benchmarks/results/cpu").glob("study_*.csv")))
+    assert study_report.replace_between_marks(page, text) == page, "run make results"

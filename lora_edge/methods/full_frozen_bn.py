@@ -1,0 +1,20 @@
+"""Full fine-tuning on frozen BatchNorm: all but the norms is trained. It says what the source's statistics cost any method."""
+
+from __future__ import annotations
+
+from torch import Tensor, nn
+from torch.nn.modules.batchnorm import _BatchNorm
+
+from lora_edge.methods.base import Method, freeze_backbone, unfreeze_backbone
+
+
+def prepare(model: nn.Module, rank: int, inputs: Tensor, labels: Tensor) -> list[nn.Parameter]:
+    freeze_backbone(model)
+    frozen = {id(p) for m in model.modules() if isinstance(m, _BatchNorm) for p in m.parameters(recurse=False)}
+    trained = [p for p in model.parameters() if id(p) not in frozen]
+    for parameter in trained:
+        parameter.requires_grad_(True)
+    return trained
+
+
+METHOD = Method("full_frozen_bn", "full fine-tuning, BN frozen", lr=1e-3, prepare=prepare, finish=unfreeze_backbone)
