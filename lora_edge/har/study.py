@@ -33,7 +33,7 @@ from torch import nn
 
 from lora_edge.har.adaptation import Settings, machine, source
 from lora_edge.har.data import Split, mirrored
-from lora_edge.har.train import BATCH, macro_f1, tensors, train_target, training_step
+from lora_edge.har.train import macro_f1, one_batch, tensors, train_target, training_step
 from lora_edge.memory import saved_bytes
 from lora_edge.methods import Method, methods
 
@@ -43,7 +43,7 @@ COMPARED = ("full", "head_only", "lora_edge")  # in the long and the few-shot st
 SEARCH_PEOPLE = ((1, 2), (3, 4))
 WITHOUT_TRAINING = ("zero_shot", "mirrored")
 STAGES = ("search", "study", "long", "few_shot", "speed")
-SPEED_ROUNDS, WARM_UP = 15, 3
+SPEED_ROUNDS, WARM_UP, SETUPS = 15, 3, 3
 KEY = ("stage", "person", "seed", "method", "rank", "lr", "steps", "share")
 FIELDS = (
     "device", "date", "lora_edge", "torch", "threads", "data", "protocol", *KEY, "trainable", "share_percent", "saved_bytes",
@@ -218,7 +218,7 @@ def measure(study: Study, run: Run, task: Split, base: nn.Module) -> dict[str, A
     parameters = method.prepare(model, run.rank, x, y)
     model.train()
     trainable = sum(p.numel() for p in parameters)
-    saved = saved_bytes(copy.deepcopy(model), x.repeat(-(-BATCH // len(x)), 1, 1)[:BATCH])
+    saved = saved_bytes(copy.deepcopy(model), one_batch(x))
     every = study.problem.evaluate_every if run.stage == "study" else run.steps  # only the study's rows have a curve
     curve = train_target(
         model, parameters, task.adapt, task.test, steps=run.steps, lr=run.lr, seed=run.seed, evaluate_every=every
@@ -239,21 +239,23 @@ def speeds(study: Study, task: Split, base: nn.Module) -> dict[str, dict[str, fl
     ``step_over_full`` is the median of a round's ratio to full fine-tuning, ``setup_seconds`` are those of ``prepare``.
     """
     x, y = tensors(task.adapt)
-    index = torch.arange(BATCH) % len(x)
     setup: dict[str, float] = {}
     trained: dict[str, tuple[nn.Module, torch.optim.Optimizer]] = {}
     for method in {"full": methods()["full"], **{method.name: method for method in study.chosen()}}.values():
-        model = copy.deepcopy(base)
-        start = time.perf_counter()
-        parameters = method.prepare(model, study.rank, x, y)
-        setup[method.name] = time.perf_counter() - start
+        seconds_of = []
+        for _ in range(SETUPS):
+            model = copy.deepcopy(base)
+            start = time.perf_counter()
+            parameters = method.prepare(model, study.rank, x, y)
+            seconds_of.append(time.perf_counter() - start)
+        setup[method.name] = median(seconds_of)
         trained[method.name] = model.train(), torch.optim.Adam(parameters, lr=method.lr)
     rounds: list[dict[str, float]] = []
     for _ in range(WARM_UP + SPEED_ROUNDS):
         seconds = {}
         for name, (model, optimizer) in trained.items():
             start = time.perf_counter()
-            training_step(model, optimizer, x[index], y[index])
+            training_step(model, optimizer, one_batch(x), one_batch(y))
             seconds[name] = time.perf_counter() - start
         rounds.append(seconds)
     return {

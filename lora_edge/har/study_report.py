@@ -195,7 +195,7 @@ def draw(studies: dict[str, dict[str, Summary]], path: Path) -> None:
     matplotlib.use("Agg")
     from matplotlib import pyplot as plt
 
-    figure, grid = plt.subplots(len(studies), 3, figsize=(12, 3.6 * len(studies)), layout="constrained", squeeze=False)
+    figure, grid = plt.subplots(len(studies), 3, figsize=(14, 3.4 * len(studies)), layout="constrained", squeeze=False)
     names = list(dict.fromkeys(n for found in studies.values() for n in found if n not in WITHOUT_TRAINING))
     colours = plt.get_cmap("tab20")
     for axes, (title, found) in zip(grid, studies.items(), strict=True):
@@ -205,18 +205,18 @@ def draw(studies: dict[str, dict[str, Summary]], path: Path) -> None:
             summary = found[name]
             f1 = mean(summary.by_person().values())
             seconds = summary.seconds()
+            marker, size = ("*", 13) if name.startswith("lora_edge") else ("o", 7)
             values = (summary.trainable, summary.saved_bytes / 1e6, median(seconds) if seconds else None)
             for axis, value in zip(axes, values, strict=True):
                 if value is not None:
-                    axis.plot(
-                        value, f1, "o", color=colours(k % 20), markersize=9 if name == "lora_edge" else 6, label=summary.title
-                    )
-        axes[0].set(xlabel="trainable parameters", xscale="log", ylabel=f"{title}: macro-F1")
-        axes[1].set(xlabel="saved for backward, MB", xscale="log")
-        axes[2].set(xlabel="seconds of training to 95 % of full fine-tuning's F1", xscale="log")
+                    axis.plot(value, f1, marker, color=colours(k % 20), markersize=size, label=summary.title)
+        axes[0].set(xlabel="trainable parameters", xscale="log", ylabel="macro-F1")
+        axes[1].set(xlabel="saved for backward, MB", xscale="log", title=title)
+        axes[2].set(xlabel="seconds to 95 % of full fine-tuning's F1", xscale="log")
         for axis in axes:
             axis.grid(alpha=0.25)
-    grid[0][0].legend(fontsize=6.5, loc="lower right")
+    shown = {label: line for axis in grid[:, 0] for line, label in zip(*axis.get_legend_handles_labels(), strict=True)}
+    figure.legend(shown.values(), shown.keys(), fontsize=7, loc="outside right upper")
     figure.savefig(path, dpi=130)
     plt.close(figure)
 

@@ -44,6 +44,11 @@ def batches(count: int, size: int, generator: torch.Generator) -> Iterator[Tenso
         yield from order[: count - count % size].split(size)
 
 
+def one_batch(samples: Tensor) -> Tensor:
+    """The first 64 of some samples or labels, from the beginning again where there are fewer."""
+    return samples[torch.arange(BATCH) % len(samples)]
+
+
 def predict(model: nn.Module, x: Tensor, size: int = 256) -> Tensor:
     """Classes ``(N,)`` in evaluation mode; the training flags are left as they were."""
     with torch.no_grad(), in_evaluation(model):
