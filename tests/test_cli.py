@@ -206,7 +206,7 @@ def test_bad_merge_and_info(folder, capsys):
 def test_python_dash_m_gives_the_exit_code(folder):
     done = subprocess.run([sys.executable, "-m", "lora_edge", "info", "none"], capture_output=True, text=True, check=False)
     assert done.returncode == 2
-    assert done.stderr == "lora-edge: error: none: no such file; give the path of an adapter that save_adapter wrote\n"
+    assert done.stderr == "lora-edge: error: none: no such file; give the path of one that save_adapter wrote\n"
 
 
 def _exit_code(arguments: list[str]) -> int:

@@ -215,6 +215,7 @@ def draw(studies: dict[str, dict[str, Summary]], path: Path) -> None:
         axes[2].set(xlabel="seconds to 95 % of full fine-tuning's F1", xscale="log")
         for axis in axes:
             axis.grid(alpha=0.25)
+            axis.set_visible(bool(axis.lines))
     shown = {label: line for axis in grid[:, 0] for line, label in zip(*axis.get_legend_handles_labels(), strict=True)}
     figure.legend(shown.values(), shown.keys(), fontsize=7, loc="outside right upper")
     figure.savefig(path, dpi=130)
