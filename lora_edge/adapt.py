@@ -87,7 +87,7 @@ def adapt(
             layer that gets nothing stays frozen, and ``summary`` says so. A trained head does not count.
         subspace: which directions the update may use. "weight": the leading right singular directions of the pre-trained
             kernel, as the paper has it. "gradient": those of the gradient on ``batches``. "auto" is "weight", with
-            or without batches: the study has found no case where the gradient's is better.
+            or without batches: in the study the gradient's is no better on average.
         batches: pairs ``(x, y)`` of target inputs and classes; the loss is the cross-entropy. Equal parts of the first four
             are used, together as many samples as the largest holds: about four training steps at batch 64, and more of the
             smaller ones. BatchNorm is on its running statistics, whatever ``bn`` says, so :func:`calibrate_bn` comes first.
