@@ -19,7 +19,7 @@ import io
 import itertools
 import sys
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from functools import cache
 from pathlib import Path
 
@@ -96,7 +96,7 @@ class Digits:
     name: str = "digits"
     people: Sequence[int] = (1, 2, 3, 4, 5, 6)
     evaluate_every: int = 10
-    without_training: Sequence[str] = field(default=("zero_shot",))
+    without_training: Sequence[str] = ("zero_shot",)
 
     @property
     def protocol(self) -> str:
