@@ -17,12 +17,14 @@ from torch.nn.modules.conv import _ConvNd
 
 from lora_edge import blocks, calibration, lean
 from lora_edge.budget import MOST_RANK, parse_budget, spread_ranks
-from lora_edge.gradient import captured_energies, few_samples, leading_gradients
+from lora_edge.gradient import captured_energies, leading_gradients
+from lora_edge.inputs import leading_inputs
 from lora_edge.layers import ADAPTED_CLASS, LoRAEdgeConv, attach, check_adaptable, check_suffix, detach, set_weights
 from lora_edge.ops import tt_fuse
 from lora_edge.ops.backends import require_backend
 from lora_edge.reparametrised import Reparametrisation, bake, reparametrised_layers
-from lora_edge.subspace import SCALINGS, SUBSPACES, gradient_suffix, row_energies, weight_suffix
+from lora_edge.samples import few_inputs, few_samples
+from lora_edge.subspace import SCALINGS, SUBSPACES, gradient_suffix, row_energies, suffix_along, weight_suffix
 from lora_edge.tt import check_rank
 
 BN_MODES = ("frozen", "batch")
@@ -61,7 +63,7 @@ def adapt(
     targets: Sequence[str] | str | None = None,
     exclude: Sequence[str] | str | None = None,
     params: str | int | None = None,
-    subspace: str = "weight",
+    subspace: str = "auto",
     batches: Iterable[Any] | None = None,
     scaling: str = "balanced",
     bn: str = "frozen",
@@ -86,11 +88,13 @@ def adapt(
             rank catches of the gradient where ``batches`` are given, by the weight's squared singular values where not. A
             layer that gets nothing stays frozen, and ``summary`` says so. A trained head does not count.
         subspace: which directions the update may use. "weight": the leading right singular directions of the pre-trained
-            kernel, as the paper has it. "gradient": those of the gradient on ``batches``. "auto" is "weight", with
-            or without batches: in the study the gradient's is no better on average.
-        batches: pairs ``(x, y)`` of target inputs and classes; the loss is the cross-entropy. Equal parts of the first four
-            are used, together as many samples as the largest holds: about four training steps at batch 64, and more of the
-            smaller ones. BatchNorm is on its running statistics, whatever ``bn`` says, so :func:`calibrate_bn` comes first.
+            kernel, as the paper has it. "input": the principal directions of what each layer reads on ``batches``. "gradient":
+            the leading right singular directions of the gradient on ``batches``. "auto" is "input" where ``batches`` are
+            given, "weight" where not: in the study the input's is ahead of both others.
+        batches: the target's inputs, ``x`` or tuples that start with it; with "gradient" or ``params`` pairs ``(x, y)`` with
+            classes, the loss is the cross-entropy then. Equal parts of the first four are used, together as many samples as
+            the largest holds. "input" takes less than a training step, "gradient" about four at batch 64. BatchNorm is on its
+            running statistics, whatever ``bn`` says, so :func:`calibrate_bn` comes first.
         scaling: "balanced" gives the suffix rows one common norm a layer, "paper" leaves the singular values in them.
         bn: "frozen" keeps BatchNorm on its running statistics through ``model.train()`` until ``merge``; "batch" leaves it
             to ``train()`` and ``eval()`` as it was, which saves its input for backward and keeps blocks from being fused. Its
@@ -117,8 +121,11 @@ def adapt(
     saved = _saved_dtype(saved_dtype)
     require_backend(backend, "adapt")
     _check_choice("subspace", subspace, SUBSPACES)
-    if subspace == "gradient" and batches is None:
-        raise ValueError('subspace="gradient" needs batches; give a few pairs (x, y) of the target\'s inputs and classes')
+    if subspace == "auto":
+        subspace = "weight" if batches is None else "input"
+    if batches is None and subspace != "weight":
+        what = "inputs" if subspace == "input" else "pairs (x, y) of the target's inputs and classes"
+        raise ValueError(f'subspace="{subspace}" needs batches; give a few {what}')
     if subspace == "weight" and batches is not None and params is None:
         raise ValueError('batches is given, but subspace="weight" uses it with params only; leave it out, or give one of them')
     names = select(model, targets, exclude)
@@ -134,7 +141,7 @@ def adapt(
     plans = {name: LayerPlan(suffix, bond_cap=ranks[name]) for name, suffix in suffixes.items()}
     install(
         model, plans, scaling=scaling, bn=bn, head=head, lean_layers=lean, saved_dtype=saved, backend=backend,
-        subspace="gradient" if subspace == "gradient" else "weight",
+        subspace=subspace,
     )  # fmt: skip
     state = adapt_state(model)
     assert state is not None
@@ -154,30 +161,34 @@ def _choose(
 ) -> tuple[dict[str, int], dict[str, list[Tensor]]]:
     """Rank and frozen cores ``[G2, ..., Gd]`` of every adapted layer. Touches neither the model nor torch's generator."""
     cap = rank if budget is None else MOST_RANK
-    gradients: dict[str, Tensor] = {}
+    rows: dict[str, Tensor] = {}  # that the suffixes are made of, where not of the weights
     energies: dict[str, Tensor] = {}
-    if batches is not None and (subspace == "gradient" or budget is not None):
+
+    def suffix(name: str, own: int) -> list[Tensor]:
+        with _named(name):
+            if not rows:
+                return weight_suffix(weights[name], own, scaling)
+            make = gradient_suffix if subspace == "gradient" else suffix_along
+            return make(weights[name], rows[name], own, scaling)
+
+    if batches is not None:
         device = next(iter(weights.values())).device
         with torch.random.fork_rng([device] if device.type == "cuda" else []):
-            samples = few_samples(batches, device)
+            needs_labels = subspace == "gradient" or budget is not None
+            samples = few_samples(batches, device) if needs_labels else []
             if subspace == "gradient":
-                gradients = leading_gradients(model, list(weights), cap, samples, backend)
-            else:
-                directions = {name: weight_suffix(weight, cap, scaling) for name, weight in weights.items()}
-                energies = captured_energies(model, directions, samples, backend)
+                rows = leading_gradients(model, list(weights), cap, samples, backend)
+            elif subspace == "input":
+                inputs = [x for x, _ in samples] if needs_labels else few_inputs(batches, device)
+                rows = leading_inputs(model, list(weights), cap, inputs)
+            if budget is not None and subspace != "gradient":
+                energies = captured_energies(model, {name: suffix(name, cap) for name in weights}, samples, backend)
     if budget is None:
         ranks = dict.fromkeys(weights, rank)
     else:
-        energies = energies or {name: row_energies(tensor, cap) for name, tensor in (gradients or weights).items()}
+        energies = energies or {name: row_energies(tensor, cap) for name, tensor in (rows or weights).items()}
         ranks = spread_ranks(energies, {name: len(weight) for name, weight in weights.items()}, budget)
-    suffixes = {}
-    for name, own in ranks.items():
-        with _named(name):
-            suffixes[name] = (
-                gradient_suffix(weights[name], gradients[name], own, scaling)
-                if gradients
-                else weight_suffix(weights[name], own, scaling)
-            )
+    suffixes = {name: suffix(name, own) for name, own in ranks.items()}
     return ranks, suffixes
 
 

@@ -14,8 +14,7 @@ touched.
 from __future__ import annotations
 
 import copy
-import itertools
-from collections.abc import Iterable, Sequence
+from collections.abc import Sequence
 from typing import Any
 
 import torch
@@ -24,45 +23,15 @@ from torch import Tensor, nn
 
 from lora_edge import blocks, calibration, lean
 from lora_edge.layers import ADAPTED_CLASS, LoRAEdgeConv, attach
+from lora_edge.samples import Sample
 from lora_edge.tt import contract_suffix
 
-MOST_BATCHES = 4  # looked at; of all together as many samples are used as one of them holds
 MICRO_BATCHES = 4  # of a batch where the inputs of all layers are saved: fewer bytes than a training step needs on W1
 OVERSAMPLING = 16  # rows beyond the rank asked for, which make those up to the rank precise
 
-_Sample = tuple[Tensor, Tensor]
-
-
-def few_samples(batches: Iterable[Any], device: torch.device) -> list[_Sample]:
-    """The samples that a pass uses: of the first few batches equal parts, together as many as the largest of them holds.
-
-    Args:
-        batches: pairs ``(x (N, ...), y)`` of inputs and classes, as a DataLoader gives them.
-        device: where the samples go.
-
-    Raises:
-        TypeError: ``batches`` cannot be iterated over.
-        ValueError: there are none, one is no pair of tensors, or its ``x`` and ``y`` are not of one length.
-    """
-    try:
-        few = list(itertools.islice(iter(batches), MOST_BATCHES))
-    except TypeError as error:
-        raise TypeError(f"batches is a {type(batches).__name__} ({error}); give an iterable of pairs (x, y)") from None
-    for k, batch in enumerate(few):
-        if not (isinstance(batch, (tuple, list)) and len(batch) == 2 and all(isinstance(part, Tensor) for part in batch)):
-            raise ValueError(f"batches: batch {k} is a {type(batch).__name__}; give pairs (x, y) of tensors")
-        x, y = batch
-        if x.dim() == 0 or y.dim() == 0 or len(x) != len(y):
-            raise ValueError(f"batches: batch {k} has x {tuple(x.shape)} and y {tuple(y.shape)}; give a class for every sample")
-    size = max((len(x) for x, _ in few), default=0)
-    if size == 0:
-        raise ValueError("batches holds no samples, or its iterator was used up before; give at least one batch (x, y)")
-    part = -(-size // len(few))
-    return [(x[:part].to(device), y[:part].to(device)) for x, y in few]
-
 
 def leading_gradients(
-    model: nn.Module, names: Sequence[str], rank: int, samples: list[_Sample], backend: str = "auto"
+    model: nn.Module, names: Sequence[str], rank: int, samples: list[Sample], backend: str = "auto"
 ) -> dict[str, Tensor]:
     """``Q^T dW (q, I/g, *K)`` of each named convolution: ``dW`` on its leading left directions, on the CPU.
 
@@ -71,7 +40,7 @@ def leading_gradients(
     Args:
         names: dotted names of stock convolutions.
         rank: how many singular directions are to be precise.
-        samples: from :func:`few_samples`.
+        samples: from :func:`lora_edge.samples.few_samples`.
         backend: what layers run on where their suffix needs no gradient, as in the first pass.
 
     Raises:
@@ -100,13 +69,13 @@ def leading_gradients(
 
 
 def captured_energies(
-    model: nn.Module, suffixes: dict[str, list[Tensor]], samples: list[_Sample], backend: str = "auto"
+    model: nn.Module, suffixes: dict[str, list[Tensor]], samples: list[Sample], backend: str = "auto"
 ) -> dict[str, Tensor]:
     """``|dW v_q|^2`` for each row ``v_q`` of the suffix, orthonormalised in order: what the row can catch of the gradient.
 
     Args:
         suffixes: name of a convolution and its frozen cores ``[G2, ..., Gd]``.
-        samples: from :func:`few_samples`.
+        samples: from :func:`lora_edge.samples.few_samples`.
 
     Returns:
         Energies ``(r1,)`` by name, float64.
@@ -123,7 +92,7 @@ def captured_energies(
     }
 
 
-def _times_suffix(model: nn.Module, suffixes: dict[str, Tensor], samples: list[_Sample], backend: str) -> dict[str, Tensor]:
+def _times_suffix(model: nn.Module, suffixes: dict[str, Tensor], samples: list[Sample], backend: str) -> dict[str, Tensor]:
     cores = {name: torch.zeros(model.get_submodule(name).weight.shape[0], len(rows)) for name, rows in suffixes.items()}  # type: ignore
     return _gradients(model, suffixes, cores, "core", samples, backend)
 
@@ -133,7 +102,7 @@ def _gradients(
     suffixes: dict[str, Tensor],
     cores: dict[str, Tensor],
     wanted: str,
-    samples: list[_Sample],
+    samples: list[Sample],
     backend: str,
 ) -> dict[str, Tensor]:
     """Gradient of the mean cross-entropy to every layer's core or suffix. One of the two is zero: the output is the base's."""

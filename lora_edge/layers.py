@@ -36,7 +36,7 @@ class LoRAEdgeConv(nn.modules.conv._ConvNd):
     scaling: str
     saved_dtype: torch.dtype | None  # what ``h`` is kept in between forward and backward, None for its own
     backend: str = "auto"  # what its ops are called with
-    subspace: str = "weight"  # what its suffix was made from; one of gradients cannot be renewed from a weight
+    subspace: str = "weight"  # what its suffix was made from; another than the weight's cannot be renewed from a weight
     enabled: bool  # False inside lora_edge.disabled: the base convolution
     frozen_cores: list[Tensor] | None  # [G2, ..., Gd] on the CPU, None where the suffix did not come as cores
     base_replaced: bool  # load_state_dict brought another base weight since adapt
@@ -118,7 +118,7 @@ class LoRAEdgeConv(nn.modules.conv._ConvNd):
     ) -> None:
         """Load as usual; a base checkpoint (no ``core``, no ``suffix``) keeps or renews the suffix, see DESIGN section 4.
 
-        A suffix of gradients belongs to its base: there another weight is an error even while the core is zero.
+        A suffix of inputs or gradients belongs to its base: there another weight is an error even while the core is zero.
         """
         own = {name: prefix + name for name in ("weight", "core", "suffix")}
         weight = state_dict.get(own["weight"])
@@ -130,10 +130,10 @@ class LoRAEdgeConv(nn.modules.conv._ConvNd):
                 f"{prefix}suffix is not in the state dict; load it before training, or load a matching suffix too"
             )
             return
-        if renew and self.subspace == "gradient":
+        if renew and self.subspace != "weight":
             error_msgs.append(
-                f"{prefix}weight is another base weight, but {prefix}suffix was made from gradients of the old one; merge, "
-                "load it, and adapt again with batches, or load a matching suffix too"
+                f"{prefix}weight is another base weight, but {prefix}suffix was made from {self.subspace}s of the old one; "
+                "merge, load it, and adapt again with batches, or load a matching suffix too"
             )
             return
         super()._load_from_state_dict(state_dict, prefix, local_metadata, strict, missing_keys, unexpected_keys, error_msgs)  # type: ignore[no-untyped-call]

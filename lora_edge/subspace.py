@@ -12,8 +12,8 @@ from torch import Tensor
 from lora_edge.tt import contract_suffix, tt_svd
 
 SCALINGS = ("balanced", "paper")
-SUBSPACES = ("weight", "gradient", "auto")
-FILL = 1e-5  # size of the weight's rows beside the gradient's: above float32's noise, too small to turn them
+SUBSPACES = ("weight", "input", "gradient", "auto")
+FILL = 1e-5  # size of the weight's rows beside others: above float32's noise, too small to turn them
 
 
 def weight_suffix(weight: Tensor, rank: int, scaling: str = "balanced") -> list[Tensor]:
@@ -43,8 +43,7 @@ def gradient_suffix(weight: Tensor, gradient: Tensor, rank: int, scaling: str = 
     """Frozen cores from the TT-SVD of the dense weight gradient: its leading right singular directions.
 
     Where the gradient has a lower rank than is asked for, as behind a pooled layer with few classes, the weight's leading
-    directions take the rows that are left: without one a row could not learn. The suffix has the norm that the weight's own
-    suffix has, so that a learning rate does not depend on how large the loss is.
+    directions take the rows that are left.
 
     Args:
         weight: pre-trained kernel ``(O, I/g, *K)``.
@@ -57,12 +56,31 @@ def gradient_suffix(weight: Tensor, gradient: Tensor, rank: int, scaling: str = 
     Raises:
         ValueError: the gradient is zero.
     """
-    largest = float(gradient.abs().max())
-    if not 0 < largest < float("inf"):
+    if not 0 < float(gradient.abs().max()) < float("inf"):
         raise ValueError(
             'the batches yield no gradient for it, so it has no such directions; exclude it, or use subspace="weight"'
         )
-    exact = gradient.to(torch.float64) / largest
+    return suffix_along(weight, gradient, rank, scaling)
+
+
+def suffix_along(weight: Tensor, rows: Tensor, rank: int, scaling: str = "balanced") -> list[Tensor]:
+    """Frozen cores from the TT-SVD of other rows than the weight's own, such as :func:`lora_edge.inputs.leading_inputs`'.
+
+    The weight's leading directions take what the rows leave: without one a row of the core could not learn. The suffix has the
+    norm that the weight's own suffix has, so that a learning rate does not depend on how large the rows are.
+
+    Args:
+        weight: pre-trained kernel ``(O, I/g, *K)``.
+        rows: ``(q, I/g, *K)``, finite; if all are zero the suffix is the weight's own.
+        rank, scaling: as for :func:`weight_suffix`.
+
+    Returns:
+        ``[G2 (r1, I/g, r2), ..., Gd (r_{d-1}, K_last, 1)]``.
+    """
+    if not bool(rows.count_nonzero()):
+        return weight_suffix(weight, rank, scaling)
+    exact = rows.to(torch.float64)
+    exact = exact / exact.abs().max()
     own = contract_suffix(weight_suffix(weight.detach().cpu().to(torch.float64), rank, scaling))
     size = own.norm() if bool(own.norm()) else torch.ones((), dtype=torch.float64)
     rows = torch.cat([exact / exact.norm(), FILL * own / size])

@@ -1,4 +1,4 @@
-"""Gradient subspaces: the dense gradient's own directions, in a training step's memory, and nothing touched on the way."""
+"""Other subspaces than the weight's: the inputs' and the gradient's own directions, and nothing touched on the way."""
 
 from __future__ import annotations
 
@@ -15,9 +15,11 @@ from torch import Tensor, nn
 
 import lora_edge
 from lora_edge.adapt import adapted_layers
-from lora_edge.gradient import MOST_BATCHES, captured_energies, few_samples, leading_gradients
+from lora_edge.gradient import captured_energies, leading_gradients
 from lora_edge.har.models import TResNet
-from lora_edge.subspace import gradient_suffix, weight_suffix
+from lora_edge.inputs import leading_inputs
+from lora_edge.samples import MOST_BATCHES, few_samples
+from lora_edge.subspace import gradient_suffix, suffix_along, weight_suffix
 from lora_edge.tt import contract_suffix
 from networks import BUILD, network, output, train
 from test_adapt import assert_same, snapshot
@@ -127,12 +129,100 @@ def test_captured_energy_is_the_gradients_on_orthonormal_rows():
         torch.testing.assert_close(found[name], (gradient.flatten(1) @ rows).square().sum(dim=0))
 
 
+def covariances(model: nn.Module, x: Tensor) -> dict[str, Tensor]:
+    """``M (D, D)`` of each convolution by unfolding what it reads, over all its calls and groups."""
+    patches: dict[str, list[Tensor]] = {}
+
+    def keep(name: str, conv: nn.modules.conv._ConvNd, inputs: tuple[Tensor, ...]) -> None:
+        eye = torch.eye(conv.weight[0].numel(), dtype=x.dtype).unflatten(1, conv.weight.shape[1:])
+        one = copy.copy(conv)  # each output a pixel of the patch
+        one._parameters = {"weight": nn.Parameter(eye.repeat(conv.groups, *[1] * (eye.dim() - 1))), "bias": None}
+        read = type(conv)._conv_forward(one, inputs[0], one.weight, None).detach()
+        patches.setdefault(name, []).append(read.unflatten(1, (conv.groups, -1)).transpose(0, 2).flatten(1))
+
+    model = copy.deepcopy(model).eval()
+    for name, module in model.named_modules():
+        if isinstance(module, nn.modules.conv._ConvNd):
+            module.register_forward_pre_hook(lambda conv, inputs, name=name: keep(name, conv, inputs))
+    model(x)
+    return {
+        name: torch.cov(torch.cat(found, dim=1), correction=0) * sum(f.shape[1] for f in found)
+        for name, found in patches.items()
+    }
+
+
+@pytest.mark.parametrize("rank", [1, 2])
+@pytest.mark.parametrize("name", NAMES)
+def test_directions_are_those_of_the_inputs_covariance(name, rank):
+    model, x, _, _ = task(name)
+    dense = covariances(model, x)
+    found = leading_inputs(model, list(dense), rank, [x[:10], x[10:]])
+    for layer, covariance in dense.items():
+        rows = found[layer].flatten(1)
+        values, vectors = torch.linalg.eigh(covariance)
+        few = min(rank, len(values))
+        if len(values) <= 15:  # as many rows as the sketch has
+            torch.testing.assert_close(rows[:few].square().sum(dim=1), values.flip(0)[:few])
+            if few < len(values) and values[-few] > 1.01 * values[-few - 1]:
+                assert largest_angle(vectors.flip(1)[:, :few].T, right_directions(rows, few)) <= 1e-6, layer
+        caught = torch.trace(right_directions(rows, few) @ covariance @ right_directions(rows, few).T)
+        assert caught >= 0.8 * values.flip(0)[:few].sum(), layer  # random inputs: the flattest spectrum
+
+
+def test_a_wide_layer_whose_inputs_have_a_low_rank():
+    """The sketch has 15 rows and a patch 200 elements; three directions and a mean are in it."""
+    torch.manual_seed(0)
+    x = torch.randn(32, 3, 20).double() * torch.tensor([3.0, 2.0, 1.0]).double()[:, None]
+    mixed = torch.einsum("dc,ncl->ndl", torch.linalg.qr(torch.randn(40, 3).double())[0], x) + 7.0
+    model = nn.Sequential(nn.Conv1d(40, 64, 1)).double()
+    found = leading_inputs(model, ["0"], 3, [mixed])["0"].flatten(1)
+    values, vectors = torch.linalg.eigh(covariances(model, mixed)["0"])
+    torch.testing.assert_close(found[:3].square().sum(dim=1), values.flip(0)[:3])
+    assert largest_angle(vectors.flip(1)[:, :3].T, right_directions(found, 3)) <= 1e-8
+    assert float(found[3:].abs().max()) <= 1e-4
+
+
+def test_a_layer_whose_input_does_not_vary_keeps_the_weights_directions():
+    class Model(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.used, self.constant, self.unused = nn.Conv1d(3, 4, 3), nn.Conv1d(4, 4, 3), nn.Conv1d(3, 4, 3)
+
+        def forward(self, x: Tensor) -> Tensor:
+            return self.constant(self.used(x) * 0).mean(dim=-1)
+
+    torch.manual_seed(0)
+    model = Model()
+    own = {name: contract_suffix(weight_suffix(model.get_submodule(name).weight, 2)) for name in ("constant", "unused")}
+    lora_edge.adapt(model, 2, batches=[torch.randn(8, 3, 9)])
+    for name, suffix in own.items():
+        assert torch.equal(model.get_submodule(name).suffix, suffix)
+
+
+def test_inputs_that_the_model_does_not_take():
+    model, _ = network("2-D")
+    before = snapshot(model)
+    for batches, text in (
+        ([torch.randn(4, 2, 12, 10)], r"the model does not take an input of \(4, 2, 12, 10\): .*channels"),
+        ([X * float("nan")], "the input of stem holds NaN or Inf"),
+        ([3], "batch 0 is a int; give x"),
+        ([], "batches holds no samples"),
+    ):
+        with pytest.raises(ValueError, match=text) as caught:
+            lora_edge.adapt(model, 2, batches=batches)
+        assert "\n" not in str(caught.value)
+        assert_same(before, snapshot(model))
+    with pytest.raises(TypeError, match="batches is a int"):
+        lora_edge.adapt(model, 2, batches=3)
+
+
 @pytest.mark.parametrize("scaling", ["balanced", "paper"])
-def test_gradient_suffix_has_the_norm_of_the_weights(scaling):
+@pytest.mark.parametrize("make", [gradient_suffix, suffix_along])
+def test_another_suffix_has_the_norm_of_the_weights(make, scaling):
     torch.manual_seed(0)
     weight = torch.randn(8, 4, 3, 3)
-    for gradient in (1e-9 * torch.randn(8, 4, 3, 3), torch.randn(5, 4, 3, 3)):
-        cores = gradient_suffix(weight, gradient, 3, scaling)
+    for rows in (1e-9 * torch.randn(8, 4, 3, 3), torch.randn(5, 4, 3, 3)):
+        cores = make(weight, rows, 3, scaling)
         assert [tuple(core.shape) for core in cores] == [(3, 4, 3), (3, 3, 3), (3, 3, 1)]
         own = contract_suffix(weight_suffix(weight, 3, scaling))
         torch.testing.assert_close(contract_suffix(cores).norm(), own.norm())
@@ -151,8 +241,9 @@ def test_rows_beyond_the_gradients_rank_come_from_the_weight():
     torch.testing.assert_close(rows.norm(dim=1), rows.norm(dim=1).mean().expand(8))
 
 
-def test_the_models_state_is_its_own(monkeypatch):
-    """Nothing of the model is written while the gradient is taken, the output stays, and torch's generator is as it was."""
+@pytest.mark.parametrize("subspace", ["input", "gradient"])
+def test_the_models_state_is_its_own(monkeypatch, subspace):
+    """Nothing of the model is written while the directions are found, the output stays, and torch's generator is as it was."""
     model, x, y, _ = task("2-D", torch.float32)
     model.train()
     model.bn.eval()
@@ -170,13 +261,13 @@ def test_the_models_state_is_its_own(monkeypatch):
     with monkeypatch.context() as patch:
         patch.setattr(sys.modules["lora_edge.adapt"], "install", stopped)  # the package's own adapt is the function
         with pytest.raises(KeyboardInterrupt):
-            lora_edge.adapt(model, 2, subspace="gradient", batches=[(x, y)], bn="batch")
+            lora_edge.adapt(model, 2, subspace=subspace, batches=[(x, y)], bn="batch")
     assert_same(before, snapshot(model))
     assert [t._version for t in [*model.parameters(), *model.buffers()]] == versions
     assert dict(model.stem._forward_hooks) == hooks
     assert torch.equal(torch.get_rng_state(), state)
     assert all(p.grad is None for p in model.parameters())
-    lora_edge.adapt(model, 2, subspace="gradient", batches=[(x, y)])
+    lora_edge.adapt(model, 2, subspace=subspace, batches=[(x, y)])
     assert torch.equal(output(model.eval(), x), output(base, x))
 
 
@@ -192,10 +283,18 @@ def test_deterministic_and_different_from_the_weights():
     assert not torch.allclose(suffixes[0], weights)
 
 
-def test_auto_is_the_weights_subspace():
+@pytest.mark.parametrize("options", [{}, {"subspace": "auto"}], ids=str)
+def test_auto_is_the_inputs_subspace_with_batches_and_else_the_weights(options):
     model, x, y, _ = task("1-D", torch.float32)
-    auto = lora_edge.adapt(copy.deepcopy(model), 2, subspace="auto", batches=[(x, y)])
-    assert torch.equal(auto[0].suffix, lora_edge.adapt(model, 2)[0].suffix)
+    found = [lora_edge.adapt(copy.deepcopy(model), 2, **options, **more)[0] for more in ({}, {"batches": [(x, y)]})]
+    want = [
+        lora_edge.adapt(copy.deepcopy(model), 2, **more)[0]
+        for more in ({"subspace": "weight"}, {"subspace": "input", "batches": [x]})
+    ]
+    for layer, wanted in zip(found, want, strict=True):
+        assert torch.equal(layer.suffix, wanted.suffix)
+        assert layer.subspace == wanted.subspace
+    assert not torch.allclose(found[0].suffix, found[1].suffix)
 
 
 def test_calibration_first_moves_the_gradient():
@@ -205,11 +304,12 @@ def test_calibration_first_moves_the_gradient():
     assert not torch.allclose(source[3].suffix, calibrated[3].suffix)
 
 
+@pytest.mark.parametrize("subspace", ["input", "gradient"])
 @pytest.mark.parametrize("name", NAMES)
-def test_life_with_a_gradient_suffix(tmp_path, name):
+def test_life_with_another_suffix_than_the_weights(tmp_path, name, subspace):
     model, x, y, _ = task(name, torch.float32)
     base = copy.deepcopy(model)
-    lora_edge.adapt(model, 2, subspace="gradient", batches=[(x, y)])
+    lora_edge.adapt(model, 2, subspace=subspace, batches=[(x, y)])
     train(model, x, list(lora_edge.trainable_parameters(model)))
     want = output(model.eval(), x)
     lora_edge.save_adapter(model, tmp_path / "a")
@@ -218,19 +318,20 @@ def test_life_with_a_gradient_suffix(tmp_path, name):
     into_adapted = lora_edge.load_adapter(lora_edge.adapt(copy.deepcopy(base), 2), tmp_path / "a")
     assert torch.equal(output(into_adapted.eval(), x), want)
     for each in (loaded, into_adapted, copy.deepcopy(loaded)):
-        assert {layer.subspace for layer in adapted_layers(each).values()} == {"gradient"}
+        assert {layer.subspace for layer in adapted_layers(each).values()} == {subspace}
     torch.testing.assert_close(output(lora_edge.merge(model), x), want, rtol=1e-5, atol=1e-5)
     assert not any("subspace" in module.__dict__ for module in model.modules())
 
 
-def test_another_base_is_an_error_even_before_training():
+@pytest.mark.parametrize("subspace", ["input", "gradient"])
+def test_another_base_is_an_error_even_before_training(subspace):
     model, x, y, _ = task("2-D", torch.float32)
     same = copy.deepcopy(model.state_dict())
-    lora_edge.adapt(model, 2, subspace="gradient", batches=[(x, y)])
+    lora_edge.adapt(model, 2, subspace=subspace, batches=[(x, y)])
     suffix = model.stem.suffix.clone()
     model.load_state_dict(same)
     assert torch.equal(model.stem.suffix, suffix)
-    with pytest.raises(RuntimeError, match=r"stem\.suffix was made from gradients of the old one"):
+    with pytest.raises(RuntimeError, match=rf"stem\.suffix was made from {subspace}s of the old one"):
         model.load_state_dict(network("2-D", seed=1)[0].state_dict())
 
 
@@ -273,10 +374,15 @@ X, Y = torch.randn(4, 3, 12, 10), torch.tensor([0, 1, 2, 3])
 @pytest.mark.parametrize(
     ("arguments", "error", "text"),
     [
-        ({"subspace": "weights"}, ValueError, "subspace is 'weights'; give one of 'weight', 'gradient', 'auto'"),
+        ({"subspace": "weights"}, ValueError, "subspace is 'weights'; give one of 'weight', 'input', 'gradient', 'auto'"),
         ({"subspace": True}, ValueError, "subspace is True; give one of"),
         ({"subspace": "gradient"}, ValueError, 'subspace="gradient" needs batches'),
-        ({"batches": [(X, Y)]}, ValueError, 'batches is given, but subspace="weight" uses it with params only'),
+        ({"subspace": "input"}, ValueError, 'subspace="input" needs batches; give a few inputs'),
+        (
+            {"subspace": "weight", "batches": [X]},
+            ValueError,
+            'batches is given, but subspace="weight" uses it with params only',
+        ),
         ({"subspace": "gradient", "batches": []}, ValueError, "batches holds no samples"),
         ({"subspace": "gradient", "batches": iter(())}, ValueError, "its iterator was used up before"),
         ({"subspace": "gradient", "batches": [(X[:0], Y[:0])]}, ValueError, "batches holds no samples"),
@@ -340,8 +446,9 @@ def test_zero_loss_and_nan_gradients():
     assert_same(before, snapshot(model))
 
 
-def test_peak_memory_on_w1_is_below_twice_a_training_steps():
-    from benchmarks.gradient_pass import MOST_PEAK, actions, peak_bytes
+@pytest.mark.parametrize("subspace", ["input", "gradient"])
+def test_peak_memory_on_w1_is_below_twice_a_training_steps(subspace):
+    from benchmarks.subspace_pass import MOST_PEAK, actions, peak_bytes
 
     named, known = actions("W1", 64, 4)
-    assert peak_bytes(named["pass"], known) <= MOST_PEAK * peak_bytes(named["step"], known)
+    assert peak_bytes(named[subspace], known) <= MOST_PEAK * peak_bytes(named["step"], known)

@@ -1,9 +1,9 @@
-"""``python -m benchmarks.gradient_pass``: what ``adapt(subspace="gradient")`` needs beside a training step, a row a workload.
+"""``python -m benchmarks.subspace_pass``: what ``adapt(subspace="input")`` and ``"gradient"`` need beside a training step.
 
-    time   of the gradient pass over one batch, by the median of interleaved rounds, over a training step's (Adam, rank 2)
+    time   of the pass over one batch, by the median of interleaved rounds, over a training step's (Adam, rank 2)
     peak   most new storages alive at once, over the training step's, forward and backward together
 
-Fails where the pass takes longer than five steps or more than twice the bytes.
+Fails where a pass takes longer than five steps or more than twice the bytes.
 """
 
 from __future__ import annotations
@@ -23,7 +23,8 @@ from torch import Tensor
 
 import lora_edge
 from lora_edge.adapt import select
-from lora_edge.gradient import few_samples, leading_gradients
+from lora_edge.gradient import leading_gradients
+from lora_edge.inputs import leading_inputs
 from lora_edge.memory import StorageTracker
 
 from .workloads import WORKLOADS
@@ -32,12 +33,11 @@ MOST_STEPS, MOST_PEAK = 5.0, 2.0  # of a training step
 
 
 def actions(workload: str, batch: int, rank: int) -> tuple[dict[str, Callable[[], object]], list[Tensor]]:
-    """A training step and a gradient pass, and the tensors that are there without them."""
+    """A training step and the pass of each subspace, and the tensors that are there without them."""
     about = WORKLOADS[workload]
     model = about.model()
     names = select(model, about.targets(model), None)
     x, y = about.batch(batch)
-    samples = few_samples([(x, y)], x.device)
     trained = lora_edge.adapt(about.model(), 2, targets=about.targets(model)).train()
     optimizer = torch.optim.Adam(list(lora_edge.trainable_parameters(trained)), lr=1e-2)
 
@@ -49,7 +49,11 @@ def actions(workload: str, batch: int, rank: int) -> tuple[dict[str, Callable[[]
     step()  # Adam's moments are no transients
     known = [x, y, *model.parameters(), *model.buffers(), *trained.parameters(), *trained.buffers()]
     known += [moment for state in optimizer.state.values() for moment in state.values()]
-    return {"step": step, "pass": lambda: leading_gradients(model, names, rank, samples)}, known
+    passes = {
+        "input": lambda: leading_inputs(model, names, rank, [x]),
+        "gradient": lambda: leading_gradients(model, names, rank, [(x, y)]),
+    }
+    return {"step": step, **passes}, known
 
 
 def peak_bytes(action: Callable[[], object], known: list[Tensor]) -> int:
@@ -61,7 +65,7 @@ def peak_bytes(action: Callable[[], object], known: list[Tensor]) -> int:
 
 
 def measure(workload: str, batch: int, rank: int, rounds: int) -> dict[str, float]:
-    """Seconds and peak bytes of a training step and of the gradient pass."""
+    """Seconds and peak bytes of a training step and of each pass."""
     named, known = actions(workload, batch, rank)
     seconds: dict[str, list[float]] = {name: [] for name in named}
     for action in named.values():
@@ -83,17 +87,20 @@ def main() -> int:
     parser.add_argument("--rounds", type=int, default=7)
     options = parser.parse_args()
     warnings.filterwarnings("ignore", message="Using padding='same' with even kernel")
-    table = Table(title=f"gradient pass over one batch of {options.batch}")
-    for column in ("workload", "rank", "step ms", "pass ms", "steps", "step MB", "pass MB", "peak ratio"):
+    table = Table(title=f"a subspace's pass over one batch of {options.batch}")
+    for column in ("workload", "rank", "subspace", "step ms", "pass ms", "steps", "step MB", "pass MB", "peak ratio"):
         table.add_column(column, justify="right")
     missed = 0
     for workload in options.workload:
         for rank in options.rank:
             row = measure(workload, options.batch, rank, options.rounds)
-            steps, peak = row["pass s"] / row["step s"], row["pass bytes"] / row["step bytes"]
-            cells = (1e3 * row["step s"], 1e3 * row["pass s"], steps, row["step bytes"] / 1e6, row["pass bytes"] / 1e6, peak)
-            table.add_row(workload, str(rank), *(f"{value:.2f}" for value in cells))
-            missed += steps > MOST_STEPS or peak > MOST_PEAK
+            for subspace in ("input", "gradient"):
+                steps = row[f"{subspace} s"] / row["step s"]
+                peak = row[f"{subspace} bytes"] / row["step bytes"]
+                times = (1e3 * row["step s"], 1e3 * row[f"{subspace} s"], steps)
+                sizes = (row["step bytes"] / 1e6, row[f"{subspace} bytes"] / 1e6, peak)
+                table.add_row(workload, str(rank), subspace, *(f"{value:.2f}" for value in times + sizes))
+                missed += steps > MOST_STEPS or peak > MOST_PEAK
     Console(width=110).print(table)
     return 1 if missed else 0
 
