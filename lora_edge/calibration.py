@@ -10,6 +10,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _BatchNorm
 
+from lora_edge.loss import summed_cross_entropy
 from lora_edge.training_flags import in_evaluation
 
 STATISTICS = ("running_mean", "running_var", "num_batches_tracked")
@@ -56,27 +57,49 @@ def on_base_statistics(model: nn.Module) -> Iterator[None]:
             bn._buffers.update(buffers)
 
 
-def calibrate_bn(model: nn.Module, batches: Iterable[Any]) -> nn.Module:
-    """Re-estimate the BatchNorm statistics on unlabelled target data, in place: the mean over all batches.
+def calibrate_bn(model: nn.Module, batches: Iterable[Any], *, if_better: bool = False) -> nn.Module:
+    """Re-estimate the BatchNorm statistics on target data, in place: the mean over all batches.
 
     Works before :func:`lora_edge.adapt` and after it. The base statistics are remembered for :func:`lora_edge.disabled`,
     and the adapter file holds the new ones.
 
     Args:
         model: any model with BatchNorm layers; its training flags are left as they were.
-        batches: inputs ``(N, ...)``, or tuples and lists that start with one, as a DataLoader gives them.
+        batches: inputs ``(N, ...)``, or tuples and lists that start with one, as a DataLoader gives them. No labels are needed,
+            but with ``if_better`` every batch is a pair ``(x, y)`` with classes.
+        if_better: keep the new statistics only where they lower the model's cross-entropy on ``batches``, as after a change of
+            domain; where the source's fit better the model is left as it was.
 
     Returns:
         The model.
 
     Raises:
-        ValueError: the model has no BatchNorm with running statistics, there are no batches, or the statistics came out as
-            NaN or Inf. The model is left as it was then, and as well where the model itself raises.
+        ValueError: the model has no BatchNorm with running statistics, there are no batches, the statistics came out as
+            NaN or Inf, or ``if_better`` finds no pairs or no finite loss. The model is left as it was then, and as well where
+            the model itself raises.
     """
     norms = [bn for _, bn in batch_norms(model)]
     if not norms:
         raise ValueError("calibrate_bn: the model has no BatchNorm with running statistics; there is nothing to calibrate")
     before = [{name: getattr(bn, name).clone() for name in STATISTICS} for bn in norms]
+    kept = False
+    try:
+        pairs = list(batches) if if_better else []
+        loss = _loss(model, pairs)
+        _estimate(model, norms, pairs or batches)
+        kept = not if_better or _loss(model, pairs) < loss
+    finally:
+        if not kept:
+            for bn, statistics in zip(norms, before, strict=True):
+                for name, value in statistics.items():
+                    getattr(bn, name).copy_(value)
+    if kept:
+        for bn, statistics in zip(norms, before, strict=True):
+            remember_statistics(bn, statistics)
+    return model
+
+
+def _estimate(model: nn.Module, norms: list[_BatchNorm], batches: Iterable[Any]) -> None:
     momenta = [bn.momentum for bn in norms]
     try:
         count = 0
@@ -91,14 +114,17 @@ def calibrate_bn(model: nn.Module, batches: Iterable[Any]) -> nn.Module:
             raise ValueError("calibrate_bn: batches is empty; give at least one batch of inputs")
         if not all(bool(torch.isfinite(bn.running_var).all() & torch.isfinite(bn.running_mean).all()) for bn in norms):  # type: ignore
             raise ValueError("calibrate_bn: the statistics came out as NaN or Inf; give finite inputs")
-    except BaseException:
-        for bn, statistics in zip(norms, before, strict=True):
-            for name, value in statistics.items():
-                getattr(bn, name).copy_(value)
-        raise
     finally:
         for bn, momentum in zip(norms, momenta, strict=True):
             bn.momentum = momentum
-    for bn, statistics in zip(norms, before, strict=True):
-        remember_statistics(bn, statistics)
-    return model
+
+
+def _loss(model: nn.Module, batches: list[Any]) -> float:
+    """The cross-entropy in evaluation mode, summed over all samples."""
+    for k, batch in enumerate(batches):
+        if not (isinstance(batch, (tuple, list)) and len(batch) == 2 and all(isinstance(part, Tensor) for part in batch)):
+            raise ValueError(
+                f"calibrate_bn: if_better needs labels, and batch {k} is a {type(batch).__name__}; give pairs (x, y)"
+            )
+    with torch.no_grad(), in_evaluation(model):
+        return sum(float(summed_cross_entropy(model, x, y)) for x, y in batches)

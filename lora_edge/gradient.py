@@ -18,11 +18,11 @@ from collections.abc import Sequence
 from typing import Any
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
 
 from lora_edge import blocks, calibration, lean
 from lora_edge.layers import ADAPTED_CLASS, LoRAEdgeConv, attach
+from lora_edge.loss import summed_cross_entropy
 from lora_edge.samples import Sample
 from lora_edge.tt import contract_suffix
 
@@ -125,7 +125,8 @@ def _gradients(
     count = sum(len(x) for x, _ in samples)
     for x, y in samples:
         if len(x):
-            loss = _loss(twin, x, y) / count
+            with torch.enable_grad():
+                loss = summed_cross_entropy(twin, x, y) / count
             if loss.requires_grad:
                 loss.backward()  # type: ignore[no-untyped-call]
     found = {}
@@ -140,25 +141,6 @@ def _gradients(
             "batches yield no gradient: it is zero in every layer; give samples that the model does not fit already"
         )
     return found
-
-
-def _loss(model: nn.Module, x: Tensor, y: Tensor) -> Tensor:
-    """The cross-entropy, summed over the samples, in float32 or better."""
-    with torch.enable_grad():
-        logits = model(x)
-        if not isinstance(logits, Tensor):
-            raise ValueError(f"batches: the model's output is a {type(logits).__name__}; the pass needs logits (N, C, ...)")
-        try:
-            loss = F.cross_entropy(logits.to(torch.promote_types(logits.dtype, torch.float32)), y, reduction="sum")
-        except (RuntimeError, IndexError, ValueError) as error:
-            why = str(error).splitlines()[0]
-            raise ValueError(
-                f"batches: no cross-entropy of output {tuple(logits.shape)} and y {tuple(y.shape)} {y.dtype} ({why}); "
-                "give pairs (x, y) of inputs and classes"
-            ) from None
-    if not bool(torch.isfinite(loss)):
-        raise ValueError(f"batches: the loss is {float(loss.detach())}; give finite inputs, and a model whose output is finite")
-    return loss
 
 
 def _twin(model: nn.Module) -> nn.Module:

@@ -304,6 +304,40 @@ def test_calibrate_bn_on_bad_batches(batches, text):
     assert_same(before, snapshot(model))
 
 
+def test_calibrate_bn_if_better():
+    """Labels that the source's statistics fit keep these; labels that the target's fit take those."""
+    model, _ = network("1-D")
+    x = 3 * torch.randn(32, 6, 50) + 1
+    calibrated = lora_edge.calibrate_bn(copy.deepcopy(model), [x])
+    gain = output(model, x).log_softmax(dim=1) - output(calibrated, x).log_softmax(dim=1)
+    own, new = gain.argmax(dim=1), gain.argmin(dim=1)
+    before = snapshot(model)
+    lora_edge.calibrate_bn(model, iter([(x[:20], own[:20]), (x[20:], own[20:])]), if_better=True)
+    assert_same(before, snapshot(model))
+    assert not model[1].__dict__.get("_base_statistics")
+    lora_edge.calibrate_bn(model, [(x, new)], if_better=True)
+    assert torch.equal(output(model, x), output(calibrated, x))
+
+
+@pytest.mark.parametrize(
+    ("batch", "text"),
+    [
+        (torch.randn(4, 6, 50), "if_better needs labels, and batch 0 is a Tensor; give pairs"),
+        ((torch.randn(4, 6, 50), torch.full((4,), 99)), "no cross-entropy of output"),
+        ((torch.full((4, 6, 50), float("nan")), torch.zeros(4).long()), "the loss is nan"),
+    ],
+)
+def test_calibrate_bn_if_better_on_bad_batches(batch, text):
+    model, _ = network("1-D")
+    before = snapshot(model)
+    with pytest.raises(ValueError, match=text) as caught:
+        lora_edge.calibrate_bn(model, [batch], if_better=True)
+    assert "\n" not in str(caught.value)
+    assert_same(before, snapshot(model))
+    with pytest.raises(ValueError, match="batches is empty"):
+        lora_edge.calibrate_bn(model, [], if_better=True)
+
+
 def test_calibrate_bn_without_bn():
     with pytest.raises(ValueError, match="no BatchNorm with running statistics"):
         lora_edge.calibrate_bn(nn.Conv1d(2, 2, 1), [torch.randn(1, 2, 3)])

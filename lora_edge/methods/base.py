@@ -59,20 +59,21 @@ def unfreeze_backbone(model: nn.Module) -> nn.Module:
     return model.requires_grad_(True)
 
 
-def adapted(*, calibrated: bool = False, with_batches: bool = False, **options: Any) -> Prepare:
+def adapted(*, calibrated: bool | None = None, with_batches: bool = True, **options: Any) -> Prepare:
     """``prepare`` of a form of LoRA-Edge; its ``finish`` is :func:`lora_edge.merge`.
 
     Args:
-        calibrated: whether BatchNorm's statistics are moved to the target's windows first.
+        calibrated: whether BatchNorm's statistics are moved to the target's windows first; None: where that lowers the loss
+            of the untouched model on them.
         with_batches: whether :func:`lora_edge.adapt` is given the target's windows as ``batches``.
         options: of :func:`lora_edge.adapt`.
     """
 
     def prepare(model: nn.Module, rank: int, inputs: Tensor, labels: Tensor) -> list[nn.Parameter]:
-        if calibrated:
-            calibration.calibrate_bn(model, [inputs])
-        batches = [(inputs, labels)] if with_batches else None
-        return list(trainable_parameters(adapt(model, rank, batches=batches, **options)))
+        batches = [(inputs, labels)]
+        if calibrated is not False and next(calibration.batch_norms(model), None) is not None:
+            calibration.calibrate_bn(model, batches, if_better=calibrated is None)
+        return list(trainable_parameters(adapt(model, rank, batches=batches if with_batches else None, **options)))
 
     return prepare
 

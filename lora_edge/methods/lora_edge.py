@@ -1,4 +1,4 @@
-"""LoRA-Edge with this library's defaults: balanced suffix of the weight, frozen BatchNorm, the update merged at the end."""
+"""LoRA-Edge with this library's defaults: a balanced suffix along the inputs, BatchNorm frozen on the better statistics."""
 
 from __future__ import annotations
 

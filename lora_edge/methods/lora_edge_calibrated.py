@@ -1,4 +1,4 @@
-"""LoRA-Edge after BatchNorm calibration: the statistics are moved to the target's unlabelled windows before they are frozen."""
+"""LoRA-Edge after BatchNorm calibration, whether it lowers the loss or not."""
 
 from __future__ import annotations
 

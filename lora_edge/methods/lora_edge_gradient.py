@@ -6,9 +6,5 @@ from lora_edge.adapt import merge
 from lora_edge.methods.base import Method, adapted
 
 METHOD = Method(
-    "lora_edge_gradient",
-    "LoRA-Edge, the gradient's subspace",
-    lr=2e-2,
-    prepare=adapted(with_batches=True, subspace="gradient"),
-    finish=merge,
+    "lora_edge_gradient", "LoRA-Edge, the gradient's subspace", lr=2e-2, prepare=adapted(subspace="gradient"), finish=merge
 )

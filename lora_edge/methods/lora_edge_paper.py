@@ -1,8 +1,14 @@
-"""LoRA-Edge as the paper has it (arXiv 2511.03765): the suffix keeps the singular values, BatchNorm frozen."""
+"""LoRA-Edge as the paper has it (arXiv 2511.03765): the weight's suffix with its singular values, BatchNorm frozen."""
 
 from __future__ import annotations
 
 from lora_edge.adapt import merge
 from lora_edge.methods.base import Method, adapted
 
-METHOD = Method("lora_edge_paper", "LoRA-Edge, as published", lr=1e-2, prepare=adapted(scaling="paper"), finish=merge)
+METHOD = Method(
+    "lora_edge_paper",
+    "LoRA-Edge, as published",
+    lr=1e-2,
+    prepare=adapted(calibrated=False, with_batches=False, scaling="paper"),
+    finish=merge,
+)

@@ -1,0 +1,8 @@
+"""LoRA-Edge on the source's BatchNorm statistics, however bad they are on the target."""
+
+from __future__ import annotations
+
+from lora_edge.adapt import merge
+from lora_edge.methods.base import Method, adapted
+
+METHOD = Method("lora_edge_source_bn", "LoRA-Edge, BN of the source", lr=2e-2, prepare=adapted(calibrated=False), finish=merge)
