@@ -1,10 +1,11 @@
 """``python -m lora_edge.har.study_report ROWS.csv ...``: the study's tables as Markdown, and its picture.
 
 A method's row: its runs (people times seeds) and their rates; mean and spread of the people's macro-F1, each the mean of its
-seeds; the difference to full fine-tuning on the same seeds with its 95 % interval, paired by person; for how many people it is
-ahead; and the time to 95 % of the F1 that full fine-tuning reaches on that person and seed: steps until an evaluation shows it,
-times the median seconds of a step, and what the method does before the first step. Where some people and seeds do not reach it,
-the column says how many did. The last column is full fine-tuning's time over the method's, the median of those that reach it.
+seeds; the differences to full fine-tuning and to LoRA-Edge on the same seeds with their 95 % intervals, paired by person, and
+for how many people it is ahead of the first and behind the second; and the time to 95 % of the F1 that full fine-tuning reaches
+on that person and seed: steps until an evaluation shows it, times the median seconds of a step, and what the method does before
+the first step. Where some people and seeds do not reach it, the column says how many did. The last column is full fine-tuning's
+time over the method's, the median of those that reach it.
 """
 
 from __future__ import annotations
@@ -76,9 +77,9 @@ class Summary:
         """Mean of a person's seeds."""
         return _by_person(self.f1)
 
-    def minus(self, full: Summary) -> dict[int, float]:
-        """Mean difference to full fine-tuning by person, on the seeds that both have."""
-        return _by_person({key: f1 - full.f1[key] for key, f1 in self.f1.items() if key in full.f1})
+    def minus(self, other: Summary) -> dict[int, float]:
+        """Mean difference to another method by person, on the seeds that both have."""
+        return _by_person({key: f1 - other.f1[key] for key, f1 in self.f1.items() if key in other.f1})
 
 
 def _by_person(values: dict[tuple[int, int], float]) -> dict[int, float]:
@@ -134,28 +135,29 @@ def table(found: dict[str, Summary]) -> str:
     """The table of a study in Markdown."""
     lines = [
         "| method | runs | rate | trainable | saved | macro-F1 | spread | minus full, points | ahead of full "
-        "| s to 95 % | times shorter |",
-        "|---" * 11 + "|",
+        "| minus LoRA-Edge, points | behind LoRA-Edge | s to 95 % | times shorter |",
+        "|---" * 13 + "|",
     ]
     for summary in found.values():
         scores = list(summary.by_person().values())
         spread = f"{np.std(scores, ddof=1):.3f}" if len(scores) > 1 else "-"
-        cells = [summary.title, str(len(summary.f1)), "-", "-", "-", f"{mean(scores):.3f}", spread, "-", "-", "-", "-"]
+        cells = [summary.title, str(len(summary.f1)), "-", "-", "-", f"{mean(scores):.3f}", spread, *["-"] * 6]
         if summary.rates:
             cells[2] = " / ".join(f"{rate:g}" for rate in sorted(summary.rates))
             cells[3] = f"{summary.trainable:,} ({summary.share_percent:.2f} %)"
             cells[4] = f"{summary.saved_bytes / 1e6:.2f} MB"
-        if "full" in found and summary.name != "full":
-            differences = list(summary.minus(found["full"]).values())
-            middle, half = interval([100 * difference for difference in differences])
-            cells[7] = f"{middle:+.1f} ± {half:.1f}"
-            cells[8] = f"{sum(difference > 0 for difference in differences)} of {len(differences)}"
+        for place, other, sign in ((7, "full", 1), (9, "lora_edge", -1)):
+            if other in found and summary.name != other:
+                differences = list(summary.minus(found[other]).values())
+                middle, half = interval([100 * difference for difference in differences])
+                cells[place] = f"{middle:+.1f} ± {half:.1f}"
+                cells[place + 1] = f"{sum(sign * difference > 0 for difference in differences)} of {len(differences)}"
         reached = sum(steps is not None for steps in summary.steps.values())
         count = f" ({reached} of {len(summary.steps)})" if reached < len(summary.steps) else ""
         if seconds := summary.seconds():
-            cells[9] = f"{median(seconds):.2f}{count}"
+            cells[11] = f"{median(seconds):.2f}{count}"
         if "full" in found and (ratios := summary.times_shorter(found["full"])):
-            cells[10] = f"{median(ratios):.2f}"
+            cells[12] = f"{median(ratios):.2f}"
         lines.append("| " + " | ".join(cells) + " |")
     return "\n".join(lines)
 
