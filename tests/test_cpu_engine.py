@@ -34,6 +34,9 @@ _SHAPES = [  # what the other kernels' cases are too small for: whole panels, se
     ConvCase("panels and chunks", inputs=70, outputs=136, kernel=3, padding=1, size=(9, 11), **_LAST),
     ConvCase("many samples a unit", dims=1, inputs=16, outputs=24, kernel=5, padding="same", size=(7,), batch=70),
     ConvCase("even kernel", dims=1, inputs=97, outputs=64, kernel=8, padding="same", size=(60,), bias=False, batch=5),
+    ConvCase("tall", inputs=70, outputs=72, kernel=3, padding=1, size=(10, 11), batch=5, **_LAST),
+    ConvCase("tall, many channels", inputs=264, outputs=24, kernel=3, padding=1, size=(6, 9), batch=6, **_LAST),
+    ConvCase("wide, many channels", inputs=300, outputs=24, kernel=(2, 5), padding="same", size=(6, 9), batch=6, **_LAST),
     ConvCase("two taps", dims=1, inputs=8, outputs=16, kernel=2, padding="same", size=(21,)),
     ConvCase("four taps", dims=1, inputs=8, outputs=16, kernel=4, padding=2, size=(20,)),
     ConvCase("seven taps", dims=1, inputs=8, outputs=16, kernel=7, padding=3, size=(2,)),
@@ -59,6 +62,7 @@ CASES += [
 _ACTIVATIONS = {
     None: None, "relu": Activation("relu"), "relu6": Activation("relu6"), "hardtanh": Activation("hardtanh", (-0.5, 0.7)),
 }  # fmt: skip
+_BOUNDS = {None: (), "relu": (0.0,), "relu6": (0.0, 6.0), "hardtanh": (-0.5, 0.7)}
 
 
 @pytest.fixture(autouse=True)
@@ -115,11 +119,33 @@ def test_case(case, times):
     """With six times the batch most have more positions than the engine takes for few, and more units."""
     if times > 1:
         case = replace(case, conv=replace(case.conv, batch=case.conv.batch * times))
-    inputs = kernel_cases._Inputs(case)
+    compare(case, kernel_cases._Inputs(case), times > 1)
+
+
+def compare(case: Case, inputs, many: bool) -> None:
+    """The engine within 1e-6 of float64."""
+    z = results(replace(case, activation=None), inputs, None)["y"].detach()
+    for bound in _BOUNDS[case.activation]:  # a rounding there turns a bit
+        near = (z - bound).abs() <= 1e-6 * z.abs().max()
+        inputs.dy = inputs.dy.where(~near, 0.0) if near.any() else inputs.dy
     got = results(case, inputs, "cpu")
     for name, want in results(case, inputs, None).items():
-        summed = name == "bias" or (name == "core" and times > 1)  # over so many positions, whose terms cancel
+        summed = name == "bias" or (name == "core" and many)  # over so many positions, whose terms cancel
         assert relative_error(got[name], want) <= 1e-6 * (5 if summed else 1), name
+
+
+@pytest.mark.parametrize("size", [(5,), (6,), (9,), (15,), (30,), (31,), (6, 9)], ids=str)
+@pytest.mark.parametrize("taps", range(2, 12))
+def test_case_of_taps(taps, size):
+    """Tiles of two and of four outputs, at every width's rest, and the input gradients that strides leave of them."""
+    for stride, inputs, outputs in ((1, 13, 70), (2, 33, 17), (3, 8, 9)):
+        kernel = taps if len(size) == 1 else (2, taps)
+        conv = ConvCase(
+            "taps", dims=len(size), inputs=inputs, outputs=outputs, kernel=kernel, size=size, stride=stride, padding=taps // 2,
+            batch=64, **_LAST,
+        )  # fmt: skip
+        case = Case(conv, "fp32", affine=True, activation="relu")
+        compare(case, kernel_cases._Inputs(case), True)
 
 
 def digest(threads: int) -> list[float]:

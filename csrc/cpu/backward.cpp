@@ -27,7 +27,7 @@ struct Backward {
   std::vector<float> sums;                  // of each unit: dcore by rank, then dbias
 
   Backward(const Problem& problem, const BackwardCall& given, int threads)
-      : p(problem), call(given), c(problem.conv), cut(c.batch, c.out_h * c.out_w, threads), rows(c.out_h * c.out_w),
+      : p(problem), call(given), c(problem.conv), cut(c.batch, c.out_h, c.out_w, threads), rows(c.out_h * c.out_w),
         octets((c.outputs + 7) / 8), rank(call.dcore == nullptr ? 0 : c.rank), pitch(up(c.outputs, 8)),
         sums_floats((rank + (call.dbias == nullptr ? 0 : 1)) * pitch),
         dy_at(places_of(cut.samples, c.out_h, c.out_w, 0, 0, 1, 1, call.dy_strides)),

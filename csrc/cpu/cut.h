@@ -24,14 +24,18 @@ inline std::vector<int32_t> places_of(int samples, int rows_h, int rows_w, int f
   return table;
 }
 
+// Rows of a unit. Those of one line are fewer: their kernels are small enough to be read twice as often from the second cache,
+// which their transformed maps then share with them.
+inline int unit_rows(int rows_h) { return rows_h == 1 ? kUnitRows / 2 : kUnitRows; }
+
 // How the work is cut: units of `samples` samples, each in `parts` for threads to share: ranges of lines (rows of
 // positions), or of panels where there are fewer lines than parts. Lines are taken in strips, which stay in the cache
 // from the product to the finished map.
 struct Cut {
   int samples, units, parts;
 
-  Cut(int batch, int rows_a_sample, int threads) {
-    samples = std::clamp(kUnitRows / std::max(1, rows_a_sample), 1, batch);
+  Cut(int batch, int rows_h, int rows_w, int threads) {
+    samples = std::clamp(unit_rows(rows_h) / std::max(1, rows_h * rows_w), 1, batch);
     units = (batch + samples - 1) / samples;
     parts = units >= threads ? 1 : (threads + units - 1) / units;
   }

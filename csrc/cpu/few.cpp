@@ -37,7 +37,7 @@ void multiply_panel(const float* source, const int32_t* offsets, const float* pa
   GemmRows g{};
   g.source = source, g.zeros = zeros(k), g.packed = panel, g.offsets = offsets, g.sums = sums;
   g.rows = rows, g.taps = 1, g.channels = k, g.vectors = width / kernels_here().lanes;
-  multiply(g);
+  multiply(g, kChunk);
 }
 
 // Offsets of `rows` rows that lie `apart`.

@@ -53,11 +53,15 @@ struct Suffix {
     for (int first = 0; first < taps * rank; first += panel) {
       every_row[0].run(x, packed.data(), first, 0, lines, z);
       const int end = std::min(first + panel, taps * rank);
-      for (int row = 0; row < rows; ++row)
-        for (int column = first; column < end; ++column) {
-          const int from = inputs[static_cast<size_t>(row) * taps + column / rank];
-          if (from >= 0) h[int64_t{row} * rank + column % rank] += z[int64_t{from} * panel + column - first];
+      for (int row = 0; row < rows; ++row) {
+        float* sums = h + int64_t{row} * rank;
+        for (int tap = first / rank; tap * rank < end; ++tap) {
+          const int from = inputs[static_cast<size_t>(row) * taps + tap], column = tap * rank;
+          if (from < 0) continue;
+          const float* one = z + int64_t{from} * panel - first;
+          for (int c = std::max(first, column); c < std::min(end, column + rank); ++c) sums[c - column] += one[c];
         }
+      }
     }
   }
 };
@@ -80,7 +84,7 @@ void block_forward(const Problem& p, const ForwardCall& call, int threads) {
   const Conv& c = p.conv;
   const std::vector<float> shift = shift_of(c, call);
   if (has_few_positions(c)) return few_forward(p, call, shift.data(), threads);
-  const Cut cut(c.batch, c.out_h * c.out_w, threads);
+  const Cut cut(c.batch, c.out_h, c.out_w, threads);
   const Reach reach = forward_reach(c);
   const Source source{c.in_h, c.in_w, c.channels, call.x_strides};
   const Product product(reach, source, c.outputs, cut.samples, is_depthwise(c));

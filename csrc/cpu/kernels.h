@@ -3,28 +3,39 @@
 // Floor: a tile of gemm_rows does 6 x kVectors fused multiply-adds a k on kVectors + 6 loads; the others move memory.
 
 typedef float V __attribute__((vector_size(kLanes * 4), aligned(4), may_alias));
+typedef int32_t IV __attribute__((vector_size(kLanes * 4)));
 typedef float V8 __attribute__((vector_size(32), aligned(4), may_alias));
-typedef int32_t I8 __attribute__((vector_size(32)));
 
 constexpr int kPanel = kLanes * kVectors;
 
-inline I8 as_int(V8 v) { return (I8)v; }  // the same bits
-inline V8 as_float(I8 v) { return (V8)v; }
 inline V8 load8(const float* p) { return *reinterpret_cast<const V8*>(p); }
 inline void store8(float* p, V8 v) { *reinterpret_cast<V8*>(p) = v; }
 
-// A byte of bits and a lane mask, each from the other.
-inline I8 mask_of(uint32_t bits) {
-  const I8 each = {1, 2, 4, 8, 16, 32, 64, 128};
-  const int32_t b = static_cast<int32_t>(bits);
-  return (I8{b, b, b, b, b, b, b, b} & each) != 0;
+// A row of activations is done in W's, the rest in octets: a vector for each whole byte of bits.
+constexpr int kWide = kLanes > 8 ? kLanes : 8;
+typedef float W __attribute__((vector_size(kWide * 4), aligned(4), may_alias));
+
+template <class Vector>
+using IntOf = decltype(Vector{} < Vector{});
+
+// Some bytes of bits and a lane mask, each from the other.
+template <class Int>
+inline Int mask_of(const uint8_t* bytes) {
+  constexpr int lanes = sizeof(Int) / 4;
+  Int each;
+  for (int i = 0; i < lanes; ++i) each[i] = 1 << i;
+  int32_t bits = 0;
+  __builtin_memcpy(&bits, bytes, lanes / 8);
+  return ((bits - Int{}) & each) != 0;
 }
-inline uint32_t bits_of(I8 mask) {
+template <class Int>
+inline uint32_t bits_of(Int mask) {
 #if defined(__x86_64__)
-  if constexpr (kHasAvx) return static_cast<uint32_t>(_mm256_movemask_ps((__m256)mask));
+  if constexpr (sizeof(Int) == 64) return _mm512_movepi32_mask((__m512i)mask);
+  if constexpr (kHasAvx && sizeof(Int) == 32) return static_cast<uint32_t>(_mm256_movemask_ps((__m256)mask));
 #endif
   uint32_t bits = 0;
-  for (int i = 0; i < 8; ++i) bits |= static_cast<uint32_t>(mask[i] & 1) << i;
+  for (int i = 0; i < static_cast<int>(sizeof(Int) / 4); ++i) bits |= static_cast<uint32_t>(mask[i] & 1) << i;
   return bits;
 }
 
@@ -76,12 +87,13 @@ void gemm_rows(const GemmRows& g) {
   }
 }
 
-// Calls step(first, count) for each octet of channels; the last may be shorter.
+// Calls step(vector of the type to use, first, count) for all channels; the last octet may be shorter.
 template <class Step>
-inline void octets_of(int channels, const Step& step) {
+inline void vectors_of(int channels, const Step& step) {
   int c = 0;
-  for (; c + 8 <= channels; c += 8) step(c, 8);
-  if (c < channels) step(c, channels - c);
+  for (; c + kWide <= channels; c += kWide) step(W{}, c, std::integral_constant<int, kWide>{});
+  for (; c + 8 <= channels; c += 8) step(V8{}, c, std::integral_constant<int, 8>{});
+  if (c < channels) step(V8{}, c, channels - c);
 }
 
 // As a template's argument a vector type loses its word that addresses need not be aligned; copying says so again.
@@ -105,168 +117,240 @@ inline void store_some(float* to, Vector v, int count) {
   }
 }
 
-// Differences by two, sums and differences by one of the positions `at(p)`, `store`d by kind and place: each is loaded once.
-template <class Vector, class At, class Store>
-inline void filter_column(int places, const At& at, const Store& store) {
-  Vector x0 = at(0), x1 = at(1);
-  for (int t = 0; t < places; ++t) {
-    const Vector x2 = at(t + 2);
-    store(0, t, x0 - x2);
-    store(1, t, x0 + x1);
-    store(2, t, x1 - x0);
-    x0 = x1, x1 = x2;
-  }
-}
-
-// `Count`: int, or a constant where it is a whole vector.
-template <class Vector, class Count>
-inline void filter_line_at(const FilterLine& f, int c, Count count) {
-  float* const to[3] = {f.by_two + c, f.sum + c, f.by_one + c};
-  auto at = [&](int t) {
-    const int p = f.first + t;
-    return p < 0 || p >= f.width ? Vector{} : load_some<Vector>(f.source + p * f.stride + c, count);
-  };
-  filter_column<Vector>(f.places, at, [&](int kind, int t, Vector v) {
-    store_some(to[kind] + static_cast<int64_t>(t) * f.channels, v, count);
-  });
-}
-
-void filter_line(const FilterLine& f) {
-  int c = 0;
-  for (; c + kLanes <= f.channels; c += kLanes) filter_line_at<V>(f, c, std::integral_constant<int, kLanes>{});
-  for (; c < f.channels; c += 8) filter_line_at<V8>(f, c, f.channels - c < 8 ? f.channels - c : 8);
-}
-
-// All four of a position at once.
-template <class Vector>
-struct Four {
-  Vector v[4];
-  Four operator+(const Four& o) const { return {{v[0] + o.v[0], v[1] + o.v[1], v[2] + o.v[2], v[3] + o.v[3]}}; }
-  Four operator-(const Four& o) const { return {{v[0] - o.v[0], v[1] - o.v[1], v[2] - o.v[2], v[3] - o.v[3]}}; }
-};
-
-template <class Vector, class Count>
-inline void filter_pair_at(const FilterPair& f, int c, Count count) {
-  const int64_t line = static_cast<int64_t>(f.places) * f.channels;
-  auto at = [&](int t) {
-    const int p = f.first + t;
-    Vector x[4];
-#pragma GCC unroll 4
-    for (int i = 0; i < 4; ++i) {
-      const bool outside = f.lines[i] == nullptr || p < 0 || p >= f.width;
-      x[i] = outside ? Vector{} : load_some<Vector>(f.lines[i] + p * f.stride + c, count);
-    }
-    return Four<Vector>{{x[0] - x[2], x[1] + x[2], x[2] - x[1], x[1] - x[3]}};
-  };
-  filter_column<Four<Vector>>(f.places, at, [&](int kind, int t, const Four<Vector>& four) {
-    float* to = f.to + kind * line + static_cast<int64_t>(t) * f.channels + c;
-#pragma GCC unroll 4
-    for (int i = 0; i < 4; ++i) store_some(to + 3 * i * line, four.v[i], count);
-  });
-}
-
-void filter_pair(const FilterPair& f) {
-  int c = 0;
-  for (; c + kLanes <= f.channels; c += kLanes) filter_pair_at<V>(f, c, std::integral_constant<int, kLanes>{});
-  for (; c < f.channels; c += 8) filter_pair_at<V8>(f, c, f.channels - c < 8 ? f.channels - c : 8);
-}
-
 inline const V& vector_at(const float* p) { return *reinterpret_cast<const V*>(p); }
 inline V& vector_at(float* p) { return *reinterpret_cast<V*>(p); }
 
-void combine_line(const Combine& c) {
-  for (int row = 0; row < c.rows; row += 2) {
-    const float* from = c.m + static_cast<int64_t>(row / 2) * kPanel;
+// Filtering's two steps around the products (product.h): t = B^T x of the positions that a tile reads, y = A^T m.
+template <int outputs>
+struct Tile;
+
+template <>
+struct Tile<2> {
+  template <class Vector>
+  static void transform(const Vector* x, Vector* t) {
+    t[0] = x[0] - x[2];
+    t[1] = x[1] + x[2];
+    t[2] = x[2] - x[1];
+    t[3] = x[1] - x[3];
+  }
+  static void combine(const V* m, V* y) {
+    y[0] = m[0] + (m[1] + m[2]);
+    y[1] = (m[1] - m[2]) - m[3];
+  }
+};
+
+template <>
+struct Tile<4> {
+  template <class Vector>
+  static void transform(const Vector* x, Vector* t) {
+    const Vector odd = x[3] - x[1], even = x[4] - x[2];
+    t[0] = (x[0] - x[2]) + (even + 1.5f * odd);
+    t[1] = (even + odd) + 1.5f * (x[3] + x[2]);
+    t[2] = (even - odd) + 1.5f * (x[3] - x[2]);
+    t[3] = even + 2.0f * odd;
+    t[4] = even - 0.5f * odd;
+    t[5] = (x[5] - x[3]) + (1.5f * even - odd);
+  }
+  static void combine(const V* m, V* y) {
+    const V sum = m[1] + m[2], difference = m[1] - m[2];
+    y[0] = (m[0] + sum) + (m[3] + m[4]);
+    y[1] = difference + (0.5f * m[3] - 2.0f * m[4]);
+    y[2] = sum + (0.25f * m[3] + 4.0f * m[4]);
+    y[3] = (difference + m[5]) + (0.125f * m[3] - 8.0f * m[4]);
+  }
+};
+
+// `Count`: int, or a constant where it is a whole vector.
+template <int outputs, class Vector, class Count>
+inline void filter_line_at(const FilterLine& f, int c, Count count) {
+  auto at = [&](int p) {
+    if (p < 0 || p >= f.width) return Vector{};
+    const Vector x = f.source == nullptr ? Vector{} : load_some<Vector>(f.source + p * f.stride + c, count);
+    return f.other == nullptr ? x : x + f.sign * load_some<Vector>(f.other + p * f.stride + c, count);
+  };
+  Vector x[outputs + 2], t[outputs + 2];
+  x[outputs] = at(f.first), x[outputs + 1] = at(f.first + 1);
+  float* to = f.to + c;
+  for (int tile = 0, p = f.first + 2; tile < f.tiles; ++tile, p += outputs, to += f.channels) {
+    x[0] = x[outputs], x[1] = x[outputs + 1];  // neighbours have two positions in common
+#pragma GCC unroll 4
+    for (int i = 0; i < outputs; ++i) x[i + 2] = at(p + i);
+    Tile<outputs>::transform(x, t);
+#pragma GCC unroll 6
+    for (int i = 0; i < outputs + 2; ++i) store_some(to + i * f.apart, t[i], count);
+  }
+}
+
+template <int outputs>
+inline void filter_tiles(const FilterLine& f) {
+  int c = 0;
+  for (; c + kLanes <= f.channels; c += kLanes) filter_line_at<outputs, V>(f, c, std::integral_constant<int, kLanes>{});
+  for (; c < f.channels; c += 8) filter_line_at<outputs, V8>(f, c, f.channels - c < 8 ? f.channels - c : 8);
+}
+
+void filter_line(const FilterLine& f) { f.outputs == 2 ? filter_tiles<2>(f) : filter_tiles<4>(f); }
+
+template <int outputs, bool tall>
+inline void combine_tiles(const Combine& c) {
+  constexpr int products = outputs + 2, lines = tall ? 2 : 1;
+  for (int row = 0; row < c.rows; row += outputs) {
+    const float* from = c.m + static_cast<int64_t>(row / outputs) * kPanel;
     float* to = c.sums + static_cast<int64_t>(row) * kPanel;
     for (int i = 0; i < kPanel; i += kLanes) {
-      const V m1 = vector_at(from + c.apart + i), m2 = vector_at(from + 2 * c.apart + i);
-      vector_at(to + i) = vector_at(from + i) + (m1 + m2);
-      if (row + 1 < c.rows) vector_at(to + kPanel + i) = (m1 - m2) - vector_at(from + 3 * c.apart + i);
+      V m[lines][products], y[outputs];
+#pragma GCC unroll 6
+      for (int b = 0; b < products; ++b) {
+        if constexpr (tall) {
+          V column[4], pair[2];
+#pragma GCC unroll 4
+          for (int a = 0; a < 4; ++a) column[a] = vector_at(from + (a * products + b) * c.apart + i);
+          Tile<2>::combine(column, pair);
+          m[0][b] = pair[0], m[1][b] = pair[1];
+        } else {
+          m[0][b] = vector_at(from + b * c.apart + i);
+        }
+      }
+#pragma GCC unroll 2
+      for (int line = 0; line < lines; ++line) {
+        Tile<outputs>::combine(m[line], y);
+        float* at = to + static_cast<int64_t>(line) * c.rows * kPanel + i;
+#pragma GCC unroll 4
+        for (int k = 0; k < outputs; ++k) {
+          if (row + k < c.rows) vector_at(at + k * kPanel) = y[k];
+        }
+      }
     }
   }
 }
 
-void combine_pair(const Combine& c) {
-  const int64_t line = static_cast<int64_t>(c.rows) * kPanel;
-  for (int row = 0; row < c.rows; row += 2) {
-    const float* from = c.m + static_cast<int64_t>(row / 2) * kPanel;
-    float* to = c.sums + static_cast<int64_t>(row) * kPanel;
-    for (int i = 0; i < kPanel; i += kLanes) {
-      V above[4], below[4];
-#pragma GCC unroll 4
-      for (int b = 0; b < 4; ++b) {
-        const float* m = from + b * c.apart + i;
-        const V m1 = vector_at(m + 4 * c.apart), m2 = vector_at(m + 8 * c.apart);
-        above[b] = vector_at(m) + (m1 + m2);
-        below[b] = (m1 - m2) - vector_at(m + 12 * c.apart);
-      }
-      vector_at(to + i) = above[0] + (above[1] + above[2]);
-      vector_at(to + line + i) = below[0] + (below[1] + below[2]);
-      if (row + 1 < c.rows) {
-        vector_at(to + kPanel + i) = (above[1] - above[2]) - above[3];
-        vector_at(to + line + kPanel + i) = (below[1] - below[2]) - below[3];
-      }
-    }
+void combine_line(const Combine& c) {
+  if (c.outputs == 2) {
+    c.tall ? combine_tiles<2, true>(c) : combine_tiles<2, false>(c);
+  } else {
+    c.tall ? combine_tiles<4, true>(c) : combine_tiles<4, false>(c);
   }
 }
 
 void combine_taps(const CombineTaps& c) {
   for (int i = 0; i < c.count; i += kLanes) {
-    V sum = {};
-    for (int k = 0; k < c.terms; ++k) sum += c.factors[k] * vector_at(c.from + c.taps[k] * c.pitch + i);
-    vector_at(c.to + i) = sum;
+    V factors[9];
+    const float* from[9];
+    for (int k = 0; k < c.terms; ++k) factors[k] = V{} + c.factors[k], from[k] = c.from + c.taps[k] * c.pitch + i;
+    float* to = c.to + i;
+    for (int channel = 0; channel < c.channels; ++channel, to += c.to_step) {
+      V sum = factors[0] * vector_at(from[0]);
+      from[0] += c.from_step;
+      for (int k = 1; k < c.terms; ++k, from[k - 1] += c.from_step) sum += factors[k] * vector_at(from[k]);
+      vector_at(to) = sum;
+    }
+  }
+}
+
+#if defined(__clang__)
+#define LORA_EDGE_SHUFFLE(a, b, mask) shuffled(a, b, mask)
+inline V shuffled(V a, V b, IV mask) {
+  V v;
+  for (int i = 0; i < kLanes; ++i) v[i] = mask[i] < kLanes ? a[mask[i]] : b[mask[i] - kLanes];
+  return v;
+}
+#else
+#define LORA_EDGE_SHUFFLE(a, b, mask) __builtin_shuffle(a, b, mask)
+#endif
+
+// A square of vectors at a time: rows i and i + kLanes / 2 are interleaved, as often as it takes.
+void transpose(const Transpose& t) {
+  IV low, high;
+  for (int i = 0; i < kLanes; ++i) low[i] = i / 2 + i % 2 * kLanes, high[i] = low[i] + kLanes / 2;
+  for (int column = 0; column < t.columns; column += kLanes) {
+    V a[kLanes], b[kLanes];
+#pragma GCC unroll 16
+    for (int i = 0; i < kLanes; ++i) a[i] = vector_at(t.from + i * t.pitch + column);
+#pragma GCC unroll 4
+    for (int round = 1; round < kLanes; round *= 2) {
+#pragma GCC unroll 8
+      for (int i = 0; i < kLanes / 2; ++i) {
+        b[2 * i] = LORA_EDGE_SHUFFLE(a[i], a[i + kLanes / 2], low);
+        b[2 * i + 1] = LORA_EDGE_SHUFFLE(a[i], a[i + kLanes / 2], high);
+      }
+#pragma GCC unroll 16
+      for (int i = 0; i < kLanes; ++i) a[i] = b[i];
+    }
+#pragma GCC unroll 16
+    for (int i = 0; i < kLanes; ++i) vector_at(t.to + static_cast<int64_t>(column + i) * kLanes) = a[i];
   }
 }
 
 void finish_rows(const FinishRows& f) {
-  const V8 low = V8{} + f.low, high = V8{} + f.high;
   for (int row = 0; row < f.rows; ++row) {
     const float* sums = f.sums + static_cast<int64_t>(row) * f.pitch;
     float* y = f.y + f.y_at[row];
     const float* residual = f.residual == nullptr ? nullptr : f.residual + f.residual_at[row];
     uint8_t* bits = f.bits == nullptr ? nullptr : f.bits + static_cast<int64_t>(row) * f.octets;
-    octets_of(f.columns, [&](int c, int count) {
-      V8 z = load_some(sums + c, count);
-      if (f.shift != nullptr) z += load_some(f.shift + c, count);
+    vectors_of(f.columns, [&](auto type, int c, auto count) {
+      typedef decltype(type) Vector;
+      Vector z = load_some<Vector>(sums + c, count);
+      if (f.shift != nullptr) z += load_some<Vector>(f.shift + c, count);
       if (residual != nullptr) {
-        const V8 r = load_some(residual + c, count);
-        z += f.residual_scale == nullptr ? r : r * load_some(f.residual_scale + c, count);
+        const Vector r = load_some<Vector>(residual + c, count);
+        z += f.residual_scale == nullptr ? r : r * load_some<Vector>(f.residual_scale + c, count);
       }
       if (f.activation != Activation::none) {  // a NaN stays one and has its bit set
-        const I8 below = z <= low, above = f.activation == Activation::clamp ? z >= high : I8{};
-        const I8 slope = ~(below | above);
-        z = as_float((slope & as_int(z)) | (below & as_int(low)) | (above & ~below & as_int(high)));
-        if (bits != nullptr) bits[c / 8] = static_cast<uint8_t>(bits_of(slope) & ((1u << count) - 1));
+        const Vector low = Vector{} + f.low, high = Vector{} + f.high;
+        auto flat = z <= low;
+        z = flat ? low : z;
+        if (f.activation == Activation::clamp) {
+          flat |= z >= high;
+          z = z >= high ? high : z;
+        }
+        if (bits != nullptr) {
+          const uint32_t slope = ~bits_of(flat) & ((1u << count) - 1);
+          __builtin_memcpy(bits + c / 8, &slope, count > 8 ? 2 : 1);
+        }
       }
       store_some(y + c, z, count);
     });
   }
 }
 
-void mask_rows(const MaskRows& m) {
-  for (int row = 0; row < m.rows; ++row) {
-    const float* dy = m.dy + m.dy_at[row];
-    const uint8_t* bits = m.bits == nullptr ? nullptr : m.bits + static_cast<int64_t>(row) * m.octets;
-    float* dz = m.dz + static_cast<int64_t>(row) * m.channels;
-    float* dresidual = m.dresidual == nullptr ? nullptr : m.dresidual + m.dresidual_at[row];
-    const float* h = m.h + static_cast<int64_t>(row) * m.rank;
-    octets_of(m.channels, [&](int c, int count) {
-      V8 v = load_some(dy + c, count);
-      if (bits != nullptr) v = as_float(mask_of(bits[c / 8]) & as_int(v));
-      if (m.keeps_dz) store_some(dz + c, v, count);
-      if (dresidual != nullptr) {
-        store_some(dresidual + c, m.residual_scale == nullptr ? v : v * load_some(m.residual_scale + c, count), count);
-      }
-      for (int q = 0; q < m.rank; ++q) {
-        float* sum = m.sums + static_cast<int64_t>(q) * m.pitch + c;
-        store8(sum, load8(sum) + v * h[q]);
-      }
-      if (m.sums_bias) {
-        float* sum = m.sums + static_cast<int64_t>(m.rank) * m.pitch + c;
-        store8(sum, load8(sum) + v);
-      }
-    });
+// Some rows at a time: a sum is read and written once for all of them, and still added to row by row.
+template <int rows>
+inline void mask_some(const MaskRows& m, int row) {
+  const float *dy[rows], *h = m.h + static_cast<int64_t>(row) * m.rank;
+  float *dresidual[rows], *dz = m.dz + static_cast<int64_t>(row) * m.channels;
+  for (int r = 0; r < rows; ++r) {
+    dy[r] = m.dy + m.dy_at[row + r];
+    dresidual[r] = m.dresidual == nullptr ? nullptr : m.dresidual + m.dresidual_at[row + r];
   }
+  const uint8_t* bits = m.bits == nullptr ? nullptr : m.bits + static_cast<int64_t>(row) * m.octets;
+  vectors_of(m.channels, [&](auto type, int c, auto count) {
+    typedef decltype(type) Vector;
+    Vector v[rows];
+#pragma GCC unroll 4
+    for (int r = 0; r < rows; ++r) {
+      v[r] = load_some<Vector>(dy[r] + c, count);
+      if (bits != nullptr) v[r] = mask_of<IntOf<Vector>>(bits + r * m.octets + c / 8) ? v[r] : Vector{};
+      if (m.keeps_dz) store_some(dz + static_cast<int64_t>(r) * m.channels + c, v[r], count);
+      if (m.dresidual != nullptr) {
+        store_some(dresidual[r] + c, m.residual_scale == nullptr ? v[r] : v[r] * load_some<Vector>(m.residual_scale + c, count),
+                   count);
+      }
+    }
+    auto add = [&](int q, const auto& factor) {
+      float* at = m.sums + static_cast<int64_t>(q) * m.pitch + c;
+      Vector sum = load_some<Vector>(at, sizeof(Vector) / 4);
+#pragma GCC unroll 4
+      for (int r = 0; r < rows; ++r) sum += v[r] * factor(r);
+      store_some(at, sum, sizeof(Vector) / 4);
+    };
+    for (int q = 0; q < m.rank; ++q) add(q, [&](int r) { return h[r * m.rank + q]; });
+    if (m.sums_bias) add(m.rank, [](int) { return 1.0f; });
+  });
+}
+
+void mask_rows(const MaskRows& m) {
+  int row = 0;
+  for (; row + 4 <= m.rows; row += 4) mask_some<4>(m, row);
+  for (; row < m.rows; ++row) mask_some<1>(m, row);
 }
 
 void depthwise_rows(const DepthwiseRows& d) {
@@ -334,5 +418,5 @@ void gather_row(const GatherRow& g) {
   for (int i = 0; i < g.count; ++i) g.to[i] = g.index[i] < 0 ? 0.0f : g.from[g.index[i]];
 }
 
-const Kernels kernels = {kLanes,       kPanel,      gemm_rows, filter_line,    filter_pair, combine_line, combine_pair,
-                         combine_taps, finish_rows, mask_rows, depthwise_rows, dot_rows,    compose_row,  gather_row};
+const Kernels kernels = {kLanes,    kPanel,      gemm_rows, filter_line,    combine_line, combine_taps, transpose,
+                         finish_rows, mask_rows, depthwise_rows, dot_rows,  compose_row,  gather_row};

@@ -20,40 +20,43 @@ struct GemmRows {
   bool adds;
 };
 
-// For each place t: by_two[t] = x[p] - x[p + 2], sum[t] = x[p] + x[p + 1], by_one[t] = x[p + 1] - x[p], with p = first + t and
-// zeros outside of the line.
+// The transforms of a line for tiles of `outputs` (2 or 4) outputs along the width: tile t reads the outputs + 2 positions from
+// first + outputs * t on, zeros outside of the line, and has one row of channels in each of outputs + 2 maps, which lie `apart`.
+// The line is source + sign * other, of which either may be null; `stride`: from one position's channels to the next one's.
 struct FilterLine {
-  const float* source;
-  float *by_two, *sum, *by_one;
-  int64_t stride;
-  int width, channels, first, places;
-};
-
-// The same of four lines' differences by two (first and last), sum and difference by one: `to` (4, 3, places, channels). A null
-// line is zeros.
-struct FilterPair {
-  const float* lines[4];
+  const float *source, *other;
+  float sign;
   float* to;
-  int64_t stride;
-  int width, channels, first, places;
+  int64_t stride, apart;
+  int outputs, width, channels, first, tiles;
 };
 
-// Outputs 2 u and 2 u + 1 of a line, `rows` of them, from the four products of pair u, which lie `apart`; or of two lines from
-// their sixteen. In rows of a panel.
+// `rows` outputs of a line from the products of its tiles, which lie `apart`; or of two lines, where `tall`, from four times as
+// many: product b along the width and a along the height is the one of number a * (outputs + 2) + b. In rows of a panel.
 struct Combine {
   const float* m;
   int64_t apart;
   float* sums;
-  int rows;
+  int outputs, rows;
+  bool tall;
 };
 
-// to[i] = sum over k of factors[k] * from[taps[k]][i], from (tap, pitch).
+// to[i] = sum over k of factors[k] * from[taps[k]][i], i < count, from (tap, pitch); for some channels, each a step further.
 struct CombineTaps {
   const float* from;
   const int* taps;
   const float* factors;
   float* to;
-  int terms, pitch, count;
+  int terms, pitch, count, channels, from_step, to_step;
+};
+
+// to (columns, lanes) = from (lanes, columns), rows `pitch` apart. Both are read and written up to a whole number of lanes of
+// columns.
+struct Transpose {
+  const float* from;
+  float* to;
+  int64_t pitch;
+  int columns;
 };
 
 // y = act(sums + shift + residual_scale * residual) and the bits where the slope is 1, for `columns` channels of each row.
@@ -117,10 +120,9 @@ struct Kernels {
   int lanes, panel;  // floats of a vector; columns that gemm_rows does at most
   void (*gemm_rows)(const GemmRows&);
   void (*filter_line)(const FilterLine&);
-  void (*filter_pair)(const FilterPair&);
   void (*combine_line)(const Combine&);
-  void (*combine_pair)(const Combine&);
   void (*combine_taps)(const CombineTaps&);
+  void (*transpose)(const Transpose&);
   void (*finish_rows)(const FinishRows&);
   void (*mask_rows)(const MaskRows&);
   void (*depthwise_rows)(const DepthwiseRows&);

@@ -29,13 +29,17 @@ void pack_depthwise(const Problem& p, const Composed& kernel, int taps, const Ta
 
 int same_tap(int tap) { return tap; }
 
-// to (count) = the term's sum of rows of `from` (tap, pitch); `tap_of` gives the row of each tap of the product.
+// to (channels, to_step) = the term's sum of rows of `from` (channels, tap, pitch); `tap_of` gives the row of each tap of the
+// product.
 template <class TapOf>
-void combine(const Term& term, float* to, const float* from, const TapOf& tap_of, int pitch, int count) {
+void combine(const Term& term, float* to, const float* from, const TapOf& tap_of, int pitch, int count, int channels,
+             int from_step, int to_step) {
   int rows[9];
   for (int k = 0; k < term.count; ++k) rows[k] = tap_of(term.taps[k]);
-  kernels_here().combine_taps({from, rows, term.factors, to, term.count, pitch, count});
+  kernels_here().combine_taps({from, rows, term.factors, to, term.count, pitch, count, channels, from_step, to_step});
 }
+
+constexpr int kChannels = 8;  // whose taps are packed at a time, from the first cache
 
 }  // namespace
 
@@ -84,14 +88,13 @@ void pack_forward(const Problem& p, const ForwardCall& call, const Product& prod
       }
     }
     const int step = width_at(first, c.outputs);
-    float* by_tap = kept<float, Keep::taps>(static_cast<size_t>(taps) * lanes);
-    for (int i = 0; i < c.channels; ++i) {  // all terms of a channel, while its taps are in the first cache
-      const float* from = rows + int64_t{i} * taps;
-      for (int t = 0; t < taps; ++t)
-        for (int o = 0; o < lanes; ++o) by_tap[t * lanes + o] = from[o * row + t];
+    float* by_tap = kept<float, Keep::taps>(static_cast<size_t>(up(kChannels * taps, lanes)) * lanes);
+    for (int i = 0; i < c.channels; i += kChannels) {
+      const int channels = std::min(kChannels, c.channels - i);
+      kernels_here().transpose({rows + int64_t{i} * taps, by_tap, row, channels * taps});
       for (Stream& stream : streams) {
-        combine(*stream.term, stream.to, by_tap, same_tap, lanes, lanes);
-        stream.to += step;
+        combine(*stream.term, stream.to, by_tap, same_tap, lanes, lanes, channels, taps * lanes, step);
+        stream.to += int64_t{channels} * step;
       }
     }
   });
@@ -100,7 +103,7 @@ void pack_forward(const Problem& p, const ForwardCall& call, const Product& prod
 void pack_backward(const Problem& p, const BackwardCall& call, const std::vector<Phase>& phases, int threads) {
   const Conv& c = p.conv;
   const Composed kernel(p, call);
-  const int taps = c.kernel_h * c.kernel_w, panel = kernels_here().panel, whole = up(c.channels, kernels_here().lanes);
+  const int taps = c.kernel_h * c.kernel_w, lanes = kernels_here().lanes;
   auto tap_of = [](const Phase& phase) { return [&phase](int tap) { return phase.kernel_taps[static_cast<size_t>(tap)]; }; };
   if (is_depthwise(c)) {
     for (const Phase& phase : phases) {
@@ -108,22 +111,26 @@ void pack_backward(const Problem& p, const BackwardCall& call, const std::vector
     }
     return;
   }
-  parallel_for(threads, c.outputs, [&](int o) {
-    float* row = kept<float, Keep::composed>(static_cast<size_t>(c.channels) * taps);
-    kernel.row(o, row);
-    float* by_tap = kept<float, Keep::taps>(static_cast<size_t>(taps) * panel);
-    for (int first = 0; first < c.channels; first += panel) {
-      const int count = std::min(panel, c.channels - first), width = std::min(panel, whole - first);
-      for (int t = 0; t < taps; ++t) {
-        for (int i = 0; i < count; ++i) by_tap[t * panel + i] = row[(first + i) * taps + t];
-        std::fill(by_tap + t * panel + count, by_tap + t * panel + width, 0.0f);
+  const int64_t row = int64_t{up(c.channels, lanes)} * taps, apart = int64_t{up(taps, lanes)} * lanes;
+  parallel_for(threads, (c.outputs + kChannels - 1) / kChannels, [&](int block) {
+    const int output = block * kChannels, count = std::min(kChannels, c.outputs - output);
+    float* rows = kept<float, Keep::composed>(static_cast<size_t>(row * kChannels + lanes));
+    for (int o = 0; o < count; ++o) {
+      kernel.row(output + o, rows + o * row);
+      std::fill(rows + o * row + int64_t{c.channels} * taps, rows + (o + 1) * row, 0.0f);
+    }
+    float* by_tap = kept<float, Keep::taps>(static_cast<size_t>(apart * kChannels));
+    for (int first = 0; first < c.channels; first += lanes) {
+      for (int o = 0; o < count; ++o) {
+        kernels_here().transpose({rows + o * row + int64_t{first} * taps, by_tap + o * apart, taps, taps});
       }
       for (const Phase& phase : phases) {
         for (int group = 0; group < phase.product.groups(); ++group) {
           const std::vector<Term>& terms = phase.product.terms(group);
           for (size_t t = 0; t < terms.size(); ++t) {
-            float* to = phase.product.packed_at(floats(call.packed) + phase.base, group, static_cast<int>(t), o, first);
-            combine(terms[t], to, by_tap, tap_of(phase), panel, width);
+            float* to = phase.product.packed_at(floats(call.packed) + phase.base, group, static_cast<int>(t), output, first);
+            combine(terms[t], to, by_tap, tap_of(phase), lanes, lanes, count, static_cast<int>(apart),
+                    width_at(first, c.channels));
           }
         }
       }

@@ -1,15 +1,29 @@
 #include "product.h"
 
 #include <algorithm>
+#include <cstdlib>
+#include <utility>
 
 #include "memory.h"
 
 namespace lora_edge::cpu {
 namespace {
 
-constexpr int kChunk = 256;  // of k that is summed in registers: what follows is added to it, which keeps rounding small
-constexpr int kKind[4] = {0, 1, 2, 0};   // m0 .. m3 read differences by two, sums, differences by one, differences by two,
-constexpr int kShift[4] = {0, 1, 1, 1};  // from this place of the piece
+
+// The products of a tile of `outputs` outputs: the sum of factors times taps that each multiplies with (Tile in kernels.h has
+// the rest). A piece of two taps lacks the third, and the last product with it.
+struct Filter {
+  int outputs;
+  float factors[6][3];
+};
+
+constexpr Filter kTwo{2, {{1.0f, 0.0f, 0.0f}, {0.5f, 0.5f, 0.5f}, {0.5f, -0.5f, 0.5f}, {0.0f, 0.0f, 1.0f}}};
+constexpr Filter kFour{4, {{1.0f, 0.0f, 0.0f},
+                           {1 / 3.0f, 1 / 3.0f, 1 / 3.0f},
+                           {-1 / 3.0f, 1 / 3.0f, -1 / 3.0f},
+                           {-16 / 15.0f, -8 / 15.0f, -4 / 15.0f},
+                           {1 / 15.0f, -2 / 15.0f, 4 / 15.0f},
+                           {0.0f, 0.0f, 1.0f}}};
 
 // Taps of an axis that are filtered together.
 struct Piece {
@@ -21,6 +35,19 @@ std::vector<Piece> pieces_of(int taps) {
   std::vector<Piece> pieces;
   for (int at = 0; at < taps; at += pieces.back().size) pieces.push_back({at, taps - at == 2 || taps - at == 4 ? 2 : 3});
   return pieces;
+}
+
+// Products of a line in tiles of so many outputs.
+int products_of(const Reach& r, int outputs) {
+  int products = 0;
+  for (const Piece piece : pieces_of(r.taps_w)) products += outputs + piece.size - 1;
+  return products * ((r.rows_w + outputs - 1) / outputs);
+}
+
+// The one that multiplies less, which is the faster one; but two outputs where the height is filtered as well: the errors
+// multiply, and four's comes to 1e-6 where a clamp leaves a small y of large sums.
+const Filter& filter_of(const Reach& r, bool tall) {
+  return !tall && products_of(r, 4) < products_of(r, 2) ? kFour : kTwo;
 }
 
 }  // namespace
@@ -45,8 +72,9 @@ std::vector<int32_t> offsets_of(const Reach& r, int samples, const Source& sourc
   return table;
 }
 
-void multiply(GemmRows g) {
-  const int step = std::max(1, kChunk / g.channels), part = std::min(kChunk, g.channels);
+void multiply(GemmRows g, int chunk) {
+  const int step = std::max(1, chunk / g.channels), parts = (g.channels + chunk - 1) / chunk;
+  const int part = (g.channels + parts - 1) / parts;
   g.adds = false;
   for (g.tap = 0; g.tap < g.taps; g.tap = g.tap_end) {
     g.tap_end = std::min(g.tap + step, g.taps);
@@ -64,96 +92,74 @@ int width_at(int column, int columns) {
 }
 
 Product::Product(const Reach& r, const Source& source, int columns, int samples, bool is_depthwise)
-    : reach(r), source_(source), columns_(columns), pairs_((r.rows_w + 1) / 2), first_(0), places_(0), depthwise_(is_depthwise),
+    : reach(r), source_(source), columns_(columns), depthwise_(is_depthwise),
       filtered_(!is_depthwise && r.step_w == 1 && (r.advance_w == 1 || r.advance_w == -1) && r.taps_w > 1 && r.rows_w > 1),
       tall_(filtered_ && r.step_h == 1 && (r.advance_h == 1 || r.advance_h == -1) && r.taps_h == 3 && r.rows_h % 2 == 0) {
   if (filtered_) {
-    filter_width(samples);
-    if (tall_) filter_height(samples);
+    filter(samples);
     return;
   }
+  terms_.resize(1);
   for (int t = 0; t < r.taps(); ++t) terms_[0].push_back({{t}, {1.0f}, 1});
-  offsets_[0] = offsets_of(r, samples, source);
+  offsets_.push_back(offsets_of(r, samples, source));
 }
 
-// Groups are m0 .. m3.
-void Product::filter_width(int samples) {
+// Groups are the products of a tile: number a * (outputs + 2) + b is the one of a along the height and b along the width. A
+// transformed line is (product along the width, place, channel), the lines are the source's or, tall, (pair, a).
+void Product::filter(int samples) {
   const Reach& r = reach;
-  const std::vector<Piece> pieces = pieces_of(r.taps_w);  // of the taps in the order of the positions that they meet
-  auto tap = [&](int i, int j) { return i * r.taps_w + (r.advance_w < 0 ? j : r.taps_w - 1 - j); };
-  first_ = r.advance_w < 0 ? r.origin_w : r.origin_w - (r.taps_w - 1);
-  places_ = 2 * (pairs_ - 1) + pieces.back().at + 2;
-  const int64_t line = int64_t{places_} * source_.channels;
-  apart_ = int64_t{samples} * source_.height * line;
-  for (int group = 0; group < 4; ++group) {
-    std::vector<int> starts, heights;
-    for (int i = 0; i < r.taps_h; ++i)
-      for (const auto [at, size] : pieces) {
-        const int t0 = tap(i, at), t1 = tap(i, at + 1), t2 = size == 3 ? tap(i, at + 2) : 0;
-        if (group == 3 && size == 2) continue;
-        if (group == 0) terms_[0].push_back({{t0}, {1.0f}, 1});
-        if (group == 1) terms_[1].push_back({{t0, t1, t2}, {0.5f, 0.5f, 0.5f}, size});
-        if (group == 2) terms_[2].push_back({{t0, t1, t2}, {0.5f, -0.5f, 0.5f}, size});
-        if (group == 3) terms_[3].push_back({{t2}, {1.0f}, 1});
-        starts.push_back(at), heights.push_back(i);
-      }
-    const size_t terms = starts.size();
-    offsets_[group].assign(static_cast<size_t>(samples * r.rows_h * pairs_) * terms, -1);
-    size_t at = 0;
-    for (int n = 0; n < samples; ++n)
-      for (int u = 0; u < r.rows_h; ++u)
-        for (int v = 0; v < pairs_; ++v)
-          for (size_t t = 0; t < terms; ++t, ++at) {
-            const int h = u * r.step_h + r.origin_h - heights[t] * r.advance_h;
-            if (h < 0 || h >= source_.height) continue;
-            const int64_t place = 2 * v + starts[t] + kShift[group];
-            offsets_[group][at] = static_cast<int32_t>(kKind[group] * apart_ + (int64_t{n} * source_.height + h) * line +
-                                                       place * source_.channels);
-          }
+  const Filter& filter = filter_of(r, tall_);
+  outputs_ = filter.outputs, tiles_ = (r.rows_w + outputs_ - 1) / outputs_;
+  // taps in the order of the positions that they meet
+  auto tap = [&](int i, int j) {
+    return (r.advance_h < 0 ? i : r.taps_h - 1 - i) * r.taps_w + (r.advance_w < 0 ? j : r.taps_w - 1 - j);
+  };
+  const int lowest_h = r.advance_h < 0 ? r.origin_h : r.origin_h - (r.taps_h - 1) * r.advance_h;
+  const std::vector<Piece> pieces = pieces_of(r.taps_w);
+  std::vector<int> run_of(static_cast<size_t>(outputs_), -1);
+  for (const auto [at, size] : pieces) {
+    int& run = run_of[static_cast<size_t>(at % outputs_)];
+    if (run < 0) run = static_cast<int>(runs_.size()), runs_.push_back({at, 0, 0});
+    runs_[static_cast<size_t>(run)].count = tiles_ + (at - runs_[static_cast<size_t>(run)].first) / outputs_;
   }
-}
-
-// Group 4 a + b is m_a along the height of m_b along the width, whose terms stand by rows of taps. The maps are then
-// transformed by pairs of lines: (pair, a, kind along the width, place, channel).
-void Product::filter_height(int samples) {
-  const Reach& r = reach;
-  const int64_t line = int64_t{places_} * source_.channels;
-  const int pairs_of_lines = samples * r.rows_h / 2;
-  std::vector<Term> flat[4];
-  std::vector<int32_t> starts[4];  // of each term of a row: what it reads for the first pair
-  for (int b = 0; b < 4; ++b) {
-    flat[b].swap(terms_[b]);
-    for (const auto [at, size] : pieces_of(r.taps_w)) {
-      if (b == 3 && size == 2) continue;
-      starts[b].push_back(static_cast<int32_t>(kKind[b] * line + int64_t{at + kShift[b]} * source_.channels));
-    }
-  }
-  constexpr float factors[4][3] = {{1.0f, 0.0f, 0.0f}, {0.5f, 0.5f, 0.5f}, {0.5f, -0.5f, 0.5f}, {0.0f, 0.0f, 1.0f}};
-  for (int a = 0; a < 4; ++a)
-    for (int b = 0; b < 4; ++b) {
-      std::vector<Term>& terms = terms_[4 * a + b];
-      terms.clear();
-      const size_t count = flat[b].size() / 3;
-      for (size_t t = 0; t < count; ++t) {
-        Term whole{};
-        for (int row = 0; row < 3; ++row) {
-          const int i = r.advance_h < 0 ? row : 2 - row;  // in the order of the lines that they meet
-          const Term& one = flat[b][i * count + t];
-          for (int k = 0; k < one.count && factors[a][row] != 0.0f; ++k) {
-            whole.taps[whole.count] = one.taps[k];
-            whole.factors[whole.count++] = factors[a][row] * one.factors[k];
-          }
+  for (Run& run : runs_) run.base = places_, places_ += run.count;
+  const int products = outputs_ + 2, heights = tall_ ? 1 : r.taps_h, lines = tall_ ? samples * r.rows_h / 2 : samples * r.rows_h;
+  struct Read {
+    int height, place;
+  };
+  for (int a = 0; a < (tall_ ? 4 : 1); ++a)
+    for (int b = 0; b < products; ++b) {
+      std::vector<Term> terms;
+      std::vector<Read> reads;
+      for (int i = 0; i < heights; ++i)
+        for (const auto [at, size] : pieces) {
+          if (b == products - 1 && size == 2) continue;
+          Term term{};
+          for (int row = i; row < (tall_ ? 3 : i + 1); ++row)
+            for (int j = 0; j < size; ++j) {
+              const float factor = (tall_ ? kTwo.factors[a][row] : 1.0f) * filter.factors[b][j];
+              if (factor == 0.0f) continue;
+              term.taps[term.count] = tap(row, at + j);
+              term.factors[term.count++] = factor;
+            }
+          terms.push_back(term);
+          const Run& run = runs_[static_cast<size_t>(run_of[static_cast<size_t>(at % outputs_)])];
+          reads.push_back({i, run.base + (at - run.first) / outputs_});
         }
-        terms.push_back(whole);
-      }
-      std::vector<int32_t>& offsets = offsets_[4 * a + b];
-      offsets.assign(static_cast<size_t>(pairs_of_lines * pairs_) * count, -1);
-      size_t at = 0;
-      for (int pair = 0; pair < pairs_of_lines; ++pair)
-        for (int v = 0; v < pairs_; ++v)
-          for (size_t t = 0; t < count; ++t, ++at) {
-            offsets[at] = static_cast<int32_t>((int64_t{pair} * 4 + a) * 3 * line + 2 * v * source_.channels) + starts[b][t];
+      std::vector<int32_t> offsets;
+      offsets.reserve(static_cast<size_t>(lines) * tiles_ * reads.size());
+      for (int line = 0; line < lines; ++line)
+        for (int tile = 0; tile < tiles_; ++tile)
+          for (const Read& read : reads) {
+            int from = line * 4 + a;
+            if (!tall_) {
+              const int h = line % r.rows_h * r.step_h + lowest_h + read.height * std::abs(r.advance_h);
+              from = h < 0 || h >= source_.height ? -1 : line / r.rows_h * source_.height + h;
+            }
+            const int64_t at = from * line_floats() + int64_t{b * places_ + read.place + tile} * source_.channels;
+            offsets.push_back(from < 0 ? -1 : static_cast<int32_t>(at));
           }
+      terms_.push_back(std::move(terms)), offsets_.push_back(std::move(offsets));
     }
 }
 
@@ -191,15 +197,23 @@ const float* Product::prepare(const float* source, int line, int line_end, int& 
   return tall_ ? prepare_pairs(source, line, line_end) : prepare_lines(source, line, line_end, done);
 }
 
+// The line source + sign * other, of which either may be null, for its products along the width.
+void Product::transform(const float* source, const float* other, float sign, float* to) const {
+  const int first = reach.advance_w < 0 ? reach.origin_w : reach.origin_w - (reach.taps_w - 1);
+  for (const Run& run : runs_) {
+    kernels_here().filter_line({source, other, sign, to + int64_t{run.base} * source_.channels, source_.strides.w,
+                                int64_t{places_} * source_.channels, outputs_, source_.width, source_.channels,
+                                first + run.first, run.count});
+  }
+}
+
 const float* Product::prepare_lines(const float* source, int line, int line_end, int& done) const {
-  float* to = kept<float, Keep::transformed>(static_cast<size_t>(3 * apart_));
+  const int lines = (line_end - 1) / reach.rows_h * source_.height + source_.height;
+  float* to = kept<float, Keep::transformed>(static_cast<size_t>(lines * line_floats()));
   const Strides& s = source_.strides;
   const int end = source_line(line_end - 1, true) + 1;
   for (int i = std::max(done, source_line(line, false)); i < end; ++i) {
-    float* at = to + int64_t{i} * places_ * source_.channels;
-    const float* from = source + i / source_.height * s.n + i % source_.height * s.h;
-    kernels_here().filter_line({from, at, at + apart_, at + 2 * apart_, s.w, source_.width,
-                                source_.channels, first_, places_});
+    transform(source + i / source_.height * s.n + i % source_.height * s.h, nullptr, 0.0f, to + i * line_floats());
   }
   done = std::max(done, end);
   return to;
@@ -207,20 +221,19 @@ const float* Product::prepare_lines(const float* source, int line, int line_end,
 
 // From the beginning for each strip: pairs have nothing in common, and so the maps stay in the cache.
 const float* Product::prepare_pairs(const float* source, int line, int line_end) const {
-  const int64_t pair_floats = int64_t{12} * places_ * source_.channels;
-  float* const maps = kept<float, Keep::transformed>(static_cast<size_t>((line_end - line) / 2 * pair_floats));
+  float* const maps = kept<float, Keep::transformed>(static_cast<size_t>((line_end - line) * 2 * line_floats()));
   float* to = maps;
   const Strides& s = source_.strides;
   const int lowest = reach.advance_h < 0 ? reach.origin_h : reach.origin_h - 2;
-  for (; line < line_end; line += 2, to += pair_floats) {
+  // x0 - x2, x1 + x2, x2 - x1, x1 - x3 of the four lines that a pair reads
+  constexpr struct { int one, other; float sign; } kinds[4] = {{0, 2, -1.0f}, {1, 2, 1.0f}, {2, 1, -1.0f}, {1, 3, -1.0f}};
+  for (; line < line_end; line += 2) {
     const int n = line / reach.rows_h, h = line % reach.rows_h + lowest;
-    FilterPair f{};
-    for (int i = 0; i < 4; ++i) {
-      if (h + i >= 0 && h + i < source_.height) f.lines[i] = source + n * s.n + (h + i) * s.h;
+    auto at = [&](int i) { return h + i < 0 || h + i >= source_.height ? nullptr : source + n * s.n + (h + i) * s.h; };
+    for (const auto [one, other, sign] : kinds) {
+      transform(at(one), at(other), sign, to);
+      to += line_floats();
     }
-    f.to = to, f.stride = s.w;
-    f.width = source_.width, f.channels = source_.channels, f.first = first_, f.places = places_;
-    kernels_here().filter_pair(f);
   }
   return maps;
 }
@@ -233,7 +246,7 @@ void Product::run_group(int group, const float* source, const float* packed, int
   g.offsets = offsets_[group].data() + int64_t{row} * terms;
   g.rows = rows, g.taps = terms, g.channels = channels, g.vectors = width_at(column, columns_) / kernels_here().lanes;
   if (terms == 0) return void(std::fill(sums, sums + int64_t{up(rows, kTileRows)} * kernels_here().panel, 0.0f));
-  multiply(g);
+  multiply(g, kChunk / outputs_);
 }
 
 int64_t Product::sums_floats(int lines) const { return int64_t{up(lines * reach.rows_w, kTileRows)} * width(); }
@@ -249,16 +262,14 @@ void Product::run(const float* prepared, const float* packed, int column, int li
   }
   // what is combined at a time: a line, or a pair of lines
   const int first = line / together(), count = line_end / together() - first, panel = kernels_here().panel;
-  const int64_t apart = int64_t{up(count * pairs_, kTileRows)} * panel;
+  const int64_t apart = int64_t{up(count * tiles_, kTileRows)} * panel;
   float* m = kept<float, Keep::filtered>(static_cast<size_t>(groups() * apart));
   for (int group = 0; group < groups(); ++group) {
-    run_group(group, prepared, packed, column, tall_ ? 0 : first * pairs_, count * pairs_, m + group * apart);
+    run_group(group, prepared, packed, column, tall_ ? 0 : first * tiles_, count * tiles_, m + group * apart);
   }
   for (int i = 0; i < count; ++i) {
-    const float* from = m + int64_t{i} * pairs_ * panel;
-    float* to = sums + int64_t{i} * together() * reach.rows_w * panel;
-    tall_ ? kernels_here().combine_pair({from, apart, to, reach.rows_w})
-          : kernels_here().combine_line({from, apart, to, reach.rows_w});
+    kernels_here().combine_line({m + int64_t{i} * tiles_ * panel, apart, sums + int64_t{i} * together() * reach.rows_w * panel,
+                                 outputs_, reach.rows_w, tall_});
   }
 }
 

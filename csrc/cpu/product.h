@@ -3,13 +3,16 @@
 //
 // directly    the rows' sources are read where they lie, a table of offsets names one for each tap ("indirect convolution":
 //             Dukhan, The Indirect Convolution Algorithm, 2019); stride, dilation and any padding are in the table alone
-// filtered    where neighbouring taps meet neighbouring positions, two outputs of three taps take four products instead of six,
-//             of two taps three instead of four (Winograd's minimal filtering F(2, 3), here along the width):
+// filtered    where neighbouring taps meet neighbouring positions, n outputs of three taps take n + 2 products instead of 3 n, of
+//             two taps n + 1 (Winograd's minimal filtering F(n, 3), here along the width); n is 2 or 4. For two outputs
 //               y0 = m0 + m1 + m2    m0 = (x0 - x2) g0    m1 = (x1 + x2) (g0 + g1 + g2) / 2
 //               y1 = m1 - m2 - m3    m3 = (x1 - x3) g2    m2 = (x2 - x1) (g0 - g1 + g2) / 2
-//             A longer kernel is a sum of such pieces, and all pieces share m0 .. m3. Three rows of taps over an even number of
-//             lines are filtered along the height as well: two lines take four products of a line where they took six. Only
-//             sums and halves: the rounding error stays near that of the direct form.
+//             from the polynomials' values at 0, 1, -1 and infinity; four outputs take 1/2 and -2 as well. A longer kernel is
+//             a sum of such pieces, and all pieces share m0 .. m3 or m5: eight taps take 5.5 products an output, or 4.25. Three rows
+//             of taps over an even number of lines are filtered along the height as well: two lines take four products of a
+//             line where they took six.
+// Relative error against float64: 0.2e-6 directly, 0.3e-6 by two outputs and along both axes, 0.5e-6 by four (a sum is short
+// whatever the fan-in, see kChunk), which along both axes would be 0.7e-6.
 #pragma once
 
 #include <cstdint>
@@ -45,8 +48,17 @@ struct Term {
   int count;
 };
 
+// Places of a transformed line, one a tile: those that begin at position `first` of a piece's reach and each tile further on.
+struct Run {
+  int first, count, base;  // base: places of the runs before
+};
+
+// Of k, what is summed in registers; the next such sum is then added to it, which keeps rounding small. Products that n outputs
+// share take an n-th: their errors weigh more.
+constexpr int kChunk = 256;
+
 // All of k of some rows and one panel; `tap` .. `adds` of the argument are filled in here.
-void multiply(GemmRows);
+void multiply(GemmRows, int chunk);
 
 // Floats of a row in the panel that holds `column`.
 int width_at(int column, int columns);
@@ -62,7 +74,7 @@ class Product {
   int64_t packed_floats() const;
   // Columns that `run` does at once.
   int width() const;
-  int groups() const { return tall_ ? 16 : filtered_ ? 4 : 1; }
+  int groups() const { return static_cast<int>(terms_.size()); }
   // Lines that are only done together: `line` and `line_end` are multiples of it.
   int together() const { return tall_ ? 2 : 1; }
   const std::vector<Term>& terms(int group) const { return terms_[group]; }
@@ -80,20 +92,23 @@ class Product {
   const Reach reach;
 
  private:
-  void filter_width(int samples);
-  void filter_height(int samples);
+  void filter(int samples);
   int source_line(int line, bool last) const;
+  void transform(const float* source, const float* other, float sign, float* to) const;
   const float* prepare_lines(const float* source, int line, int line_end, int& done) const;
   const float* prepare_pairs(const float* source, int line, int line_end) const;
   void run_group(int group, const float* source, const float* packed, int column, int row, int rows, float* sums) const;
   int64_t group_floats(int group) const;
+  int64_t line_floats() const { return int64_t{outputs_ + 2} * places_ * source_.channels; }  // of a transformed line
 
   Source source_;
-  int columns_, pairs_, first_, places_;  // filtered: pairs of a line, the first position that is transformed, and how many are
-  bool depthwise_, filtered_, tall_;      // filtered along the width; along the height as well
-  int64_t apart_ = 0;                     // floats between the transformed maps of the three kinds
-  std::vector<Term> terms_[16];
-  std::vector<int32_t> offsets_[16];
+  int columns_;
+  bool depthwise_, filtered_, tall_;  // filtered along the width; along the height as well
+  int outputs_ = 1, tiles_ = 0;       // filtered: outputs of a tile along the width, tiles of a line
+  std::vector<Run> runs_;             // of a transformed line
+  int places_ = 0;                    // in all of them
+  std::vector<std::vector<Term>> terms_;       // by group
+  std::vector<std::vector<int32_t>> offsets_;  // (row, term) by group
 };
 
 }  // namespace lora_edge::cpu
