@@ -199,8 +199,10 @@ def _fixed_args(
 
 
 def _wanted() -> bool:
+    if not torch.is_grad_enabled():
+        return False
     traced = torch.compiler.is_compiling() or torch.jit.is_tracing()
-    return torch.is_grad_enabled() and not traced and not nn.modules.module._has_any_global_hook()
+    return not traced and not nn.modules.module._has_any_global_hook()
 
 
 def _rebuild(base_class: type[nn.Module]) -> nn.Module:

@@ -30,6 +30,7 @@ class FrozenBatchNorm(_BatchNorm):
     """What the frozen classes share: ``training`` stays False, the mode asked for is kept for the way back."""
 
     stock: ClassVar[type[_BatchNorm]]
+    dims: ClassVar[tuple[int, ...]] = ()  # of an input that needs none of the stock layer's own checks
     mode_asked_for: bool
     lean: bool
 
@@ -58,6 +59,12 @@ class FrozenBatchNorm(_BatchNorm):
         if torch.is_grad_enabled() and self.is_lean():
             self._check_input_dim(x)
             return _FrozenBatchNorm.apply(x, self.running_mean, self.running_var, self.weight, self.bias, self.eps)
+        if x.is_cpu and not self.training and x.dim() in self.dims and not torch.compiler.is_compiling():
+            # the stock layer's own call, without its questions: they take longer than a small map does
+            parameters, buffers = self._parameters, self._buffers
+            if "weight" in parameters and "bias" in parameters and (mean := buffers["running_mean"]) is not None:
+                affine = (parameters["weight"], parameters["bias"])
+                return torch.batch_norm(x, *affine, mean, buffers["running_var"], False, 0.0, self.eps, True)
         return self.stock.forward(self, x)
 
 
@@ -86,18 +93,21 @@ class FrozenBatchNorm1d(FrozenBatchNorm, nn.BatchNorm1d):
     """``nn.BatchNorm1d`` that stays on its running statistics."""
 
     stock = nn.BatchNorm1d
+    dims = (2, 3)
 
 
 class FrozenBatchNorm2d(FrozenBatchNorm, nn.BatchNorm2d):
     """``nn.BatchNorm2d`` that stays on its running statistics."""
 
     stock = nn.BatchNorm2d
+    dims = (4,)
 
 
 class FrozenBatchNorm3d(FrozenBatchNorm, nn.BatchNorm3d):
     """``nn.BatchNorm3d`` that stays on its running statistics."""
 
     stock = nn.BatchNorm3d
+    dims = (5,)
 
 
 class FrozenSyncBatchNorm(FrozenBatchNorm, nn.SyncBatchNorm):
@@ -152,6 +162,8 @@ class LeanActivation(LeanLayer):
         raise NotImplementedError
 
     def forward(self, x: Tensor) -> Tensor:
+        if not (torch.is_grad_enabled() and x.requires_grad):
+            return self.stock.forward(self, x)
         if self.inplace and x._is_view():  # autograd takes no custom in-place function on a view
             return self.stock.forward(self, x)
         return activate(x, self.activation(), self.inplace)
@@ -327,8 +339,8 @@ class LeanConv(LeanLayer, nn.modules.conv._ConvNd):
 
     def forward(self, x: Tensor) -> Tensor:
         if (
-            self.weight.requires_grad
-            or not (torch.is_grad_enabled() and x.requires_grad)
+            not (torch.is_grad_enabled() and x.requires_grad)
+            or self.weight.requires_grad
             or x.dim() != self.weight.dim()
             or x.dtype != self.weight.dtype
             or torch.is_autocast_enabled(x.device.type)
