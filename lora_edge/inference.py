@@ -1,14 +1,12 @@
 """The fused kernels of adapted layers that run without gradients, kept while nothing changes: inference then costs what it did.
 
-Kept beside the layers and not in them: no state dict, pickle or copy has them. Training drops a layer's, and so does a move.
-Every forward asks whether the kept kernel still holds, beside a convolution that may take 20 us: so the question reads C-level
-attributes only, and no module attribute that goes through ``nn.Module.__getattr__``.
+Training drops a layer's, and so does a move. Every forward asks whether the kept kernel still holds, beside a convolution that
+may take 20 us: so the question reads C-level attributes only, and no module attribute that goes through
+``nn.Module.__getattr__``.
 """
 
 from __future__ import annotations
 
-import ctypes
-import weakref
 from typing import TYPE_CHECKING, NamedTuple
 
 import torch
@@ -16,6 +14,7 @@ from torch import Tensor
 
 from lora_edge.ops import reference
 from lora_edge.ops.backends import requested
+from lora_edge.unchanged import Beside, Bytes
 
 if TYPE_CHECKING:
     from lora_edge.layers import LoRAEdgeConv
@@ -32,37 +31,33 @@ class _Kept(NamedTuple):
     ids: tuple[int, int]  # of weight and suffix
     versions: tuple[int, int]
     weight: Tensor
-    core: Tensor
     suffix: Tensor
-    core_memory: ctypes.Array[ctypes.c_char]
-    core_bytes: bytes
+    core: Bytes
     scale: float
     fused: Tensor
-    layer: weakref.ref[LoRAEdgeConv]  # forgets this where the layer dies
 
 
-_kept: dict[int, _Kept] = {}  # by the layer's id: a weak dictionary takes longer than all of the comparison
+_kept: Beside[_Kept] = Beside()
 
 
 def inference_weight(layer: LoRAEdgeConv) -> Tensor | None:
     """``W + scale * B S`` in the weight's dtype, made anew where something changed; None where the op itself must run."""
     if requested(layer.backend)[0] not in ("auto", "torch"):
         return None
+    parameters = layer._parameters
     try:
-        parameters = layer._parameters
-        weight, core, suffix = parameters["weight"], parameters["core"], parameters["suffix"]
-        parameters["bias"]
+        weight, core, suffix, _ = parameters["weight"], parameters["core"], parameters["suffix"], parameters["bias"]
     except KeyError:  # computed by a parametrization
         return None
-    kept = _kept.get(id(layer))
+    assert weight is not None and core is not None and suffix is not None  # noqa: PT018
+    kept = _kept.get(layer)
     if (
         kept is not None
         and kept.ids == (id(weight), id(suffix))
         and kept.weight.is_set_to(weight)
-        and kept.core.is_set_to(core)
         and kept.suffix.is_set_to(suffix)
         and kept.versions == (weight._version, suffix._version)
-        and kept.core_memory.raw == kept.core_bytes
+        and kept.core.hold(core)
         and kept.scale == layer.scale
     ):
         return kept.fused
@@ -71,20 +66,16 @@ def inference_weight(layer: LoRAEdgeConv) -> Tensor | None:
 
 def _keep(layer: LoRAEdgeConv, weight: Tensor, core: Tensor, suffix: Tensor) -> Tensor | None:
     drop(layer)
-    # inference tensors count no versions; elsewhere than in the CPU's memory, or with gaps, the core's bytes cannot be read
-    if weight.is_inference() or core.is_inference() or suffix.is_inference() or not (core.is_cpu and core.is_contiguous()):
+    if weight.is_inference() or suffix.is_inference() or not Bytes.readable(core):  # inference tensors count no versions
         return None
     ids, versions = (id(weight), id(suffix)), (weight._version, suffix._version)
     weight, core, suffix = weight.detach(), core.detach(), suffix.detach()
     with torch.autocast("cpu", enabled=False):  # it casts the fused kernel as it casts a stock one
         fused = reference.tt_fuse(weight, core, suffix, layer.scale)
-    memory = (ctypes.c_char * core.nbytes).from_address(core.data_ptr())
-    key = id(layer)
-    forget = weakref.ref(layer, lambda _: _kept.pop(key, None))
-    _kept[key] = _Kept(ids, versions, weight, core, suffix, memory, memory.raw, layer.scale, fused, forget)
+    _kept.put(layer, _Kept(ids, versions, weight, suffix, Bytes(core), layer.scale, fused))
     return fused
 
 
 def drop(layer: LoRAEdgeConv) -> None:
     """Forget a layer's fused kernel: it is trained, or moved."""
-    _kept.pop(id(layer), None)
+    _kept.drop(layer)

@@ -13,7 +13,7 @@ state dict stay as they are.
 from __future__ import annotations
 
 import math
-from typing import Any, ClassVar
+from typing import Any, ClassVar, NamedTuple
 
 import torch
 import torch.nn.functional as F
@@ -24,6 +24,22 @@ from torch.nn.modules.batchnorm import _BatchNorm
 from lora_edge.ops import tt_block
 from lora_edge.ops.activation import Activation, activate
 from lora_edge.ops.padding import pad
+from lora_edge.unchanged import Beside, Bytes
+
+
+class _Affine(NamedTuple):
+    """A frozen BatchNorm's scale and shift, and what they were made of."""
+
+    made_of: list[Bytes | None]
+    eps: float
+    affine: tuple[Tensor, Tensor]
+
+
+_affines: Beside[_Affine] = Beside()
+
+
+def _hold(bytes_: Bytes | None, tensor: Tensor | None) -> bool:
+    return tensor is None if bytes_ is None else tensor is not None and bytes_.hold(tensor)
 
 
 class FrozenBatchNorm(_BatchNorm):
@@ -45,7 +61,28 @@ class FrozenBatchNorm(_BatchNorm):
         return self.lean and not any(p is not None and p.requires_grad for p in affine)
 
     def scale_and_shift(self) -> tuple[Tensor, Tensor]:
-        """The scale and shift ``(C,)`` that this layer is."""
+        """The scale and shift ``(C,)`` that this layer is, kept while nothing changes; not to be written to."""
+        if torch.compiler.is_compiling():
+            return self._scale_and_shift()
+        kept = _affines.get(self)
+        if kept is not None and kept.eps == self.eps:
+            tensors = self._tensors()
+            if len(tensors) == len(kept.made_of) and all(map(_hold, kept.made_of, tensors)):
+                return kept.affine
+        _affines.drop(self)
+        affine = self._scale_and_shift()
+        tensors = self._tensors()
+        if len(tensors) == 4 and all(t is None or Bytes.readable(t) for t in tensors) and not affine[0].is_inference():
+            _affines.put(self, _Affine([None if t is None else Bytes(t) for t in tensors], self.eps, affine))
+        return affine
+
+    def _tensors(self) -> list[Tensor | None]:
+        """Statistics and affine, without those that are computed by a parametrization."""
+        buffers, parameters = self._buffers, self._parameters
+        named = [buffers["running_mean"], buffers["running_var"]]
+        return named + [parameters[name] for name in ("weight", "bias") if name in parameters]
+
+    def _scale_and_shift(self) -> tuple[Tensor, Tensor]:
         assert self.running_mean is not None
         assert self.running_var is not None
         scale = torch.rsqrt(self.running_var + self.eps)

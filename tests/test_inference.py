@@ -215,7 +215,7 @@ def test_named_backends_run_the_op(monkeypatch):
     if lora_edge.backends()["cpu"] == "available":
         with torch.no_grad(), use_backend("cpu"):
             torch.testing.assert_close(layer(x), expected(layer, x))
-        assert not inference._kept.get(id(layer))
+        assert inference._kept.get(layer) is None
     monkeypatch.setenv(VARIABLE, "gpu")
     with torch.no_grad(), pytest.raises(ValueError, match=r"backend is 'gpu' \(from LORA_EDGE_BACKEND\)"):
         layer(x)
@@ -264,20 +264,20 @@ def test_nothing_is_copied_pickled_or_left_behind():
     layer = trained_layer()
     size = len(pickle.dumps(layer))
     check(layer)
-    assert id(layer) in inference._kept
+    assert inference._kept.get(layer) is not None
     assert len(pickle.dumps(layer)) == size
     for twin in (copy.deepcopy(layer), pickle.loads(pickle.dumps(layer))):
-        assert id(twin) not in inference._kept
+        assert inference._kept.get(twin) is None
         check(twin)
     layer.cycle = [layer]
     key = id(layer)
     del layer
     gc.collect()
-    assert key not in inference._kept
+    assert key not in inference._kept._values
     moved = trained_layer()
     check(moved)
     moved.to(torch.float64)
-    assert id(moved) not in inference._kept
+    assert inference._kept.get(moved) is None
     for _ in range(20):  # a new layer may have an old one's id
         check(trained_layer())
 
