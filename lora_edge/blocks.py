@@ -17,6 +17,7 @@ import operator
 import random
 from collections.abc import Callable
 from dataclasses import dataclass, field
+from itertools import chain
 from typing import Any
 
 import torch
@@ -199,8 +200,10 @@ def _fixed_args(
 
 
 def _wanted() -> bool:
+    if not torch.is_grad_enabled():
+        return False
     traced = torch.compiler.is_compiling() or torch.jit.is_tracing()
-    return torch.is_grad_enabled() and not traced and not nn.modules.module._has_any_global_hook()
+    return not traced and not nn.modules.module._has_any_global_hook()
 
 
 def _rebuild(base_class: type[nn.Module]) -> nn.Module:
@@ -221,7 +224,7 @@ def _fuse(module: nn.Module, name: str, found: Fused) -> None:
     plan, why = _make_plan(module)
     if plan is not None:
         module.__class__ = _lean_class(type(module))  # type: ignore[assignment]
-        module.__dict__["_lean_plan"] = (_signature(module), plan)
+        module.__dict__["_lean_plan"] = (_signature(module), plan, None)
         found.blocks.update({_join(name, conv): what for conv, what in plan.blocks.items()})
         found.reasons.update({_join(name, conv): reason for conv, reason in plan.reasons.items()})
         return
@@ -244,11 +247,12 @@ def describe(model: nn.Module) -> Fused:
 
 def _current_plan(module: LeanModule) -> Plan | None:
     """The module's plan, made anew if the module changed; None where it has none or is disabled."""
-    signature = _signature(module)
-    made_for, plan = module.__dict__.get("_lean_plan", (None, None))
-    if made_for != signature:
-        plan, _ = _make_plan(module)
-        module.__dict__["_lean_plan"] = (signature, plan)
+    made_for, plan, seen = module.__dict__.get("_lean_plan", (None, None, None))
+    if seen is None or not seen.again(module):
+        signature = _signature(module)
+        if made_for != signature:
+            plan, _ = _make_plan(module)
+        module.__dict__["_lean_plan"] = (signature, plan, _Seen(module))
     is_disabled = plan is not None and plan.layer is not None and not plan.layer.enabled
     return None if is_disabled else plan
 
@@ -261,6 +265,41 @@ def _signature(module: nn.Module) -> tuple[Any, ...]:
         if not isinstance(m, (LoRAEdgeConv, FrozenBatchNorm)):  # theirs are read when the block runs
             signature += [value for value in m.__dict__.values() if isinstance(value, _SCALARS)]
     return tuple(signature)
+
+
+class _Seen:
+    """The modules as they were seen last: what is the same object still needs no new :func:`_signature`, which takes longer.
+
+    It holds no reference to the root itself, so that a model still goes where its last reference goes.
+    """
+
+    def __init__(self, root: nn.Module) -> None:
+        modules = list(root.modules())
+        self.below = modules[1:]
+        self.children = [m._modules for m in modules]
+        self.hooks = [
+            hooks
+            for m in modules
+            for hooks in (m._forward_hooks, m._forward_pre_hooks, m._backward_hooks, m._backward_pre_hooks)
+        ]
+        self.types, self.hooked = [*map(type, modules)], [*map(bool, self.hooks)]
+        self.sizes = [*map(len, self.attributes(root))]
+        self.values = [*chain.from_iterable(map(dict.values, self.attributes(root)))]
+
+    def attributes(self, root: nn.Module) -> list[dict[str, Any]]:
+        """Every module's attributes and its submodules; the root's without its plan."""
+        own = {name: value for name, value in vars(root).items() if name != "_lean_plan"}
+        return [own, *map(vars, self.below), *self.children]
+
+    def again(self, root: nn.Module) -> bool:
+        """Whether all types, attributes and submodules are the same objects and no hook came or went."""
+        attributes = self.attributes(root)
+        return (
+            [type(root), *map(type, self.below)] == self.types
+            and [*map(bool, self.hooks)] == self.hooked
+            and [*map(len, attributes)] == self.sizes
+            and all(map(operator.is_, chain.from_iterable(map(dict.values, attributes)), self.values))
+        )
 
 
 def _has_hooks(module: nn.Module) -> bool:

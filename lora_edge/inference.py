@@ -1,53 +1,81 @@
 """The fused kernels of adapted layers that run without gradients, kept while nothing changes: inference then costs what it did.
 
-Kept beside the layers and not in them: no state dict, pickle or copy has them. Training drops a layer's.
+Training drops a layer's, and so does a move. Every forward asks whether the kept kernel still holds, beside a convolution that
+may take 20 us: so the question reads C-level attributes only, and no module attribute that goes through
+``nn.Module.__getattr__``.
 """
 
 from __future__ import annotations
 
 from typing import TYPE_CHECKING, NamedTuple
-from weakref import WeakKeyDictionary
 
 import torch
 from torch import Tensor
 
 from lora_edge.ops import reference
 from lora_edge.ops.backends import requested
+from lora_edge.unchanged import Beside, Bytes
 
 if TYPE_CHECKING:
     from lora_edge.layers import LoRAEdgeConv
 
 
 class _Kept(NamedTuple):
-    """A fused kernel and what it was made of. The core, which changes, is compared by value: it is small."""
+    """A fused kernel and what it was made of.
 
-    frozen: tuple[object, ...]
-    core: Tensor
+    A frozen tensor is the one it was made of where it is the same object on the same memory in the same version. The memory
+    is held by an alias, so that no other tensor comes to lie there. An in-place change under ``.data`` counts no version: the
+    core, which is small and which some optimizers write so, is compared byte by byte instead.
+    """
+
+    ids: tuple[int, int]  # of weight and suffix
+    versions: tuple[int, int]
+    weight: Tensor
+    suffix: Tensor
+    core: Bytes
+    scale: float
     fused: Tensor
 
 
-_kept: WeakKeyDictionary[LoRAEdgeConv, _Kept] = WeakKeyDictionary()
+_kept: Beside[_Kept] = Beside()
 
 
 def inference_weight(layer: LoRAEdgeConv) -> Tensor | None:
-    """``W + scale * B S`` in the weight's dtype, made anew where something changed; None where the op itself must run.
-
-    The frozen tensors are known by address and version, which an in-place change under ``.data`` does not count.
-    """
-    weight, core, suffix = layer.weight, layer.core, layer.suffix
-    named = requested(layer.backend)[0] not in ("auto", "torch")
-    if named or torch.is_autocast_enabled("cpu") or weight.is_inference() or suffix.is_inference():
+    """``W + scale * B S`` in the weight's dtype, made anew where something changed; None where the op itself must run."""
+    if requested(layer.backend)[0] not in ("auto", "torch"):
         return None
-    frozen = (weight.data_ptr(), weight._version, suffix.data_ptr(), suffix._version, layer.scale)
+    parameters = layer._parameters
+    try:
+        weight, core, suffix, _ = parameters["weight"], parameters["core"], parameters["suffix"], parameters["bias"]
+    except KeyError:  # computed by a parametrization
+        return None
+    assert weight is not None and core is not None and suffix is not None  # noqa: PT018
     kept = _kept.get(layer)
-    if kept is None or kept.frozen != frozen or not torch.equal(kept.core, core):
-        kept = _Kept(
-            frozen, core.detach().clone(), reference.tt_fuse(weight.detach(), core.detach(), suffix.detach(), layer.scale)
-        )
-        _kept[layer] = kept
-    return kept.fused
+    if (
+        kept is not None
+        and kept.ids == (id(weight), id(suffix))
+        and kept.weight.is_set_to(weight)
+        and kept.suffix.is_set_to(suffix)
+        and kept.versions == (weight._version, suffix._version)
+        and kept.core.hold(core)
+        and kept.scale == layer.scale
+    ):
+        return kept.fused
+    return _keep(layer, weight, core, suffix)
+
+
+def _keep(layer: LoRAEdgeConv, weight: Tensor, core: Tensor, suffix: Tensor) -> Tensor | None:
+    drop(layer)
+    if weight.is_inference() or suffix.is_inference() or not Bytes.readable(core):  # inference tensors count no versions
+        return None
+    ids, versions = (id(weight), id(suffix)), (weight._version, suffix._version)
+    weight, core, suffix = weight.detach(), core.detach(), suffix.detach()
+    with torch.autocast("cpu", enabled=False):  # it casts the fused kernel as it casts a stock one
+        fused = reference.tt_fuse(weight, core, suffix, layer.scale)
+    _kept.put(layer, _Kept(ids, versions, weight, suffix, Bytes(core), layer.scale, fused))
+    return fused
 
 
 def drop(layer: LoRAEdgeConv) -> None:
-    """Forget a layer's fused kernel: it is trained."""
-    _kept.pop(layer, None)
+    """Forget a layer's fused kernel: it is trained, or moved."""
+    _kept.drop(layer)

@@ -9,13 +9,14 @@ from __future__ import annotations
 
 import copy
 from collections import Counter
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any, ClassVar, TypeVar
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
 
-from lora_edge.inference import inference_weight
+from lora_edge import inference
 from lora_edge.ops import tt_conv, tt_fuse
 from lora_edge.ops.checks import DTYPES, check_conv
 from lora_edge.ops.padding import pad
@@ -29,6 +30,7 @@ class LoRAEdgeConv(nn.modules.conv._ConvNd):
     """What the three layers share; not used on its own."""
 
     stock: ClassVar[type[nn.modules.conv._ConvNd]]
+    convolve: ClassVar[Callable[..., Tensor]]  # what the stock layer calls
     core: nn.Parameter
     suffix: nn.Parameter
     scale: float
@@ -87,10 +89,14 @@ class LoRAEdgeConv(nn.modules.conv._ConvNd):
     def forward(self, x: Tensor) -> Tensor:
         if not self.enabled:
             return self.stock.forward(self, x)  # type: ignore[misc, arg-type]
-        if not torch.is_grad_enabled() and x.device.type == "cpu" and not torch.compiler.is_compiling():
-            weight = inference_weight(self)
+        if not torch.is_grad_enabled() and x.is_cpu and not torch.compiler.is_compiling():
+            weight = inference.inference_weight(self)
             if weight is not None:
                 try:
+                    if self.padding_mode == "zeros":  # what _conv_forward does there, a call and a module attribute shorter
+                        return self.convolve(
+                            x, weight, self._parameters["bias"], self.stride, self.padding, self.dilation, self.groups
+                        )
                     return self._conv_forward(x, weight, self.bias)
                 except RuntimeError:  # of two reasons the one that names the argument
                     check_conv(x, weight, self.bias, self.groups, "tt_conv")
@@ -102,6 +108,10 @@ class LoRAEdgeConv(nn.modules.conv._ConvNd):
             x, self.weight, self.core, self.suffix, self.bias, self.stride, padding, self.dilation, self.groups, self.scale,
             saved_dtype=self.saved_dtype, backend=self.backend,
         )  # fmt: skip
+
+    def _apply(self: _Layer, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> _Layer:
+        inference.drop(self)  # it holds the memory that the layer moves away from
+        return super()._apply(fn, recurse)  # type: ignore[no-untyped-call, no-any-return]
 
     def extra_repr(self) -> str:
         return f"{super().extra_repr()}, rank={self.rank}"
@@ -161,18 +171,21 @@ class LoRAEdgeConv1d(LoRAEdgeConv, nn.Conv1d):
     """``nn.Conv1d`` with a trained output-side core; same arguments, plus ``rank``. Input ``(N, I, L)`` or ``(I, L)``."""
 
     stock = nn.Conv1d
+    convolve = F.conv1d
 
 
 class LoRAEdgeConv2d(LoRAEdgeConv, nn.Conv2d):
     """``nn.Conv2d`` with a trained output-side core; same arguments, plus ``rank``. Input ``(N, I, H, W)`` or without N."""
 
     stock = nn.Conv2d
+    convolve = F.conv2d
 
 
 class LoRAEdgeConv3d(LoRAEdgeConv, nn.Conv3d):
     """``nn.Conv3d`` with a trained output-side core; same arguments, plus ``rank``. Input ``(N, I, D, H, W)``."""
 
     stock = nn.Conv3d
+    convolve = F.conv3d
 
 
 ADAPTED_CLASS: dict[type[nn.Module], type[LoRAEdgeConv]] = {

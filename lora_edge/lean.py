@@ -13,7 +13,7 @@ state dict stay as they are.
 from __future__ import annotations
 
 import math
-from typing import Any, ClassVar
+from typing import Any, ClassVar, NamedTuple
 
 import torch
 import torch.nn.functional as F
@@ -24,12 +24,29 @@ from torch.nn.modules.batchnorm import _BatchNorm
 from lora_edge.ops import tt_block
 from lora_edge.ops.activation import Activation, activate
 from lora_edge.ops.padding import pad
+from lora_edge.unchanged import Beside, Bytes
+
+
+class _Affine(NamedTuple):
+    """A frozen BatchNorm's scale and shift, and what they were made of."""
+
+    made_of: list[Bytes | None]
+    eps: float
+    affine: tuple[Tensor, Tensor]
+
+
+_affines: Beside[_Affine] = Beside()
+
+
+def _hold(bytes_: Bytes | None, tensor: Tensor | None) -> bool:
+    return tensor is None if bytes_ is None else tensor is not None and bytes_.hold(tensor)
 
 
 class FrozenBatchNorm(_BatchNorm):
     """What the frozen classes share: ``training`` stays False, the mode asked for is kept for the way back."""
 
     stock: ClassVar[type[_BatchNorm]]
+    dims: ClassVar[tuple[int, ...]] = ()  # of an input that needs none of the stock layer's own checks
     mode_asked_for: bool
     lean: bool
 
@@ -44,7 +61,28 @@ class FrozenBatchNorm(_BatchNorm):
         return self.lean and not any(p is not None and p.requires_grad for p in affine)
 
     def scale_and_shift(self) -> tuple[Tensor, Tensor]:
-        """The scale and shift ``(C,)`` that this layer is."""
+        """The scale and shift ``(C,)`` that this layer is, kept while nothing changes; not to be written to."""
+        if torch.compiler.is_compiling():
+            return self._scale_and_shift()
+        kept = _affines.get(self)
+        if kept is not None and kept.eps == self.eps:
+            tensors = self._tensors()
+            if len(tensors) == len(kept.made_of) and all(map(_hold, kept.made_of, tensors)):
+                return kept.affine
+        _affines.drop(self)
+        affine = self._scale_and_shift()
+        tensors = self._tensors()
+        if len(tensors) == 4 and all(t is None or Bytes.readable(t) for t in tensors) and not affine[0].is_inference():
+            _affines.put(self, _Affine([None if t is None else Bytes(t) for t in tensors], self.eps, affine))
+        return affine
+
+    def _tensors(self) -> list[Tensor | None]:
+        """Statistics and affine, without those that are computed by a parametrization."""
+        buffers, parameters = self._buffers, self._parameters
+        named = [buffers["running_mean"], buffers["running_var"]]
+        return named + [parameters[name] for name in ("weight", "bias") if name in parameters]
+
+    def _scale_and_shift(self) -> tuple[Tensor, Tensor]:
         assert self.running_mean is not None
         assert self.running_var is not None
         scale = torch.rsqrt(self.running_var + self.eps)
@@ -58,6 +96,12 @@ class FrozenBatchNorm(_BatchNorm):
         if torch.is_grad_enabled() and self.is_lean():
             self._check_input_dim(x)
             return _FrozenBatchNorm.apply(x, self.running_mean, self.running_var, self.weight, self.bias, self.eps)
+        if x.is_cpu and not self.training and x.dim() in self.dims and not torch.compiler.is_compiling():
+            # the stock layer's own call, without its questions: they take longer than a small map does
+            parameters, buffers = self._parameters, self._buffers
+            if "weight" in parameters and "bias" in parameters and (mean := buffers["running_mean"]) is not None:
+                affine = (parameters["weight"], parameters["bias"])
+                return torch.batch_norm(x, *affine, mean, buffers["running_var"], False, 0.0, self.eps, True)
         return self.stock.forward(self, x)
 
 
@@ -86,18 +130,21 @@ class FrozenBatchNorm1d(FrozenBatchNorm, nn.BatchNorm1d):
     """``nn.BatchNorm1d`` that stays on its running statistics."""
 
     stock = nn.BatchNorm1d
+    dims = (2, 3)
 
 
 class FrozenBatchNorm2d(FrozenBatchNorm, nn.BatchNorm2d):
     """``nn.BatchNorm2d`` that stays on its running statistics."""
 
     stock = nn.BatchNorm2d
+    dims = (4,)
 
 
 class FrozenBatchNorm3d(FrozenBatchNorm, nn.BatchNorm3d):
     """``nn.BatchNorm3d`` that stays on its running statistics."""
 
     stock = nn.BatchNorm3d
+    dims = (5,)
 
 
 class FrozenSyncBatchNorm(FrozenBatchNorm, nn.SyncBatchNorm):
@@ -152,6 +199,8 @@ class LeanActivation(LeanLayer):
         raise NotImplementedError
 
     def forward(self, x: Tensor) -> Tensor:
+        if not (torch.is_grad_enabled() and x.requires_grad):
+            return self.stock.forward(self, x)
         if self.inplace and x._is_view():  # autograd takes no custom in-place function on a view
             return self.stock.forward(self, x)
         return activate(x, self.activation(), self.inplace)
@@ -327,8 +376,8 @@ class LeanConv(LeanLayer, nn.modules.conv._ConvNd):
 
     def forward(self, x: Tensor) -> Tensor:
         if (
-            self.weight.requires_grad
-            or not (torch.is_grad_enabled() and x.requires_grad)
+            not (torch.is_grad_enabled() and x.requires_grad)
+            or self.weight.requires_grad
             or x.dim() != self.weight.dim()
             or x.dtype != self.weight.dtype
             or torch.is_autocast_enabled(x.device.type)

@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import copy
+import gc
 import pickle
 import random
+import weakref
 
 import pytest
 import torch
@@ -15,6 +17,7 @@ from torch import nn
 
 import lora_edge
 from benchmarks.workloads import WORKLOADS
+from lora_edge import blocks
 from lora_edge.blocks import LeanModule
 from lora_edge.memory import saved_bytes
 from networks import BUILD, network, output, train
@@ -371,6 +374,86 @@ def test_the_plan_follows_changes_of_the_model():
         model.bn._forward_hooks.clear()
         model.relu = nn.LeakyReLU(0.3)
     compare(ours, reference, x, 1e-10)  # a replaced layer
+
+
+class Flagged(nn.Module):
+    """A block whose forward depends on plain attributes, which the plan was traced with."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.inner = nn.Sequential(nn.Conv2d(4, 4, 3, padding=1), nn.BatchNorm2d(4), nn.ReLU())
+        self.tail = nn.Sequential(nn.Conv2d(4, 4, 3, padding=1))
+        self.gain = 1.5
+        self.twice = False
+
+    def forward(self, x):
+        y = self.inner(x) * self.gain
+        return self.tail(self.inner(y) if self.twice else y)
+
+
+def _replace_hooks(model: nn.Module) -> None:
+    model.inner[0]._forward_hooks = type(model.inner[0]._forward_hooks)()
+    model.inner[0].register_forward_hook(lambda module, args, out: out * 2)
+
+
+PLAN_CHANGES = {
+    "flag": lambda m: setattr(m, "twice", True),
+    "number": lambda m: setattr(m, "gain", 2.5),
+    "flag of a layer": lambda m: setattr(m.inner[1], "eps", 0.5),
+    "hook on the convolution": lambda m: m.inner[0].register_forward_hook(lambda module, args, out: out * 2),
+    "pre-hook below": lambda m: m.inner[2].register_forward_pre_hook(lambda module, args: (args[0] * 2,)),
+    "hooks replaced": _replace_hooks,
+    "layer replaced": lambda m: m.inner.__setitem__(2, nn.LeakyReLU(0.3)),
+    "layer replaced by one of its class": lambda m: m.inner.__setitem__(0, copy.deepcopy(m.inner[0]).requires_grad_(False)),
+    "layer added": lambda m: m.tail.append(nn.Hardtanh()),
+    "layer taken away": lambda m: m.inner.pop(2),
+    "statistics": lambda m: m.inner[1].running_var.mul_(2),
+    "statistics under .data": lambda m: m.inner[1].running_mean.data.add_(1),
+    "other statistics": lambda m: setattr(m.inner[1], "running_mean", torch.ones(4, dtype=torch.float64)),
+    "scale under .data": lambda m: m.inner[1].weight.data.mul_(2),
+    "other shift": lambda m: setattr(m.inner[1].bias, "data", torch.ones(4, dtype=torch.float64)),
+    "no shift": lambda m: setattr(m.inner[1], "bias", None),
+    "a trained scale": lambda m: m.inner[1].weight.requires_grad_(),
+    "state dict": lambda m: m.load_state_dict({k: v * 1.25 for k, v in m.state_dict().items()}),
+}
+
+
+@pytest.mark.parametrize("change", list(PLAN_CHANGES))
+def test_every_change_between_training_steps_is_followed(change):
+    x = torch.randn(5, 4, 8, 7, dtype=torch.float64)
+    ours, reference = pair(settle(Flagged().double(), x))
+    assert ours._lora_edge.blocks["inner.0"] == "conv + bn + relu"
+    for _ in range(2):  # the second run is on what the first one kept
+        compare(ours, reference, x, 1e-10)
+    with torch.no_grad():
+        for model in (ours, reference):
+            torch.manual_seed(0)
+            PLAN_CHANGES[change](model)
+    for _ in range(2):
+        compare(ours, reference, x, 1e-10)
+
+
+def test_a_plan_is_made_once_and_holds_no_model(monkeypatch):
+    x = torch.randn(5, 4, 8, 7, dtype=torch.float64)
+    ours, _ = pair(settle(Flagged().double(), x))
+    asked: list[int] = []
+    signature = blocks._signature
+    monkeypatch.setattr(blocks, "_signature", lambda module: asked.append(1) or signature(module))
+    for _ in range(3):
+        ours(x)
+    with lora_edge.disabled(ours):
+        ours(x)
+    ours(x)
+    assert len(asked) <= 3
+    assert "_lean_plan" not in copy.deepcopy(ours).__dict__
+    gc.collect()  # what tracing left
+    gone = weakref.ref(ours)
+    gc.disable()
+    try:
+        del ours
+        assert gone() is None, "a model goes with its last reference, not with the next collection"
+    finally:
+        gc.enable()
 
 
 @pytest.mark.parametrize("name", list(BUILD))

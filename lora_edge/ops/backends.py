@@ -20,6 +20,11 @@ AVAILABLE = "available"
 NAMES = ("auto", "cuda", "triton", "cpu", "torch")
 VARIABLE = "LORA_EDGE_BACKEND"
 _context: ContextVar[str | None] = ContextVar("lora_edge_backend", default=None)
+_NOT_NAMED = ("auto", "")
+# Every forward of every layer asks for the variable. os.environ takes longer to encode its name than all else here does, so
+# it is looked up in the dictionary behind os.environ, encoded once.
+_environment = getattr(os.environ, "_data", os.environ)
+_KEY = VARIABLE if _environment is os.environ else os.environ.encodekey(VARIABLE)
 
 
 def backends() -> dict[str, str]:
@@ -69,8 +74,10 @@ def requested(backend: str) -> tuple[str, str]:
     """The name asked for by argument, context and environment, and for a message where it came from."""
     if backend == "auto":
         backend = _context.get() or "auto"
-        if backend == "auto" and (wanted := os.environ.get(VARIABLE)):
-            return wanted, f" (from {VARIABLE})"
+        if backend == "auto":
+            if _environment.get(_KEY) and (wanted := os.environ.get(VARIABLE)):
+                return wanted, f" (from {VARIABLE})"
+            return _NOT_NAMED
     return backend, ""
 
 

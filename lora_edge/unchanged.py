@@ -1,0 +1,58 @@
+"""What was computed from a module's tensors and is kept beside the module, and the question whether these are still the same.
+
+Kept beside the modules and not in them: no state dict, pickle or copy has it, and it goes where the module dies.
+"""
+
+from __future__ import annotations
+
+import ctypes
+import weakref
+from typing import Generic, TypeVar
+
+from torch import Tensor, nn
+
+_Value = TypeVar("_Value")
+
+
+class Beside(Generic[_Value]):
+    """A value a module, by the module's id: a weak dictionary takes longer than all of the comparison."""
+
+    def __init__(self) -> None:
+        self._values: dict[int, tuple[_Value, weakref.ref[nn.Module]]] = {}
+
+    def get(self, module: nn.Module) -> _Value | None:
+        """The module's value, None where it has none."""
+        found = self._values.get(id(module))
+        return None if found is None else found[0]
+
+    def put(self, module: nn.Module, value: _Value) -> None:
+        """Keep a value until another one is put, it is dropped, or the module dies."""
+        values, key = self._values, id(module)
+        values[key] = (value, weakref.ref(module, lambda _: values.pop(key, None)))
+
+    def drop(self, module: nn.Module) -> None:
+        """Forget the module's value."""
+        self._values.pop(id(module), None)
+
+
+class Bytes:
+    """A small tensor's bytes: they tell an in-place change under ``.data`` too, which counts no version.
+
+    Only of a tensor for which :meth:`readable`. An alias holds the memory, so that no other tensor comes to lie there.
+    """
+
+    __slots__ = ("alias", "bytes", "memory")
+
+    @staticmethod
+    def readable(tensor: Tensor) -> bool:
+        """Whether the bytes lie in the CPU's memory without gaps."""
+        return tensor.is_cpu and tensor.is_contiguous()
+
+    def __init__(self, tensor: Tensor) -> None:
+        self.alias = tensor.detach()
+        self.memory = (ctypes.c_char * tensor.nbytes).from_address(tensor.data_ptr())
+        self.bytes = self.memory.raw
+
+    def hold(self, tensor: Tensor) -> bool:
+        """Whether ``tensor`` is what it was: on the same memory, with the same sizes, strides and bytes."""
+        return self.alias.is_set_to(tensor) and self.memory.raw == self.bytes
