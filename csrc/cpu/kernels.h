@@ -224,11 +224,7 @@ inline void combine_tiles(const Combine& c) {
 }
 
 void combine_line(const Combine& c) {
-  if (c.outputs == 2) {
-    c.tall ? combine_tiles<2, true>(c) : combine_tiles<2, false>(c);
-  } else {
-    c.tall ? combine_tiles<4, true>(c) : combine_tiles<4, false>(c);
-  }
+  c.tall ? combine_tiles<2, true>(c) : c.outputs == 2 ? combine_tiles<2, false>(c) : combine_tiles<4, false>(c);
 }
 
 void combine_taps(const CombineTaps& c) {
@@ -418,5 +414,5 @@ void gather_row(const GatherRow& g) {
   for (int i = 0; i < g.count; ++i) g.to[i] = g.index[i] < 0 ? 0.0f : g.from[g.index[i]];
 }
 
-const Kernels kernels = {kLanes,    kPanel,      gemm_rows, filter_line,    combine_line, combine_taps, transpose,
-                         finish_rows, mask_rows, depthwise_rows, dot_rows,  compose_row,  gather_row};
+const Kernels kernels = {kLanes,      kPanel,    gemm_rows,      filter_line, combine_line, combine_taps, transpose,
+                         finish_rows, mask_rows, depthwise_rows, dot_rows,    compose_row,  gather_row};

@@ -31,8 +31,8 @@ struct FilterLine {
   int outputs, width, channels, first, tiles;
 };
 
-// `rows` outputs of a line from the products of its tiles, which lie `apart`; or of two lines, where `tall`, from four times as
-// many: product b along the width and a along the height is the one of number a * (outputs + 2) + b. In rows of a panel.
+// `rows` outputs of a line from the products of its tiles, which lie `apart`; or, where `tall`, of two lines by two outputs from
+// sixteen: product b along the width and a along the height is number 4 a + b. In rows of a panel.
 struct Combine {
   const float* m;
   int64_t apart;

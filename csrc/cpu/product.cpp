@@ -9,7 +9,6 @@
 namespace lora_edge::cpu {
 namespace {
 
-
 // The products of a tile of `outputs` outputs: the sum of factors times taps that each multiplies with (Tile in kernels.h has
 // the rest). A piece of two taps lacks the third, and the last product with it.
 struct Filter {
