@@ -80,7 +80,7 @@ def measure(workload: str, batch: int, rank: int, rounds: int) -> dict[str, floa
 
 
 def main() -> int:
-    parser = argparse.ArgumentParser(prog="python -m benchmarks.gradient_pass", description=__doc__)
+    parser = argparse.ArgumentParser(prog="python -m benchmarks.subspace_pass", description=__doc__)
     parser.add_argument("--workload", nargs="+", choices=list(WORKLOADS), default=["W1"])
     parser.add_argument("--batch", type=int, default=64)
     parser.add_argument("--rank", type=int, nargs="+", default=[2, 4, 16])
