@@ -90,7 +90,7 @@ def adapt(
         subspace: which directions the update may use. "weight": the leading right singular directions of the pre-trained
             kernel, as the paper has it. "input": the principal directions of what each layer reads on ``batches``. "gradient":
             the leading right singular directions of the gradient on ``batches``. "auto" is "input" where ``batches`` are
-            given, "weight" where not: in the study the input's is ahead of both others.
+            given, "weight" where not: in the study the input's is ahead on one seed and level on the other.
         batches: the target's inputs, ``x`` or tuples that start with it; with "gradient" or ``params`` pairs ``(x, y)`` with
             classes, the loss is the cross-entropy then. Equal parts of the first four are used, together as many samples as
             the largest holds. "input" takes less than a training step, "gradient" about four at batch 64. BatchNorm is on its

@@ -139,7 +139,7 @@ def fused_block(
         or any(norm.running_var.dtype != weight.dtype for norm in norms)  # type: ignore[union-attr]
     ):
         return _step_by_step(conv, x, bn, residual, residual_bn, activation, padding)
-    args = _args(conv, padding)
+    args = layer_args(conv, padding)
     if conv.padding_mode != "zeros":
         x = pad(x, conv._reversed_padding_repeated_twice, conv.padding_mode)
     if residual is not None:
@@ -174,7 +174,8 @@ def _step_by_step(
     return y if activation is None else activate(y, activation)
 
 
-def _args(conv: nn.modules.conv._ConvNd, padding: tuple[int, ...] | None) -> ConvArgs:
+def layer_args(conv: nn.modules.conv._ConvNd, padding: tuple[int, ...] | None = None) -> ConvArgs:
+    """The arguments of a layer's convolution, without its own padding where that is not of zeros, with that of an ``F.pad``."""
     own = 0 if conv.padding_mode != "zeros" else conv.padding if isinstance(conv.padding, str) else tuple(conv.padding)
     return _fixed_args(tuple(conv.stride), own, tuple(conv.dilation), conv.groups, tuple(conv.weight.shape[2:]), padding)
 

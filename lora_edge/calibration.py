@@ -11,6 +11,7 @@ from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _BatchNorm
 
 from lora_edge.loss import summed_cross_entropy
+from lora_edge.samples import is_pair
 from lora_edge.training_flags import in_evaluation
 
 STATISTICS = ("running_mean", "running_var", "num_batches_tracked")
@@ -84,10 +85,14 @@ def calibrate_bn(model: nn.Module, batches: Iterable[Any], *, if_better: bool = 
     before = [{name: getattr(bn, name).clone() for name in STATISTICS} for bn in norms]
     kept = False
     try:
-        pairs = list(batches) if if_better else []
-        loss = _loss(model, pairs)
-        _estimate(model, norms, pairs or batches)
-        kept = not if_better or _loss(model, pairs) < loss
+        if if_better:
+            pairs = list(batches)
+            loss = _loss(model, pairs)
+            _estimate(model, norms, pairs)
+            kept = _loss(model, pairs) < loss
+        else:
+            _estimate(model, norms, batches)
+            kept = True
     finally:
         if not kept:
             for bn, statistics in zip(norms, before, strict=True):
@@ -122,7 +127,7 @@ def _estimate(model: nn.Module, norms: list[_BatchNorm], batches: Iterable[Any])
 def _loss(model: nn.Module, batches: list[Any]) -> float:
     """The cross-entropy in evaluation mode, summed over all samples."""
     for k, batch in enumerate(batches):
-        if not (isinstance(batch, (tuple, list)) and len(batch) == 2 and all(isinstance(part, Tensor) for part in batch)):
+        if not is_pair(batch):
             raise ValueError(
                 f"calibrate_bn: if_better needs labels, and batch {k} is a {type(batch).__name__}; give pairs (x, y)"
             )

@@ -20,7 +20,8 @@ import torch
 from torch import Tensor, nn
 from torch.nn.modules.conv import _ConvNd
 
-from lora_edge.ops.conv_args import ConvArgs, conv, conv_args, conv_weight_grad
+from lora_edge.blocks import layer_args
+from lora_edge.ops.conv_args import conv, conv_weight_grad
 from lora_edge.ops.padding import pad
 from lora_edge.training_flags import in_evaluation
 
@@ -86,9 +87,9 @@ class _Sketch:
         x = inputs[0].to(self.kernel.dtype)
         if x.dim() < self.kernel.dim():
             x = x[None]
-        args = _args(self.layer)
+        args = layer_args(self.layer)
         if self.layer.padding_mode != "zeros":
-            x, args = pad(x, self.layer._reversed_padding_repeated_twice, self.layer.padding_mode), _unpadded(args)
+            x = pad(x, self.layer._reversed_padding_repeated_twice, self.layer.padding_mode)
         groups, rows = args.groups, len(self.rows) + 1
         positions = math.prod(args.output_size(x.shape[2:], self.shape[1:]))
         bytes_a_sample = groups * rows * positions * x.element_size()
@@ -113,11 +114,3 @@ class _Sketch:
         _, singular, directions = torch.linalg.svd(root.T @ seen, full_matrices=False)
         rows = (singular.square() - shift).clamp_min(0).sqrt()[:, None] * directions
         return rows.to(self.kernel.dtype).reshape(-1, *self.shape)
-
-
-def _args(layer: _ConvNd) -> ConvArgs:
-    return conv_args(layer.stride, layer.padding, layer.dilation, layer.groups, len(layer.kernel_size), "conv")
-
-
-def _unpadded(args: ConvArgs) -> ConvArgs:
-    return args._replace(padding=(0,) * len(args.stride))

@@ -27,7 +27,7 @@ def few_samples(batches: Iterable[Any], device: torch.device) -> list[Sample]:
     """
     few = _first(batches, "pairs (x, y)")
     for k, batch in enumerate(few):
-        if not (isinstance(batch, (tuple, list)) and len(batch) == 2 and all(isinstance(part, Tensor) for part in batch)):
+        if not is_pair(batch):
             raise ValueError(f"batches: batch {k} is a {type(batch).__name__}; give pairs (x, y) of tensors")
         x, y = batch
         if x.dim() == 0 or y.dim() == 0 or len(x) != len(y):
@@ -44,6 +44,11 @@ def few_inputs(batches: Iterable[Any], device: torch.device) -> list[Tensor]:
             raise ValueError(f"batches: batch {k} is a {type(x).__name__}; give x (N, ...) or tuples that start with it")
     part = _part(few, "x")
     return [x[:part].to(device) for x in few]
+
+
+def is_pair(batch: Any) -> bool:
+    """Whether a batch is ``(x, y)``, two tensors."""
+    return isinstance(batch, (tuple, list)) and len(batch) == 2 and all(isinstance(part, Tensor) for part in batch)
 
 
 def _first(batches: Iterable[Any], what: str) -> list[Any]:
