@@ -4,11 +4,14 @@ Tensors
     ``LAYER.core``               ``B (O, r1)``
     ``LAYER.frozen.2`` ... ``d`` the frozen cores ``G2 ... Gd`` (an SVD is not reproducible from machine to machine), or
     ``LAYER.suffix``             ``(r1, I/g, *K)`` where the layer's suffix did not come as cores
-    ``changed.NAME``             a trained head, BatchNorm statistics that were moved
+    ``statistics``               ``(2, C)``: running means and variances of every BatchNorm that was moved, side by side; one
+                                 tensor, because a tensor's entry in the file's head is as long as a small BatchNorm
+    ``changed.NAME``             a trained head
 
 Metadata (strings)
-    ``format``, ``base`` (the base model's fingerprint), ``layers`` (JSON: scale and rank of each), ``options`` (JSON: scaling,
-    bn, head, subspace), ``checksum`` (SHA-256 over all of the above)
+    ``format``, ``base`` (the base model's fingerprint), ``layers`` (JSON: scale and rank of each), ``norms`` (JSON: channels and
+    batches of each BatchNorm in ``statistics``, in order), ``options`` (JSON: scaling, bn, head, subspace), ``checksum``
+    (SHA-256 over all of the above)
 """
 
 from __future__ import annotations
@@ -28,8 +31,8 @@ from lora_edge.ops import tt_fuse
 from lora_edge.safetensors_file import PathLike, read_safetensors, write_safetensors
 from lora_edge.tt import contract_suffix
 
-FORMAT = "lora_edge adapter 1"
-_KEYS = {"format", "base", "layers", "options", "checksum"}
+FORMAT = "lora_edge adapter 2"
+_KEYS = {"format", "base", "layers", "norms", "options", "checksum"}
 
 
 @dataclass(frozen=True)
@@ -38,6 +41,7 @@ class Adapter:
 
     base: str
     layers: dict[str, dict[str, Any]]
+    norms: dict[str, list[int]]
     options: dict[str, Any]
     tensors: dict[str, Tensor]
 
@@ -52,7 +56,18 @@ class Adapter:
 
     def changed(self) -> dict[str, Tensor]:
         """Name and value of every other tensor that was changed."""
-        return {k.removeprefix("changed."): v for k, v in self.tensors.items() if k.startswith("changed.")}
+        head = {k.removeprefix("changed."): v for k, v in self.tensors.items() if k.startswith("changed.")}
+        return {**head, **self._statistics()}
+
+    def _statistics(self) -> dict[str, Tensor]:
+        if not self.norms:
+            return {}
+        found: dict[str, Tensor] = {}
+        each = self.tensors["statistics"].split([channels for channels, _ in self.norms.values()], dim=1)
+        for (name, (_, batches)), (mean, variance) in zip(self.norms.items(), each, strict=True):
+            found[f"{name}.running_mean"], found[f"{name}.running_var"] = mean, variance
+            found[f"{name}.num_batches_tracked"] = torch.tensor(batches)
+        return found
 
 
 def save_adapter(model: nn.Module, path: PathLike) -> None:
@@ -79,10 +94,15 @@ def save_adapter(model: nn.Module, path: PathLike) -> None:
         else:
             tensors[f"{name}.suffix"] = layer.suffix
         about[name] = {"scale": layer.scale, "rank": layer.bond_cap}
+    norms: dict[str, list[int]] = {}
+    statistics: list[Tensor] = []
     for name, norm in calibration.batch_norms(model):
-        base = calibration.base_statistics(norm)
-        if any(not torch.equal(value, getattr(norm, key).cpu()) for key, value in base.items()):
-            tensors.update({f"changed.{name}.{key}": getattr(norm, key) for key in base})
+        if calibration.is_moved(norm):
+            mean, variance, batches = (getattr(norm, key) for key in calibration.STATISTICS)
+            norms[name] = [len(mean), int(batches)]
+            statistics.append(torch.stack([mean, variance]).cpu())
+    if statistics:
+        tensors["statistics"] = torch.cat(statistics, dim=1)
     if state.head is not None:
         head = model.get_submodule(state.head)
         tensors.update({f"changed.{state.head}.{key}": value for key, value in head.named_parameters()})
@@ -91,6 +111,7 @@ def save_adapter(model: nn.Module, path: PathLike) -> None:
         "format": FORMAT,
         "base": state.fingerprint,
         "layers": json.dumps(about),
+        "norms": json.dumps(norms),
         "options": json.dumps({"scaling": state.scaling, "bn": state.bn, "head": state.head, "subspace": state.subspace}),
     }
     metadata["checksum"] = _checksum(tensors, metadata)
@@ -165,7 +186,8 @@ def read_adapter(path: PathLike) -> Adapter:
         raise ValueError(f"{path}: not a lora_edge adapter of format {FORMAT!r}, or damaged; give a file of save_adapter")
     if _checksum(tensors, metadata) != metadata["checksum"]:
         raise ValueError(f"{path}: damaged, its content does not match its checksum; copy or save the adapter again")
-    return Adapter(metadata["base"], json.loads(metadata["layers"]), json.loads(metadata["options"]), tensors)
+    layers, norms, options = (json.loads(metadata[key]) for key in ("layers", "norms", "options"))
+    return Adapter(metadata["base"], layers, norms, options, tensors)
 
 
 def merge_state(state: dict[str, Tensor], adapter: Adapter, name: str) -> dict[str, Tensor]:

@@ -36,6 +36,11 @@ def base_statistics(bn: nn.Module) -> dict[str, Tensor]:
     return bn.__dict__.get("_base_statistics", {})
 
 
+def is_moved(bn: nn.Module) -> bool:
+    """Whether the current statistics are others than the base model's."""
+    return any(not torch.equal(value, getattr(bn, name).cpu()) for name, value in base_statistics(bn).items())
+
+
 def forget_statistics(bn: nn.Module) -> None:
     """The current statistics are the model's own from now on."""
     bn.__dict__.pop("_base_statistics", None)
