@@ -9,8 +9,8 @@ Tensors
     ``changed.NAME``             a trained head
 
 Metadata (strings)
-    ``format``, ``base`` (the base model's fingerprint), ``layers`` (JSON: scale and rank of each), ``norms`` (JSON: channels and
-    batches of each BatchNorm in ``statistics``, in order), ``options`` (JSON: scaling, bn, head, subspace), ``checksum``
+    ``format``, ``base`` (the base model's fingerprint), ``layers`` (JSON: scale and rank of each), ``norms`` (JSON: channels
+    and batches of each BatchNorm in ``statistics``, in order), ``options`` (JSON: scaling, bn, head, subspace), ``checksum``
     (SHA-256 over all of the above)
 """
 

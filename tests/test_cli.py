@@ -121,7 +121,7 @@ def test_users_own_weights_are_used(folder):
 BAD_ADAPT = [
     ({"--rank": "0"}, "rank is 0; give an integer of at least 1"),
     ({"--rank": "-3"}, "rank is -3"),
-    ({"--method": "full"}, "method is 'full'; give a form of LoRA-Edge: lora_edge, lora_edge_balanced"),
+    ({"--method": "full"}, "method is 'full'; give a form of LoRA-Edge: lora_edge, lora_edge_batch_bn"),
     ({"--rank": "2.5"}, "argument --rank: invalid int value: '2.5'"),
     ({"--rank": "True"}, "argument --rank: invalid int value: 'True'"),
     ({"--target-subject": "9"}, "subject 9 is not in the data; it has 1, 2"),

@@ -36,7 +36,7 @@ LABELS = torch.arange(8) % 2
 METHODS = methods()
 NAMES = list(METHODS)
 BATCH_BN = {"full", "target_only", "bn_only", "lora_edge_batch_bn"}  # their statistics move in training
-ON_THE_SOURCES_BN = {"lora_edge_paper", "lora_edge_balanced", "lora_edge_source_bn"}  # the others may leave it at the start
+ON_THE_SOURCES_BN = {"lora_edge_paper", "lora_edge_source_bn"}  # the others may leave it at the start
 OTHER_START = {"target_only", *(name for name in NAMES if name.startswith("lora_edge"))} - ON_THE_SOURCES_BN  # than the base
 
 

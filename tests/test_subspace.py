@@ -194,7 +194,7 @@ def test_a_layer_whose_input_does_not_vary_keeps_the_weights_directions():
     torch.manual_seed(0)
     model = Model()
     own = {name: contract_suffix(weight_suffix(model.get_submodule(name).weight, 2)) for name in ("constant", "unused")}
-    lora_edge.adapt(model, 2, batches=[torch.randn(8, 3, 9)])
+    lora_edge.adapt(model, 2, subspace="input", batches=[torch.randn(8, 3, 9)])
     for name, suffix in own.items():
         assert torch.equal(model.get_submodule(name).suffix, suffix)
 
@@ -209,11 +209,11 @@ def test_inputs_that_the_model_does_not_take():
         ([], "batches holds no samples"),
     ):
         with pytest.raises(ValueError, match=text) as caught:
-            lora_edge.adapt(model, 2, batches=batches)
+            lora_edge.adapt(model, 2, subspace="input", batches=batches)
         assert "\n" not in str(caught.value)
         assert_same(before, snapshot(model))
     with pytest.raises(TypeError, match="batches is a int"):
-        lora_edge.adapt(model, 2, batches=3)
+        lora_edge.adapt(model, 2, subspace="input", batches=3)
 
 
 @pytest.mark.parametrize("scaling", ["balanced", "paper"])
@@ -283,18 +283,13 @@ def test_deterministic_and_different_from_the_weights():
     assert not torch.allclose(suffixes[0], weights)
 
 
-@pytest.mark.parametrize("options", [{}, {"subspace": "auto"}], ids=str)
-def test_auto_is_the_inputs_subspace_with_batches_and_else_the_weights(options):
+def test_auto_and_the_default_are_the_weights_subspace():
     model, x, y, _ = task("1-D", torch.float32)
-    found = [lora_edge.adapt(copy.deepcopy(model), 2, **options, **more)[0] for more in ({}, {"batches": [(x, y)]})]
-    want = [
-        lora_edge.adapt(copy.deepcopy(model), 2, **more)[0]
-        for more in ({"subspace": "weight"}, {"subspace": "input", "batches": [x]})
-    ]
-    for layer, wanted in zip(found, want, strict=True):
-        assert torch.equal(layer.suffix, wanted.suffix)
-        assert layer.subspace == wanted.subspace
-    assert not torch.allclose(found[0].suffix, found[1].suffix)
+    want = lora_edge.adapt(copy.deepcopy(model), 2, subspace="weight")[0]
+    for options in ({}, {"subspace": "auto"}, {"subspace": "auto", "batches": [(x, y)]}):
+        layer = lora_edge.adapt(copy.deepcopy(model), 2, **options)[0]
+        assert torch.equal(layer.suffix, want.suffix)
+        assert layer.subspace == "weight"
 
 
 def test_calibration_first_moves_the_gradient():
@@ -379,7 +374,7 @@ X, Y = torch.randn(4, 3, 12, 10), torch.tensor([0, 1, 2, 3])
         ({"subspace": "gradient"}, ValueError, 'subspace="gradient" needs batches'),
         ({"subspace": "input"}, ValueError, 'subspace="input" needs batches; give a few inputs'),
         (
-            {"subspace": "weight", "batches": [X]},
+            {"batches": [X]},
             ValueError,
             'batches is given, but subspace="weight" uses it with params only',
         ),

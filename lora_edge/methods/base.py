@@ -59,21 +59,22 @@ def unfreeze_backbone(model: nn.Module) -> nn.Module:
     return model.requires_grad_(True)
 
 
-def adapted(*, calibrated: bool | None = None, with_batches: bool = True, **options: Any) -> Prepare:
+def adapted(*, calibrated: bool | None = None, **options: Any) -> Prepare:
     """``prepare`` of a form of LoRA-Edge; its ``finish`` is :func:`lora_edge.merge`.
 
     Args:
         calibrated: whether BatchNorm's statistics are moved to the target's windows first; None: where that lowers the loss
             of the untouched model on them.
-        with_batches: whether :func:`lora_edge.adapt` is given the target's windows as ``batches``.
-        options: of :func:`lora_edge.adapt`.
+        options: of :func:`lora_edge.adapt`, which is given the target's windows as ``batches`` where they need any.
     """
+
+    needs_batches = "params" in options or options.get("subspace") in ("input", "gradient")
 
     def prepare(model: nn.Module, rank: int, inputs: Tensor, labels: Tensor) -> list[nn.Parameter]:
         batches = [(inputs, labels)]
         if calibrated is not False and next(calibration.batch_norms(model), None) is not None:
             calibration.calibrate_bn(model, batches, if_better=calibrated is None)
-        return list(trainable_parameters(adapt(model, rank, batches=batches if with_batches else None, **options)))
+        return list(trainable_parameters(adapt(model, rank, batches=batches if needs_batches else None, **options)))
 
     return prepare
 

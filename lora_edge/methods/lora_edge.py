@@ -1,4 +1,4 @@
-"""LoRA-Edge with this library's defaults: a balanced suffix along the inputs, BatchNorm frozen on the better statistics."""
+"""LoRA-Edge with this library's defaults: the weight's own suffix, balanced, BatchNorm frozen on the better statistics."""
 
 from __future__ import annotations
 
