@@ -24,7 +24,7 @@ from lora_edge.ops import tt_fuse
 from lora_edge.ops.backends import require_backend
 from lora_edge.reparametrised import Reparametrisation, bake, reparametrised_layers
 from lora_edge.samples import few_inputs, few_samples
-from lora_edge.subspace import SCALINGS, SUBSPACES, gradient_suffix, row_energies, suffix_along, weight_suffix
+from lora_edge.subspace import FROM_BATCHES, SCALINGS, SUBSPACES, gradient_suffix, row_energies, suffix_along, weight_suffix
 from lora_edge.tt import check_rank
 
 BN_MODES = ("frozen", "batch")
@@ -121,7 +121,7 @@ def adapt(
     saved = _saved_dtype(saved_dtype)
     require_backend(backend, "adapt")
     _check_choice("subspace", subspace, SUBSPACES)
-    if batches is None and subspace not in ("weight", "auto"):
+    if batches is None and subspace in FROM_BATCHES:
         what = "inputs" if subspace == "input" else "pairs (x, y) of the target's inputs and classes"
         raise ValueError(f'subspace="{subspace}" needs batches; give a few {what}')
     if subspace == "auto":

@@ -12,7 +12,8 @@ from torch import Tensor
 from lora_edge.tt import contract_suffix, tt_svd
 
 SCALINGS = ("balanced", "paper")
-SUBSPACES = ("weight", "input", "gradient", "auto")
+FROM_BATCHES = ("input", "gradient")  # made of target batches, so they need some
+SUBSPACES = ("weight", *FROM_BATCHES, "auto")
 FILL = 1e-5  # size of the weight's rows beside others: above float32's noise, too small to turn them
 
 

@@ -196,6 +196,7 @@ def draw(studies: dict[str, dict[str, Summary]], path: Path) -> None:
 
     matplotlib.use("Agg")
     from matplotlib import pyplot as plt
+    from matplotlib.ticker import LogLocator, NullFormatter
 
     figure, grid = plt.subplots(len(studies), 3, figsize=(14, 3.4 * len(studies)), layout="constrained", squeeze=False)
     names = list(dict.fromkeys(n for found in studies.values() for n in found if n not in WITHOUT_TRAINING))
@@ -215,6 +216,9 @@ def draw(studies: dict[str, dict[str, Summary]], path: Path) -> None:
         axes[0].set(xlabel="trainable parameters", xscale="log", ylabel="macro-F1")
         axes[1].set(xlabel="saved for backward, MB", xscale="log", title=title)
         axes[2].set(xlabel="seconds to 95 % of full fine-tuning's F1", xscale="log")
+        axes[2].xaxis.set_major_locator(LogLocator(subs=(1, 2, 5)))
+        axes[2].xaxis.set_major_formatter("{x:g}")
+        axes[2].xaxis.set_minor_formatter(NullFormatter())  # labels of less than a decade run into each other
         for axis in axes:
             axis.grid(alpha=0.25)
             axis.set_visible(bool(axis.lines))

@@ -14,6 +14,7 @@ from lora_edge import calibration, lean
 from lora_edge.adapt import AdaptState, adapt, fingerprint, select, trainable_parameters
 from lora_edge.layers import LoRAEdgeConv, check_adaptable
 from lora_edge.reparametrised import Reparametrisation, added_tensors, attach
+from lora_edge.subspace import FROM_BATCHES
 from lora_edge.tt import check_rank
 
 Prepare = Callable[[nn.Module, int, Tensor, Tensor], list[nn.Parameter]]
@@ -68,7 +69,7 @@ def adapted(*, calibrated: bool | None = None, **options: Any) -> Prepare:
         options: of :func:`lora_edge.adapt`, which is given the target's windows as ``batches`` where they need any.
     """
 
-    needs_batches = "params" in options or options.get("subspace") in ("input", "gradient")
+    needs_batches = "params" in options or options.get("subspace") in FROM_BATCHES
 
     def prepare(model: nn.Module, rank: int, inputs: Tensor, labels: Tensor) -> list[nn.Parameter]:
         batches = [(inputs, labels)]
