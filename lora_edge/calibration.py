@@ -10,8 +10,6 @@ import torch
 from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _BatchNorm
 
-from lora_edge.loss import summed_cross_entropy
-from lora_edge.samples import is_pair
 from lora_edge.training_flags import in_evaluation
 
 STATISTICS = ("running_mean", "running_var", "num_batches_tracked")
@@ -63,7 +61,7 @@ def on_base_statistics(model: nn.Module) -> Iterator[None]:
             bn._buffers.update(buffers)
 
 
-def calibrate_bn(model: nn.Module, batches: Iterable[Any], *, if_better: bool = False) -> nn.Module:
+def calibrate_bn(model: nn.Module, batches: Iterable[Any], *, source_weight: float = 0.0) -> nn.Module:
     """Re-estimate the BatchNorm statistics on target data, in place: the mean over all batches.
 
     Works before :func:`lora_edge.adapt` and after it. The base statistics are remembered for :func:`lora_edge.disabled`,
@@ -71,41 +69,39 @@ def calibrate_bn(model: nn.Module, batches: Iterable[Any], *, if_better: bool = 
 
     Args:
         model: any model with BatchNorm layers; its training flags are left as they were.
-        batches: inputs ``(N, ...)``, or tuples and lists that start with one, as a DataLoader gives them. No labels are needed,
-            but with ``if_better`` every batch is a pair ``(x, y)`` with classes.
-        if_better: keep the new statistics only where they lower the model's cross-entropy on ``batches``, as after a change of
-            domain; where the source's fit better the model is left as it was.
+        batches: inputs ``(N, ...)``, or tuples and lists that start with one, as a DataLoader gives them. No labels are needed.
+        source_weight: share of the base model's own statistics in the new ones, from 0 to 1. A half serves where it is not
+            known how far the target is from the source (Schneider et al. 2020, arXiv 2006.16971).
 
     Returns:
         The model.
 
     Raises:
-        ValueError: the model has no BatchNorm with running statistics, there are no batches, the statistics came out as
-            NaN or Inf, or ``if_better`` finds no pairs or no finite loss. The model is left as it was then, and as well where
-            the model itself raises.
+        TypeError, ValueError: ``source_weight`` is no number from 0 to 1.
+        ValueError: the model has no BatchNorm with running statistics, there are no batches, or the statistics came out as
+            NaN or Inf. The model is left as it was then, and as well where the model itself raises.
     """
+    if isinstance(source_weight, bool) or not isinstance(source_weight, (int, float)):
+        raise TypeError(f"calibrate_bn: source_weight is {source_weight!r}; give a number from 0 to 1")
+    if not 0 <= source_weight <= 1:
+        raise ValueError(f"calibrate_bn: source_weight is {source_weight}; give a number from 0 to 1")
     norms = [bn for _, bn in batch_norms(model)]
     if not norms:
         raise ValueError("calibrate_bn: the model has no BatchNorm with running statistics; there is nothing to calibrate")
     before = [{name: getattr(bn, name).clone() for name in STATISTICS} for bn in norms]
-    kept = False
     try:
-        if if_better:
-            pairs = list(batches)
-            loss = _loss(model, pairs)
-            _estimate(model, norms, pairs)
-            kept = _loss(model, pairs) < loss
-        else:
-            _estimate(model, norms, batches)
-            kept = True
-    finally:
-        if not kept:
-            for bn, statistics in zip(norms, before, strict=True):
-                for name, value in statistics.items():
-                    getattr(bn, name).copy_(value)
-    if kept:
+        _estimate(model, norms, batches)
+    except BaseException:
         for bn, statistics in zip(norms, before, strict=True):
-            remember_statistics(bn, statistics)
+            for name, value in statistics.items():
+                getattr(bn, name).copy_(value)
+        raise
+    for bn, statistics in zip(norms, before, strict=True):
+        remember_statistics(bn, statistics)
+        if source_weight:
+            for name in ("running_mean", "running_var"):
+                current = getattr(bn, name)
+                current.lerp_(base_statistics(bn)[name].to(current), source_weight)
     return model
 
 
@@ -127,14 +123,3 @@ def _estimate(model: nn.Module, norms: list[_BatchNorm], batches: Iterable[Any])
     finally:
         for bn, momentum in zip(norms, momenta, strict=True):
             bn.momentum = momentum
-
-
-def _loss(model: nn.Module, batches: list[Any]) -> float:
-    """The cross-entropy in evaluation mode, summed over all samples."""
-    for k, batch in enumerate(batches):
-        if not is_pair(batch):
-            raise ValueError(
-                f"calibrate_bn: if_better needs labels, and batch {k} is a {type(batch).__name__}; give pairs (x, y)"
-            )
-    with torch.no_grad(), in_evaluation(model):
-        return sum(float(summed_cross_entropy(model, x, y)) for x, y in batches)

@@ -11,6 +11,7 @@ import torch
 from torch import nn
 
 import lora_edge
+from lora_edge import calibration
 from lora_edge.adapt import adapt_state, adapted_layers
 from lora_edge.har.models import MobileNetV2, ResNet18, TResNet, pointwise
 from lora_edge.layers import LoRAEdgeConv, LoRAEdgeConv1d, LoRAEdgeConv2d
@@ -304,38 +305,34 @@ def test_calibrate_bn_on_bad_batches(batches, text):
     assert_same(before, snapshot(model))
 
 
-def test_calibrate_bn_if_better():
-    """Labels that the source's statistics fit keep these; labels that the target's fit take those."""
+def test_calibrate_bn_between_source_and_target():
+    """The share is of the base model's statistics, however often it is asked for, before and after adapt."""
     model, _ = network("1-D")
-    x = 3 * torch.randn(32, 6, 50) + 1
-    calibrated = lora_edge.calibrate_bn(copy.deepcopy(model), [x])
-    gain = output(model, x).log_softmax(dim=1) - output(calibrated, x).log_softmax(dim=1)
-    own, new = gain.argmax(dim=1), gain.argmin(dim=1)
-    before = snapshot(model)
-    lora_edge.calibrate_bn(model, iter([(x[:20], own[:20]), (x[20:], own[20:])]), if_better=True)
-    assert_same(before, snapshot(model))
-    assert not model[1].__dict__.get("_base_statistics")
-    lora_edge.calibrate_bn(model, [(x, new)], if_better=True)
-    assert torch.equal(output(model, x), output(calibrated, x))
+    base, x = copy.deepcopy(model), 3 * torch.randn(32, 6, 50) + 1
+    target = lora_edge.calibrate_bn(copy.deepcopy(model), [x])
+    for share in (1.0, 0.5, 0.25):
+        lora_edge.calibrate_bn(model, [x], source_weight=share)
+        if share == 0.5:
+            lora_edge.adapt(model, 2)
+        for name, norm in calibration.batch_norms(model):
+            for statistic in ("running_mean", "running_var"):
+                source, new = (getattr(other.get_submodule(name), statistic) for other in (base, target))
+                torch.testing.assert_close(getattr(norm, statistic), share * source + (1 - share) * new, msg=f"{name} {share}")
+    with lora_edge.disabled(model):
+        assert torch.equal(output(model, x), output(base, x))
 
 
 @pytest.mark.parametrize(
-    ("batch", "text"),
-    [
-        (torch.randn(4, 6, 50), "if_better needs labels, and batch 0 is a Tensor; give pairs"),
-        ((torch.randn(4, 6, 50), torch.full((4,), 99)), "no cross-entropy of output"),
-        ((torch.full((4, 6, 50), float("nan")), torch.zeros(4).long()), "the loss is nan"),
-    ],
+    ("share", "error"),
+    [(-0.1, ValueError), (1.1, ValueError), (float("nan"), ValueError), (True, TypeError), ("half", TypeError)],
 )
-def test_calibrate_bn_if_better_on_bad_batches(batch, text):
-    model, _ = network("1-D")
+def test_calibrate_bn_on_a_bad_share(share, error):
+    model, x = network("1-D")
     before = snapshot(model)
-    with pytest.raises(ValueError, match=text) as caught:
-        lora_edge.calibrate_bn(model, [batch], if_better=True)
+    with pytest.raises(error, match=r"source_weight is .*; give a number from 0 to 1") as caught:
+        lora_edge.calibrate_bn(model, [x], source_weight=share)
     assert "\n" not in str(caught.value)
     assert_same(before, snapshot(model))
-    with pytest.raises(ValueError, match="batches is empty"):
-        lora_edge.calibrate_bn(model, [], if_better=True)
 
 
 def test_calibrate_bn_without_bn():

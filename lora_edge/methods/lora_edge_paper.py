@@ -9,6 +9,6 @@ METHOD = Method(
     "lora_edge_paper",
     "LoRA-Edge, as published",
     lr=1e-2,
-    prepare=adapted(calibrated=False, scaling="paper"),
+    prepare=adapted(source_bn=1, scaling="paper"),
     finish=merge,
 )
