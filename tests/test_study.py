@@ -155,6 +155,21 @@ def test_interval():
     assert half == pytest.approx(2.484, abs=1e-3)  # t(2, 97.5 %) = 4.303 on a standard error of 1 / sqrt(3)
 
 
+def test_the_table_of_rates():
+    def row(rank: int, lr: float, f1: float) -> dict[str, str]:
+        return {"stage": "search", "method": "lora_edge", "rank": str(rank), "lr": str(lr), "f1": str(f1)}
+
+    one = [row(2, 0.1, 0.5), row(2, 0.1, 0.7), row(2, 0.2, 0.5)]
+    assert study_report.rates_table({"A": one, "B": one}) == ""
+    text = study_report.rates_table({"A": [row(16, 0.2, 0.3), *one, {"stage": "study"}]})
+    assert text.splitlines()[2:] == [
+        "| study | rank | 0.1 | 0.2 |",
+        "|---|---|---|---|",
+        "| A | 2 | **0.600** | 0.500 |",
+        "| A | 16 | - | **0.300** |",
+    ]
+
+
 def test_the_readmes_results_are_those_of_the_committed_rows():
     root = Path(study_report.__file__).parents[2]
     page = (root / "README.md").read_text()

@@ -190,6 +190,30 @@ def other_stages(rows: list[dict[str, str]]) -> str:
     return "\n".join(lines)
 
 
+def rates_table(searches: dict[str, list[dict[str, str]]]) -> str:
+    """LoRA-Edge's mean F1 of the searches' people at each rate and rank, in Markdown; empty where one rank alone was searched.
+
+    Args:
+        searches: rows by a study's heading.
+    """
+    scores: dict[tuple[str, int], dict[float, list[float]]] = defaultdict(lambda: defaultdict(list))
+    for heading, rows in searches.items():
+        for row in rows:
+            if row["stage"] == "search" and row["method"] == "lora_edge":
+                scores[heading, int(row["rank"])][float(row["lr"])].append(float(row["f1"]))
+    if len({heading for heading, _ in scores}) == len(scores):
+        return ""
+    rates = sorted({rate for found in scores.values() for rate in found})
+    lines = ["| study | rank | " + " | ".join(f"{rate:g}" for rate in rates) + " |", "|---" * (len(rates) + 2) + "|"]
+    for (heading, rank), found in sorted(scores.items(), key=lambda item: (list(searches).index(item[0][0]), item[0][1])):
+        means = {rate: mean(f1) for rate, f1 in found.items()}
+        cells = [f"{means[rate]:.3f}" if rate in means else "-" for rate in rates]
+        best = max(means, key=lambda rate: means[rate])
+        cells[rates.index(best)] = f"**{means[best]:.3f}**"
+        lines.append(f"| {heading} | {rank} | " + " | ".join(cells) + " |")
+    return "### LoRA-Edge's rate in the searches, by rank\n\n" + "\n".join(lines)
+
+
 def draw(studies: dict[str, dict[str, Summary]], path: Path) -> None:
     """Write the PNG: mean F1 against trainable parameters, bytes saved for backward and seconds, a line of panels a study."""
     import matplotlib
@@ -235,6 +259,7 @@ def report(files: list[Path]) -> tuple[str, dict[str, dict[str, Summary]]]:
         ValueError: a file has no rows to show.
     """
     studies: dict[str, dict[str, Summary]] = {}
+    searches: dict[str, list[dict[str, str]]] = {}
     parts: list[str] = []
     for path in files:
         rows = read_rows(path)
@@ -243,8 +268,9 @@ def report(files: list[Path]) -> tuple[str, dict[str, dict[str, Summary]]]:
             raise ValueError(f"{path} has no rows of the stage study; run lora_edge.har.study first")
         name = path.stem.removeprefix("study_")
         heading = HEADINGS.get(name, name.replace("_", ", "))
-        studies[heading] = found
+        studies[heading], searches[heading] = found, rows
         parts += [f"### {heading}", table(found), people_table(found), other_stages(rows)]
+    parts.append(rates_table(searches))
     return "\n\n".join(part for part in parts if part), studies
 
 
