@@ -61,7 +61,7 @@ def on_base_statistics(model: nn.Module) -> Iterator[None]:
             bn._buffers.update(buffers)
 
 
-def calibrate_bn(model: nn.Module, batches: Iterable[Any], *, source_weight: float = 0.0) -> nn.Module:
+def calibrate_bn(model: nn.Module, batches: Iterable[Any], *, source_samples: float = 0) -> nn.Module:
     """Re-estimate the BatchNorm statistics on target data, in place: the mean over all batches.
 
     Works before :func:`lora_edge.adapt` and after it. The base statistics are remembered for :func:`lora_edge.disabled`,
@@ -70,27 +70,27 @@ def calibrate_bn(model: nn.Module, batches: Iterable[Any], *, source_weight: flo
     Args:
         model: any model with BatchNorm layers; its training flags are left as they were.
         batches: inputs ``(N, ...)``, or tuples and lists that start with one, as a DataLoader gives them. No labels are needed.
-        source_weight: share of the base model's own statistics in the new ones, from 0 to 1. A half serves where it is not
-            known how far the target is from the source (Schneider et al. 2020, arXiv 2006.16971).
+        source_samples: the base model's own statistics count as so many samples beside those of ``batches``; 16 serve where
+            these are few and it is not known how far they are from the source (Schneider et al. 2020, arXiv 2006.16971).
 
     Returns:
         The model.
 
     Raises:
-        TypeError, ValueError: ``source_weight`` is no number from 0 to 1.
+        TypeError, ValueError: ``source_samples`` is no finite number of 0 or more.
         ValueError: the model has no BatchNorm with running statistics, there are no batches, or the statistics came out as
             NaN or Inf. The model is left as it was then, and as well where the model itself raises.
     """
-    if isinstance(source_weight, bool) or not isinstance(source_weight, (int, float)):
-        raise TypeError(f"calibrate_bn: source_weight is {source_weight!r}; give a number from 0 to 1")
-    if not 0 <= source_weight <= 1:
-        raise ValueError(f"calibrate_bn: source_weight is {source_weight}; give a number from 0 to 1")
+    if isinstance(source_samples, bool) or not isinstance(source_samples, (int, float)):
+        raise TypeError(f"calibrate_bn: source_samples is {source_samples!r}; give a finite number of 0 or more")
+    if not 0 <= source_samples < float("inf"):
+        raise ValueError(f"calibrate_bn: source_samples is {source_samples}; give a finite number of 0 or more")
     norms = [bn for _, bn in batch_norms(model)]
     if not norms:
         raise ValueError("calibrate_bn: the model has no BatchNorm with running statistics; there is nothing to calibrate")
     before = [{name: getattr(bn, name).clone() for name in STATISTICS} for bn in norms]
     try:
-        _estimate(model, norms, batches)
+        count = _estimate(model, norms, batches)
     except BaseException:
         for bn, statistics in zip(norms, before, strict=True):
             for name, value in statistics.items():
@@ -98,28 +98,32 @@ def calibrate_bn(model: nn.Module, batches: Iterable[Any], *, source_weight: flo
         raise
     for bn, statistics in zip(norms, before, strict=True):
         remember_statistics(bn, statistics)
-        if source_weight:
+        if source_samples:
             for name in ("running_mean", "running_var"):
                 current = getattr(bn, name)
-                current.lerp_(base_statistics(bn)[name].to(current), source_weight)
+                current.lerp_(base_statistics(bn)[name].to(current), source_samples / (source_samples + count))
     return model
 
 
-def _estimate(model: nn.Module, norms: list[_BatchNorm], batches: Iterable[Any]) -> None:
+def _estimate(model: nn.Module, norms: list[_BatchNorm], batches: Iterable[Any]) -> int:
+    """Returns how many samples the batches held."""
     momenta = [bn.momentum for bn in norms]
     try:
-        count = 0
+        count = samples = 0
         with torch.no_grad(), in_evaluation(model):
             for bn in norms:
                 bn.reset_running_stats()
                 bn.momentum, bn.training = None, True
             for batch in batches:
-                model(batch[0] if isinstance(batch, (tuple, list)) else batch)
+                x = batch[0] if isinstance(batch, (tuple, list)) else batch
+                model(x)
                 count += 1
+                samples += len(x)
         if count == 0:
             raise ValueError("calibrate_bn: batches is empty; give at least one batch of inputs")
         if not all(bool(torch.isfinite(bn.running_var).all() & torch.isfinite(bn.running_mean).all()) for bn in norms):  # type: ignore
             raise ValueError("calibrate_bn: the statistics came out as NaN or Inf; give finite inputs")
+        return samples
     finally:
         for bn, momentum in zip(norms, momenta, strict=True):
             bn.momentum = momentum

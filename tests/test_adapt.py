@@ -306,13 +306,13 @@ def test_calibrate_bn_on_bad_batches(batches, text):
 
 
 def test_calibrate_bn_between_source_and_target():
-    """The share is of the base model's statistics, however often it is asked for, before and after adapt."""
+    """The base model's statistics count beside the samples of all batches, however often it is asked for, and after adapt."""
     model, _ = network("1-D")
     base, x = copy.deepcopy(model), 3 * torch.randn(32, 6, 50) + 1
     target = lora_edge.calibrate_bn(copy.deepcopy(model), [x])
-    for share in (1.0, 0.5, 0.25):
-        lora_edge.calibrate_bn(model, [x], source_weight=share)
-        if share == 0.5:
+    for samples, share in ((96, 0.75), (32, 0.5), (0, 0.0)):
+        lora_edge.calibrate_bn(model, [(x, None)], source_samples=samples)
+        if samples == 32:
             lora_edge.adapt(model, 2)
         for name, norm in calibration.batch_norms(model):
             for statistic in ("running_mean", "running_var"):
@@ -323,14 +323,14 @@ def test_calibrate_bn_between_source_and_target():
 
 
 @pytest.mark.parametrize(
-    ("share", "error"),
-    [(-0.1, ValueError), (1.1, ValueError), (float("nan"), ValueError), (True, TypeError), ("half", TypeError)],
+    ("samples", "error"),
+    [(-1, ValueError), (float("inf"), ValueError), (float("nan"), ValueError), (True, TypeError), ("some", TypeError)],
 )
-def test_calibrate_bn_on_a_bad_share(share, error):
+def test_calibrate_bn_on_bad_source_samples(samples, error):
     model, x = network("1-D")
     before = snapshot(model)
-    with pytest.raises(error, match=r"source_weight is .*; give a number from 0 to 1") as caught:
-        lora_edge.calibrate_bn(model, [x], source_weight=share)
+    with pytest.raises(error, match=r"source_samples is .*; give a finite number of 0 or more") as caught:
+        lora_edge.calibrate_bn(model, [x], source_samples=samples)
     assert "\n" not in str(caught.value)
     assert_same(before, snapshot(model))
 

@@ -60,11 +60,11 @@ def unfreeze_backbone(model: nn.Module) -> nn.Module:
     return model.requires_grad_(True)
 
 
-def adapted(*, source_bn: float = 0.5, **options: Any) -> Prepare:
+def adapted(*, source_samples: float | None = 16, **options: Any) -> Prepare:
     """``prepare`` of a form of LoRA-Edge; its ``finish`` is :func:`lora_edge.merge`.
 
     Args:
-        source_bn: share of the source's BatchNorm statistics in those that are trained on, the rest are the target's windows'.
+        source_samples: of :func:`lora_edge.calibrate_bn` on the target's windows; None leaves the source's statistics.
         options: of :func:`lora_edge.adapt`, which is given the target's windows as ``batches`` where they need any.
     """
 
@@ -72,8 +72,8 @@ def adapted(*, source_bn: float = 0.5, **options: Any) -> Prepare:
 
     def prepare(model: nn.Module, rank: int, inputs: Tensor, labels: Tensor) -> list[nn.Parameter]:
         batches = [(inputs, labels)]
-        if source_bn < 1 and next(calibration.batch_norms(model), None) is not None:
-            calibration.calibrate_bn(model, batches, source_weight=source_bn)
+        if source_samples is not None and next(calibration.batch_norms(model), None) is not None:
+            calibration.calibrate_bn(model, batches, source_samples=source_samples)
         return list(trainable_parameters(adapt(model, rank, batches=batches if needs_batches else None, **options)))
 
     return prepare

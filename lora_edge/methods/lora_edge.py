@@ -1,4 +1,4 @@
-"""LoRA-Edge with this library's defaults: the weight's own suffix, balanced, BatchNorm frozen half way to the target."""
+"""LoRA-Edge with this library's defaults: the weight's own suffix, balanced, BatchNorm frozen near the target."""
 
 from __future__ import annotations
 

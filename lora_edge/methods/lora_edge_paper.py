@@ -9,6 +9,6 @@ METHOD = Method(
     "lora_edge_paper",
     "LoRA-Edge, as published",
     lr=1e-2,
-    prepare=adapted(source_bn=1, scaling="paper"),
+    prepare=adapted(source_samples=None, scaling="paper"),
     finish=merge,
 )

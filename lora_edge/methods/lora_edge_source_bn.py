@@ -5,4 +5,6 @@ from __future__ import annotations
 from lora_edge.adapt import merge
 from lora_edge.methods.base import Method, adapted
 
-METHOD = Method("lora_edge_source_bn", "LoRA-Edge, BN of the source", lr=2e-2, prepare=adapted(source_bn=1), finish=merge)
+METHOD = Method(
+    "lora_edge_source_bn", "LoRA-Edge, BN of the source", lr=2e-2, prepare=adapted(source_samples=None), finish=merge
+)

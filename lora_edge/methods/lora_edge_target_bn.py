@@ -5,4 +5,4 @@ from __future__ import annotations
 from lora_edge.adapt import merge
 from lora_edge.methods.base import Method, adapted
 
-METHOD = Method("lora_edge_target_bn", "LoRA-Edge, BN of the target", lr=2e-2, prepare=adapted(source_bn=0), finish=merge)
+METHOD = Method("lora_edge_target_bn", "LoRA-Edge, BN of the target", lr=2e-2, prepare=adapted(source_samples=0), finish=merge)
