@@ -37,7 +37,11 @@ METHODS = methods()
 NAMES = list(METHODS)
 BATCH_BN = {"full", "target_only", "bn_only", "lora_edge_batch_bn"}  # their statistics move in training
 ON_THE_SOURCES_BN = {"lora_edge_paper", "lora_edge_source_bn"}  # the others may leave it at the start
-OTHER_START = {"target_only", *(name for name in NAMES if name.startswith("lora_edge"))} - ON_THE_SOURCES_BN  # than the base
+OTHER_START = {
+    "target_only",
+    "full_frozen_bn",
+    *(name for name in NAMES if name.startswith("lora_edge")),
+} - ON_THE_SOURCES_BN  # than the base
 
 
 def _reparametrises(name):

@@ -83,7 +83,7 @@ def test_it_goes_on_where_it_stopped(small, monkeypatch):
     assert len(rows) == len(before) + count == len({study.key_of(row) for row in rows})
     assert study.run_study(small, print) == 0
     searched, compared = 4 * len(METHODS) * 5, len(PEOPLE) * len(METHODS)
-    assert len(rows) == searched + len(PEOPLE) + compared * (1 + 1 + len(study.SHARES)) + len(METHODS)
+    assert len(rows) == searched + len(PEOPLE) + compared * (1 + 1 + 1 + len(study.SHARES)) + len(METHODS)
     assert {row["lr"] for row in rows if row["stage"] == "study" and row["method"] == "full"} <= {
         "0.0001",
         "0.0003",
@@ -98,7 +98,14 @@ def test_it_goes_on_where_it_stopped(small, monkeypatch):
     monkeypatch.setattr("sys.argv", ["study_report", str(small.rows), "--picture", str(picture), "--page", str(page)])
     assert study_report.main() == 0
     written = page.read_text()
-    for part in ("before\n", "| full fine-tuning | 5 |", "| zero-shot | 5 |", "8 steps", "\nafter"):
+    for part in (
+        "before\n",
+        "| full fine-tuning | 5 |",
+        "| zero-shot | 5 |",
+        "| LoRA-Edge, no search | 5 | 0.02 |",
+        "8 steps",
+        "\nafter",
+    ):
         assert part in written
     assert "old" not in written
     assert study_report.main() == 0

@@ -4,6 +4,7 @@ Stages, each a value of the column ``stage``:
 
     search    five learning rates a method, on two people, one seed
     study     every person and seed at the rate that the search chose, 50 steps
+    own_rate  the compared few at the rate that the method itself names, as whoever has nobody to search on uses it
     long      the compared few to convergence, 500 steps, one seed
     few_shot  the compared few on the first 1, 2, 5 and 10 % of each of the target's recordings, at least one window of each
     speed     seconds of a step and of what a method does before the first, all methods in turn in each of some rounds
@@ -39,10 +40,10 @@ from lora_edge.methods import Method, methods
 
 STEPS, LONG_STEPS = 50, 500
 SHARES = (0.01, 0.02, 0.05, 0.10)
-COMPARED = ("full", "head_only", "lora_edge")  # in the long and the few-shot stage
+COMPARED = ("full", "head_only", "lora_edge")  # in the stages own_rate, long and few_shot
 SEARCH_PEOPLE = ((1, 2), (3, 4))
 WITHOUT_TRAINING = ("zero_shot", "mirrored")
-STAGES = ("search", "study", "long", "few_shot", "speed")
+STAGES = ("search", "study", "own_rate", "long", "few_shot", "speed")
 SPEED_ROUNDS, WARM_UP, SETUPS = 15, 3, 3
 KEY = ("stage", "person", "seed", "method", "rank", "lr", "steps", "share")
 FIELDS = (
@@ -173,7 +174,7 @@ def planned(study: Study, rows: Callable[[], list[dict[str, str]]]) -> Iterator[
             for method in chosen:
                 for lr in rates(method):
                     yield Run("search", person, 0, method.name, study.rank, lr, STEPS)
-    for stage in ("study", "long", "few_shot"):
+    for stage in ("study", "own_rate", "long", "few_shot"):
         if stage not in study.stages:
             continue
         for seed in range(1 if stage == "long" else study.seeds):
@@ -184,7 +185,9 @@ def planned(study: Study, rows: Callable[[], list[dict[str, str]]]) -> Iterator[
                 for method in chosen:
                     if stage != "study" and method.name not in COMPARED:
                         continue
-                    lr = chosen_rate(rows(), method.name, study.rank, study.problem.judges(person))
+                    lr = method.lr
+                    if stage != "own_rate":
+                        lr = chosen_rate(rows(), method.name, study.rank, study.problem.judges(person))
                     for share in SHARES if stage == "few_shot" else (0.0,):
                         yield Run(
                             stage, person, seed, method.name, study.rank, lr, LONG_STEPS if stage == "long" else STEPS, share
@@ -219,7 +222,7 @@ def measure(study: Study, run: Run, task: Split, base: nn.Module) -> dict[str, A
     model.train()
     trainable = sum(p.numel() for p in parameters)
     saved = saved_bytes(copy.deepcopy(model), one_batch(x))
-    every = study.problem.evaluate_every if run.stage == "study" else run.steps  # only the study's rows have a curve
+    every = study.problem.evaluate_every if run.stage in ("study", "own_rate") else run.steps  # their rows have a curve
     curve = train_target(
         model, parameters, task.adapt, task.test, steps=run.steps, lr=run.lr, seed=run.seed, evaluate_every=every
     )

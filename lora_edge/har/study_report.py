@@ -5,7 +5,8 @@ seeds; the differences to full fine-tuning and to LoRA-Edge on the same seeds wi
 for how many people it is ahead of the first and behind the second; and the time to 95 % of the F1 that full fine-tuning reaches
 on that person and seed: steps until an evaluation shows it, times the median seconds of a step, and what the method does before
 the first step. Where some people and seeds do not reach it, the column says how many did. The last column is full fine-tuning's
-time over the method's, the median of those that reach it.
+time over the method's, the median of those that reach it. A method at the rate that it names itself, whatever the search says,
+is a row of its own.
 """
 
 from __future__ import annotations
@@ -32,12 +33,14 @@ HEADINGS = {
     "digits_50": "SVHN's network, 50 MNIST digits",
     "digits_500": "SVHN's network, 500 MNIST digits",
 }
+WITH_CURVES = ("study", "own_rate")
+OWN_RATE = ", no search"  # in the title of a method at the rate that it names itself
 TITLES = {"zero_shot": "zero-shot", "mirrored": "mirrored input"}
 
 
 @dataclass
 class Summary:
-    """One method's rows of the stage ``study`` at one rank; ``f1`` and ``steps`` to the target F1 by person and seed."""
+    """One method's rows of a stage with curves at one rank; ``f1`` and ``steps`` to the target F1 by person and seed."""
 
     name: str
     note: str = ""
@@ -91,18 +94,20 @@ def _by_person(values: dict[tuple[int, int], float]) -> dict[int, float]:
 
 def summaries(rows: list[dict[str, str]]) -> dict[str, Summary]:
     """Each method's summary, in the order of the rows; one at another rank than most rows have has it in its name."""
-    ranks = [row["rank"] for row in rows if row["stage"] == "study" and row["method"] not in WITHOUT_TRAINING]
+    ranks = [row["rank"] for row in rows if row["stage"] in WITH_CURVES and row["method"] not in WITHOUT_TRAINING]
     usual = max(ranks, key=ranks.count, default="")
     found: dict[str, Summary] = {}
     curves: dict[tuple[str, int, int], list[tuple[int, float]]] = {}
     for row in rows:
         note = "" if row["rank"] == usual or row["method"] in WITHOUT_TRAINING else f", rank {row['rank']}"
+        note += OWN_RATE if row["stage"] == "own_rate" else ""
         name = row["method"] + note
-        if row["stage"] == "speed" and name in found:
-            summary = found[name]
-            summary.setup_seconds, summary.step_seconds = float(row["setup_seconds"]), float(row["step_seconds"])
-            summary.step_over_full = float(row["step_over_full"])
-        if row["stage"] != "study":
+        for timed in (name, name + OWN_RATE) if row["stage"] == "speed" else ():
+            if timed in found:
+                summary = found[timed]
+                summary.setup_seconds, summary.step_seconds = float(row["setup_seconds"]), float(row["step_seconds"])
+                summary.step_over_full = float(row["step_over_full"])
+        if row["stage"] not in WITH_CURVES:
             continue
         summary = found.setdefault(name, Summary(row["method"], note))
         key = (int(row["person"]), int(row["seed"]))
@@ -118,7 +123,8 @@ def summaries(rows: list[dict[str, str]]) -> dict[str, Summary]:
         best = found["full"].f1.get((person, seed)) if "full" in found else None
         if best is not None:
             found[name].steps[person, seed] = next((step for step, f1 in curve if f1 >= TARGET_SHARE * best), None)
-    return found
+    searched = [name.removesuffix(OWN_RATE) for name in found]
+    return {name: found[name] for name in sorted(found, key=lambda name: searched.index(name.removesuffix(OWN_RATE)))}
 
 
 def interval(differences: list[float]) -> tuple[float, float]:
@@ -147,7 +153,7 @@ def table(found: dict[str, Summary]) -> str:
             cells[3] = f"{summary.trainable:,} ({summary.share_percent:.2f} %)"
             cells[4] = f"{summary.saved_bytes / 1e6:.2f} MB"
         for place, other, sign in ((7, "full", 1), (9, "lora_edge", -1)):
-            if other in found and summary.name != other:
+            if other in found and summary is not found[other]:
                 differences = list(summary.minus(found[other]).values())
                 middle, half = interval([100 * difference for difference in differences])
                 cells[place] = f"{middle:+.1f} ± {half:.1f}"

@@ -17,6 +17,7 @@ from lora_edge.reparametrised import Reparametrisation, added_tensors, attach
 from lora_edge.subspace import FROM_BATCHES
 from lora_edge.tt import check_rank
 
+SOURCE_SAMPLES = 16  # what the source's BatchNorm statistics count beside the target's windows
 Prepare = Callable[[nn.Module, int, Tensor, Tensor], list[nn.Parameter]]
 
 
@@ -53,14 +54,15 @@ def freeze_backbone(model: nn.Module) -> None:
 
 
 def unfreeze_backbone(model: nn.Module) -> nn.Module:
-    """Undo :func:`freeze_backbone` on the BatchNorm layers; every parameter is trainable again."""
+    """Undo :func:`freeze_backbone` on the BatchNorm layers, whose statistics stay; every parameter is trainable again."""
     for module in list(model.modules()):
         if isinstance(module, lean.FrozenBatchNorm):
+            calibration.forget_statistics(module)
             lean.unfreeze_bn(module)
     return model.requires_grad_(True)
 
 
-def adapted(*, source_samples: float | None = 16, **options: Any) -> Prepare:
+def adapted(*, source_samples: float | None = SOURCE_SAMPLES, **options: Any) -> Prepare:
     """``prepare`` of a form of LoRA-Edge; its ``finish`` is :func:`lora_edge.merge`.
 
     Args:
