@@ -28,7 +28,7 @@ from lora_edge.tt import contract_suffix
 
 MICRO_BATCHES = 3  # of a batch where all layers' inputs are saved: on W1 to W3 within twice a training step's bytes
 ROWS = 16  # of a sketch, a multiple of this: what a vector of the widest instruction set holds
-OVERSAMPLING = 46  # at least so many of them beyond the rank asked for, where the layer has as many channels
+OVERSAMPLING = 32  # at least so many of them beyond the rank asked for, where the layer has as many channels
 
 
 def leading_gradients(
