@@ -53,10 +53,12 @@ def leading_gradients(
     convs = {name: model.get_submodule(name) for name in names}
     bases = {}
     for name, conv in convs.items():
-        channels = len(conv.weight)  # type: ignore[arg-type]
+        weight: Tensor = conv.weight  # type: ignore[assignment]
+        channels = len(weight)
         count = min(-(-(rank + OVERSAMPLING) // ROWS) * ROWS, channels)
         random = torch.randn(channels, count, generator=generator, dtype=torch.float64)
-        bases[name] = (torch.linalg.qr(random)[0] * (channels / count) ** 0.5).to(conv.weight.dtype)  # type: ignore[arg-type]
+        basis = torch.linalg.qr(random)[0] * (channels / count) ** 0.5
+        bases[name] = basis.to(torch.promote_types(weight.dtype, torch.float32))
     cut = []
     for x, y in samples:
         parts = -(-MICRO_BATCHES // len(samples))
