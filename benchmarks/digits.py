@@ -127,7 +127,7 @@ def main() -> int:
         "--labels", type=int, nargs="+", default=[50, 500], help="labelled digits, a multiple of 10, at most 500"
     )
     add_options(parser)
-    parser.set_defaults(stages=["search", "study", "speed"], seeds=1, rank=8)  # rank 8: 0.44 % of the parameters
+    parser.set_defaults(stages=["search", "study", "own_rate", "speed"], seeds=1, rank=8)  # rank 8: 0.44 % of the parameters
     options = parser.parse_args()
     try:
         weights = installed_file("ccexam", "weights/svhn.pth", INSTALL)

@@ -93,8 +93,8 @@ def adapt(
             the other two is ahead of it over all data sets.
         batches: the target's inputs, ``x`` or tuples that start with it; with "gradient" or ``params`` pairs ``(x, y)`` with
             classes, the loss is the cross-entropy then. Equal parts of the first four are used, together as many samples as
-            the largest holds. "input" takes one to two training steps, "gradient" four to six at batch 64. BatchNorm is on its
-            running statistics, whatever ``bn`` says, so :func:`calibrate_bn` comes first.
+            the largest holds. "input" takes one to two training steps, "gradient" three to five at batch 64. BatchNorm is on
+            its running statistics, whatever ``bn`` says, so :func:`calibrate_bn` comes first.
         scaling: "balanced" gives the suffix rows one common norm a layer, "paper" leaves the singular values in them.
         bn: "frozen" keeps BatchNorm on its running statistics through ``model.train()`` until ``merge``; "batch" leaves it
             to ``train()`` and ``eval()`` as it was, which saves its input for backward and keeps blocks from being fused. Its

@@ -18,17 +18,17 @@ from collections.abc import Sequence
 from typing import Any
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
 
 from lora_edge import blocks, calibration, lean
+from lora_edge.inputs import whole_rows
 from lora_edge.layers import ADAPTED_CLASS, LoRAEdgeConv, attach
-from lora_edge.loss import summed_cross_entropy
 from lora_edge.samples import Sample
 from lora_edge.tt import contract_suffix
 
 MICRO_BATCHES = 3  # of a batch where all layers' inputs are saved: on W1 to W3 within twice a training step's bytes
-ROWS = 16  # of a sketch, a multiple of this: what a vector of the widest instruction set holds
-OVERSAMPLING = 32  # at least so many of them beyond the rank asked for, where the layer has as many channels
+OVERSAMPLING = 32  # at least so many rows of a sketch beyond the rank asked for, where the layer has as many channels
 
 
 def leading_gradients(
@@ -50,23 +50,18 @@ def leading_gradients(
         RuntimeError: the model cannot be copied.
     """
     generator = torch.Generator().manual_seed(0)  # of its own: torch's is the user's
-    convs = {name: model.get_submodule(name) for name in names}
-    bases = {}
-    for name, conv in convs.items():
-        weight: Tensor = conv.weight  # type: ignore[assignment]
-        channels = len(weight)
-        count = min(-(-(rank + OVERSAMPLING) // ROWS) * ROWS, channels)
-        random = torch.randn(channels, count, generator=generator, dtype=torch.float64)
-        basis = torch.linalg.qr(random)[0] * (channels / count) ** 0.5
+    zeros, bases = {}, {}
+    for name in names:
+        weight: Tensor = model.get_submodule(name).weight  # type: ignore[assignment]
+        count = min(whole_rows(rank + OVERSAMPLING), len(weight))
+        random = torch.randn(len(weight), count, generator=generator, dtype=torch.float64)
+        basis = torch.linalg.qr(random)[0] * (len(weight) / count) ** 0.5
         bases[name] = basis.to(torch.promote_types(weight.dtype, torch.float32))
+        zeros[name] = torch.zeros(()).expand(count, *weight.shape[1:])
     cut = []
     for x, y in samples:
         parts = -(-MICRO_BATCHES // len(samples))
         cut += list(zip(x.chunk(parts), y.chunk(parts), strict=True))
-    zeros = {
-        name: torch.zeros(()).expand(basis.shape[1], *convs[name].weight.shape[1:])  # type: ignore[misc, index]
-        for name, basis in bases.items()
-    }
     return _gradients(model, zeros, bases, "suffix", cut, backend)
 
 
@@ -128,7 +123,7 @@ def _gradients(
     for x, y in samples:
         if len(x):
             with torch.enable_grad():
-                loss = summed_cross_entropy(twin, x, y) / count
+                loss = _summed_cross_entropy(twin, x, y) / count
             if loss.requires_grad:
                 loss.backward()  # type: ignore[no-untyped-call]
     found = {}
@@ -143,6 +138,28 @@ def _gradients(
             "batches yield no gradient: it is zero in every layer; give samples that the model does not fit already"
         )
     return found
+
+
+def _summed_cross_entropy(model: nn.Module, x: Tensor, y: Tensor) -> Tensor:
+    """The cross-entropy, summed over the samples ``x (N, ...)`` of classes ``y (N,)``, in float32 or better.
+
+    Raises:
+        ValueError: the model's output is no tensor, does not go with ``y``, or the loss is NaN or Inf.
+    """
+    logits = model(x)
+    if not isinstance(logits, Tensor):
+        raise ValueError(f"batches: the model's output is a {type(logits).__name__}; the pass needs logits (N, C, ...)")
+    try:
+        loss = F.cross_entropy(logits.to(torch.promote_types(logits.dtype, torch.float32)), y, reduction="sum")
+    except (RuntimeError, IndexError, ValueError) as error:
+        why = str(error).splitlines()[0]
+        raise ValueError(
+            f"batches: no cross-entropy of output {tuple(logits.shape)} and y {tuple(y.shape)} {y.dtype} ({why}); "
+            "give pairs (x, y) of inputs and classes"
+        ) from None
+    if not bool(torch.isfinite(loss)):
+        raise ValueError(f"batches: the loss is {float(loss.detach())}; give finite inputs, and a model whose output is finite")
+    return loss
 
 
 def _twin(model: nn.Module) -> nn.Module:

@@ -66,6 +66,11 @@ def leading_inputs(model: nn.Module, names: Sequence[str], rank: int, batches: I
     return found
 
 
+def whole_rows(least: int) -> int:
+    """Rows of a sketch: at least so many, in whole vectors."""
+    return -(-least // ROWS) * ROWS
+
+
 class _Sketch:
     """``R (q, D)``, orthonormal rows, and beside it ``sum p p^T R`` and ``sum p``, to which each call of the layer adds."""
 
@@ -75,7 +80,7 @@ class _Sketch:
         self.shape = weight.shape[1:]
         dtype = torch.promote_types(weight.dtype, torch.float32)
         size = self.shape.numel()
-        count = min(-(-(rank + OVERSAMPLING + 1) // ROWS) * ROWS - 1, size)  # one more is the sum of the patches
+        count = min(whole_rows(rank + OVERSAMPLING + 1) - 1, size)  # one more is the sum of the patches
         random = torch.randn(size, count, generator=generator, dtype=torch.float64)
         self.rows = torch.linalg.qr(random)[0].T.contiguous()
         self.kernel = self.rows.to(weight.device, dtype).reshape(count, *self.shape)

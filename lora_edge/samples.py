@@ -27,7 +27,7 @@ def few_samples(batches: Iterable[Any], device: torch.device) -> list[Sample]:
     """
     few = _first(batches, "pairs (x, y)")
     for k, batch in enumerate(few):
-        if not is_pair(batch):
+        if not _is_pair(batch):
             raise ValueError(f"batches: batch {k} is a {type(batch).__name__}; give pairs (x, y) of tensors")
         x, y = batch
         if x.dim() == 0 or y.dim() == 0 or len(x) != len(y):
@@ -46,7 +46,7 @@ def few_inputs(batches: Iterable[Any], device: torch.device) -> list[Tensor]:
     return [x[:part].to(device) for x in few]
 
 
-def is_pair(batch: Any) -> bool:
+def _is_pair(batch: Any) -> bool:
     """Whether a batch is ``(x, y)``, two tensors."""
     return isinstance(batch, (tuple, list)) and len(batch) == 2 and all(isinstance(part, Tensor) for part in batch)
 

@@ -87,15 +87,13 @@ def test_the_sketch_of_a_wide_layer_catches_the_gradients_energy(rank):
     x, y = torch.randn(32, 20, 40).double(), torch.randint(7, (32,))
     dense = dense_gradients(model, x, y)
     found = leading_gradients(model, list(dense), rank, few_samples([(x, y)], CPU))
-    shares = {}
     for name, gradient in dense.items():
         matrix = gradient.flatten(1)
         caught = (matrix @ right_directions(found[name], rank).T).square().sum()
-        shares[name] = float(caught / (matrix @ right_directions(gradient, rank).T).square().sum())
+        most = (matrix @ right_directions(gradient, rank).T).square().sum()
+        assert caught >= 0.9 * most, name
         energy = float(found[name].square().sum() / matrix.square().sum())
         assert abs(energy - 1) <= (1e-9 if len(found[name]) == len(matrix) else 0.5), name
-    assert sum(shares.values()) >= 0.9 * len(shares), shares
-    assert min(shares.values()) >= 0.7, shares
 
 
 @pytest.mark.parametrize("name", NAMES)

@@ -62,6 +62,12 @@ def unfreeze_backbone(model: nn.Module) -> nn.Module:
     return model.requires_grad_(True)
 
 
+def move_statistics(model: nn.Module, inputs: Tensor, source_samples: float = SOURCE_SAMPLES) -> None:
+    """BatchNorm's statistics, where there is any, move to the target's windows; see :func:`lora_edge.calibrate_bn`."""
+    if next(calibration.batch_norms(model), None) is not None:
+        calibration.calibrate_bn(model, [inputs], source_samples=source_samples)
+
+
 def adapted(*, source_samples: float | None = SOURCE_SAMPLES, **options: Any) -> Prepare:
     """``prepare`` of a form of LoRA-Edge; its ``finish`` is :func:`lora_edge.merge`.
 
@@ -74,8 +80,8 @@ def adapted(*, source_samples: float | None = SOURCE_SAMPLES, **options: Any) ->
 
     def prepare(model: nn.Module, rank: int, inputs: Tensor, labels: Tensor) -> list[nn.Parameter]:
         batches = [(inputs, labels)]
-        if source_samples is not None and next(calibration.batch_norms(model), None) is not None:
-            calibration.calibrate_bn(model, batches, source_samples=source_samples)
+        if source_samples is not None:
+            move_statistics(model, inputs, source_samples)
         return list(trainable_parameters(adapt(model, rank, batches=batches if needs_batches else None, **options)))
 
     return prepare

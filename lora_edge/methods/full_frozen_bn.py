@@ -5,13 +5,11 @@ from __future__ import annotations
 from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _BatchNorm
 
-from lora_edge import calibration
-from lora_edge.methods.base import SOURCE_SAMPLES, Method, freeze_backbone, unfreeze_backbone
+from lora_edge.methods.base import Method, freeze_backbone, move_statistics, unfreeze_backbone
 
 
 def prepare(model: nn.Module, rank: int, inputs: Tensor, labels: Tensor) -> list[nn.Parameter]:
-    if next(calibration.batch_norms(model), None) is not None:
-        calibration.calibrate_bn(model, [inputs], source_samples=SOURCE_SAMPLES)
+    move_statistics(model, inputs)
     freeze_backbone(model)
     frozen = {id(p) for m in model.modules() if isinstance(m, _BatchNorm) for p in m.parameters(recurse=False)}
     trained = [p for p in model.parameters() if id(p) not in frozen]
