@@ -55,8 +55,8 @@ def leading_gradients(
         weight: Tensor = model.get_submodule(name).weight  # type: ignore[assignment]
         count = min(whole_rows(rank + OVERSAMPLING), len(weight))
         random = torch.randn(len(weight), count, generator=generator, dtype=torch.float64)
-        basis = torch.linalg.qr(random)[0] * (len(weight) / count) ** 0.5
-        bases[name] = basis.to(torch.promote_types(weight.dtype, torch.float32))
+        dtype = torch.promote_types(weight.dtype, torch.float32)
+        bases[name] = (torch.linalg.qr(random)[0] * (len(weight) / count) ** 0.5).to(dtype)
         zeros[name] = torch.zeros(()).expand(count, *weight.shape[1:])
     cut = []
     for x, y in samples:
