@@ -9,7 +9,7 @@ import torch
 from benchmarks import phone_watch
 from lora_edge.har import data
 from lora_edge.har.data import ADAPT_SHARE, TEST_SHARE, WATCH_STEP, WATCH_WINDOW, load_npz, load_watch, mirrored, split
-from lora_edge.har.models import MobileNetV2, ResNet18, TResNet
+from lora_edge.har.models import MobileNetV2, ResNet18, TResNet, mobilenet_v2_on_windows, resnet18_on_windows
 from lora_edge.har.train import Curve, batches, macro_f1, predict, train_source
 
 
@@ -202,6 +202,18 @@ def test_models_take_their_inputs():
     assert {"features.0.0.weight", "features.1.conv.0.0.weight", "features.18.1.bias", "classifier.1.weight"} <= set(
         MobileNetV2(17).state_dict()
     )
+
+
+@pytest.mark.parametrize("factory", [mobilenet_v2_on_windows, resnet18_on_windows])
+def test_image_networks_read_the_axes_of_each_sensor(factory):
+    model, x = factory(6, 7).eval(), torch.randn(2, 6, 100)
+    accelerometer, gyroscope = x[:, :3], x[:, 3:]
+    image = torch.stack([accelerometer, gyroscope], dim=2)
+    with torch.no_grad():
+        assert torch.equal(model(x), model.network(image))
+    assert model(x).shape == (2, 7)
+    with pytest.raises(ValueError, match="got 4 channels; give a multiple of 3"):
+        factory(4, 7)
 
 
 def test_batches_are_full_and_repeatable():

@@ -19,7 +19,7 @@ from lora_edge.har.adaptation import Settings, adapt_by
 from lora_edge.har.data import load_npz, split
 from lora_edge.har.models import TResNet
 from lora_edge.methods import methods
-from lora_edge.methods.base import trained_state
+from lora_edge.methods.base import move_statistics, trained_state
 from lora_edge.methods.conv_lora import ConvLoRA
 from lora_edge.methods.dora import DoRA
 from lora_edge.methods.files import load_trained, save_trained
@@ -259,6 +259,16 @@ def test_other_computed_weights_are_left_alone():
     lora_edge.merge(model)
     assert type(model[0]) is nn.Conv2d
     assert nn.utils.parametrize.is_parametrized(model[1], "weight")
+
+
+@pytest.mark.parametrize(("count", "read"), [(1, [0]), (64, range(64)), (127, range(0, 127, 2))])
+def test_statistics_move_by_one_batch_spread_over_the_windows(base, count, read):
+    windows = torch.randn(count, 6, 50)
+    moved, expected = copy.deepcopy(base), copy.deepcopy(base)
+    move_statistics(moved, windows)
+    lora_edge.calibrate_bn(expected, [windows[list(read)]], source_samples=16)
+    for name, value in expected.state_dict().items():
+        assert torch.equal(moved.state_dict()[name], value), name
 
 
 @pytest.mark.parametrize("name", sorted(set(REPARAMETRISED) - {"pissa"}))

@@ -117,6 +117,21 @@ def test_it_goes_on_where_it_stopped(small, monkeypatch):
     assert small.rows.with_suffix(".png").stat().st_size > 1000
 
 
+def test_a_method_at_its_own_rate_needs_no_search(small):
+    asked = replace(small, methods=("bn_only", "lora_edge_batch_bn"), stages=("own_rate",))
+    runs = list(study.planned(asked, list))
+    assert {(run.method, run.lr) for run in runs} == {("bn_only", 1e-2), ("lora_edge_batch_bn", 2e-2)}
+    assert [run.person for run in runs if run.method == "bn_only"] == list(PEOPLE)
+
+
+def test_another_network(data, tmp_path):
+    model = "lora_edge.har.models:TResNet"
+    problem = study.Activities(str(data), "A", tmp_path / "sources", PEOPLE, epochs=1, model=model)
+    assert problem.name == "small_TResNet"
+    _, network = problem.task(study.Run("study", 1, 0, "full", 2, 1e-3, 50), lambda line: None)
+    assert type(network).__name__ == "TResNet"
+
+
 def test_few_windows_of_each_recording(data):
     task = split(load_npz(data), 1)
     fewest = study.few_shot(task, 0.01).adapt
@@ -150,7 +165,11 @@ def test_bad_input(small):
         replace(small, methods=("nothing",)).chosen()
     with small.rows.open("w") as file:
         csv.DictWriter(file, study.FIELDS).writeheader()
-    with pytest.raises(ValueError, match=r"has no rows of the stage study; run lora_edge\.har\.study first"):
+    with pytest.raises(ValueError, match=r"no rows of the stage study; run lora_edge\.har\.study first"):
+        study_report.report([small.rows])
+    search = {"stage": "search", "method": "lora_edge", "rank": "2", "lr": "0.02", "f1": "0.5"}
+    study.append_row(small.rows, {**dict.fromkeys(study.FIELDS, ""), **search})
+    with pytest.raises(ValueError, match="no rows of the stage study"):
         study_report.report([small.rows])
     with pytest.raises(ValueError, match="the page must hold <!-- results --> and <!-- end of results --> once each"):
         study_report.replace_between_marks("no marks", "text")

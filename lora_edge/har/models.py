@@ -147,6 +147,35 @@ class ResNet18(nn.Module):
         return self.fc(x.mean(dim=(2, 3)))
 
 
+class WindowImages(nn.Module):
+    """An image network on windows of three-axis sensors: the axes are the colours, the sensors the rows.
+
+    Input ``(N, 3 * sensors, L)``, which the network reads as ``(N, 3, sensors, L)``; output its logits.
+
+    Raises:
+        ValueError: the channels are no multiple of three.
+    """
+
+    def __init__(self, network: nn.Module, in_channels: int) -> None:
+        if in_channels % 3:
+            raise ValueError(f"it reads three axes of each sensor, got {in_channels} channels; give a multiple of 3")
+        super().__init__()
+        self.network = network
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.network(x.unflatten(1, (-1, 3)).transpose(1, 2))
+
+
+def mobilenet_v2_on_windows(in_channels: int, num_classes: int) -> WindowImages:
+    """A W2-like network for activities."""
+    return WindowImages(MobileNetV2(num_classes), in_channels)
+
+
+def resnet18_on_windows(in_channels: int, num_classes: int) -> WindowImages:
+    """A W3-like network for activities."""
+    return WindowImages(ResNet18(num_classes), in_channels)
+
+
 def pointwise(model: nn.Module) -> list[str]:
     """Names of the model's 1x1 convolutions, as ``targets`` for :func:`lora_edge.adapt`."""
     return [

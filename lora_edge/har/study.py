@@ -4,7 +4,7 @@ Stages, each a value of the column ``stage``:
 
     search    five learning rates a method, on two people, one seed
     study     every person and seed at the rate that the search chose, 50 steps
-    own_rate  the compared few at the rate that the method itself names, as whoever has nobody to search on uses it
+    own_rate  the same at the rate that the method itself names, as whoever has nobody to search on uses it
     long      the compared few to convergence, 500 steps, one seed
     few_shot  the compared few on the first 1, 2, 5 and 10 % of each of the target's recordings, at least one window of each
     speed     seconds of a step and of what a method does before the first, all methods in turn in each of some rounds
@@ -40,7 +40,7 @@ from lora_edge.methods import Method, methods
 
 STEPS, LONG_STEPS = 50, 500
 SHARES = (0.01, 0.02, 0.05, 0.10)
-COMPARED = ("full", "head_only", "lora_edge")  # in the stages own_rate, long and few_shot
+COMPARED = ("full", "head_only", "lora_edge")  # in the stages long and few_shot
 SEARCH_PEOPLE = ((1, 2), (3, 4))
 WITHOUT_TRAINING = ("zero_shot", "mirrored")
 STAGES = ("search", "study", "own_rate", "long", "few_shot", "speed")
@@ -104,10 +104,12 @@ class Activities:
     target_domain: str | None = None
     epochs: int = 10
     evaluate_every: int = 2
+    model: str | None = None  # package.module:factory, the T-ResNet by default
 
     @property
     def name(self) -> str:
-        return "_".join([Path(self.data).stem, *([self.target_domain] if self.target_domain else [])])
+        factory = self.model and self.model.rpartition(":")[2]
+        return "_".join(part for part in (Path(self.data).stem, self.target_domain, factory) if part)
 
     @property
     def without_training(self) -> Sequence[str]:
@@ -121,7 +123,7 @@ class Activities:
     def task(self, run: Run, tell: Callable[[str], None]) -> tuple[Split, nn.Module]:
         settings = Settings(
             data=self.data, target_subject=run.person, protocol=self.protocol, target_domain=self.target_domain,
-            out=self.sources, seed=run.seed, epochs=self.epochs, rank=max(1, run.rank),
+            model=self.model, out=self.sources, seed=run.seed, epochs=self.epochs, rank=max(1, run.rank),
         )  # fmt: skip
         return source(
             settings, lambda title, done, total: tell(f"person {run.person} seed {run.seed}: {title}") if total == 1 else None
@@ -183,7 +185,7 @@ def planned(study: Study, rows: Callable[[], list[dict[str, str]]]) -> Iterator[
                     for name in study.problem.without_training:
                         yield Run(stage, person, seed, name, 0, 0.0, 0)
                 for method in chosen:
-                    if stage != "study" and method.name not in COMPARED:
+                    if stage in ("long", "few_shot") and method.name not in COMPARED:
                         continue
                     lr = method.lr
                     if stage != "own_rate":
@@ -358,10 +360,15 @@ def main() -> int:
     parser.add_argument("--protocol", choices=["A", "B"], default="B")
     parser.add_argument("--target-domain", help="protocol B of an .npz: the target's domain")
     parser.add_argument("--people", type=int, nargs="+", default=list(range(1, 11)))
+    parser.add_argument("--model", help="package.module:factory of another network than the T-ResNet")
+    parser.add_argument("--epochs", type=int, default=10, help="of the pre-training")
     parser.add_argument("--sources", type=Path, default=Path("study-sources"), help="folder of the source models")
     add_options(parser)
     options = parser.parse_args()
-    problem = Activities(options.data, options.protocol, options.sources, options.people, options.target_domain)
+    problem = Activities(
+        options.data, options.protocol, options.sources, options.people, options.target_domain,
+        epochs=options.epochs, model=options.model,
+    )  # fmt: skip
     return run_problem(problem, options)
 
 

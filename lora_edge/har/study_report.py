@@ -28,6 +28,8 @@ MARKS = ("<!-- results -->", "<!-- end of results -->")
 HEADINGS = {
     "watch_A": "A new user (watch, protocol A)",
     "watch_B": "A new user's other wrist (watch, protocol B)",
+    "watch_mobilenet_v2_on_windows_B": "The other wrist, MobileNetV2",
+    "watch_resnet18_on_windows_B": "The other wrist, ResNet-18",
     "spsw_watch_B": "From other people's phones to one's watch",
     "spsw_phone_B": "From other people's watches to one's phone",
     "digits_50": "SVHN's network, 50 MNIST digits",
@@ -259,10 +261,10 @@ def draw(studies: dict[str, dict[str, Summary]], path: Path) -> None:
 
 
 def report(files: list[Path]) -> tuple[str, dict[str, dict[str, Summary]]]:
-    """The tables of all files in Markdown, and their summaries by heading.
+    """The tables of all files in Markdown, and their summaries by heading; of a search alone a line in the table of rates.
 
     Raises:
-        ValueError: a file has no rows to show.
+        ValueError: no file has rows of a study.
     """
     studies: dict[str, dict[str, Summary]] = {}
     searches: dict[str, list[dict[str, str]]] = {}
@@ -270,12 +272,14 @@ def report(files: list[Path]) -> tuple[str, dict[str, dict[str, Summary]]]:
     for path in files:
         rows = read_rows(path)
         found = summaries(rows)
-        if not found:
-            raise ValueError(f"{path} has no rows of the stage study; run lora_edge.har.study first")
         name = path.stem.removeprefix("study_")
         heading = HEADINGS.get(name, name.replace("_", ", "))
-        studies[heading], searches[heading] = found, rows
-        parts += [f"### {heading}", table(found), people_table(found), other_stages(rows)]
+        searches[heading] = rows
+        if found:
+            studies[heading] = found
+            parts += [f"### {heading}", table(found), people_table(found), other_stages(rows)]
+    if not studies:
+        raise ValueError(f"{', '.join(map(str, files))}: no rows of the stage study; run lora_edge.har.study first")
     parts.append(rates_table(searches))
     return "\n\n".join(part for part in parts if part), studies
 

@@ -6,6 +6,7 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
+import torch
 from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _BatchNorm
 from torch.nn.modules.conv import _ConvNd
@@ -18,6 +19,7 @@ from lora_edge.subspace import FROM_BATCHES
 from lora_edge.tt import check_rank
 
 SOURCE_SAMPLES = 16  # what the source's BatchNorm statistics count beside the target's windows
+TARGET_SAMPLES = 64  # at most so many of these are read for it: the pass takes no more memory than a step of training
 Prepare = Callable[[nn.Module, int, Tensor, Tensor], list[nn.Parameter]]
 
 
@@ -63,9 +65,13 @@ def unfreeze_backbone(model: nn.Module) -> nn.Module:
 
 
 def move_statistics(model: nn.Module, inputs: Tensor, source_samples: float = SOURCE_SAMPLES) -> None:
-    """BatchNorm's statistics, where there is any, move to the target's windows; see :func:`lora_edge.calibrate_bn`."""
+    """BatchNorm's statistics, where there is any, move to the target's windows; see :func:`lora_edge.calibrate_bn`.
+
+    One batch is read for it, evenly spread over the windows, whose neighbours overlap.
+    """
     if next(calibration.batch_norms(model), None) is not None:
-        calibration.calibrate_bn(model, [inputs], source_samples=source_samples)
+        spread = torch.linspace(0, len(inputs) - 1, min(len(inputs), TARGET_SAMPLES)).round().long()
+        calibration.calibrate_bn(model, [inputs[spread]], source_samples=source_samples)
 
 
 def adapted(*, source_samples: float | None = SOURCE_SAMPLES, **options: Any) -> Prepare:
