@@ -13,6 +13,8 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
+SQUARE_SAFELY = 1e-3  # a squared singular value over the largest one, above which the square costs three digits of sixteen
+
 
 def check_rank(rank: object, name: str = "rank") -> int:
     """Return ``rank`` as an int of at least 1.
@@ -73,7 +75,7 @@ def tt_svd(tensor: Tensor, rank: int) -> list[Tensor]:
     left = 1
     for way, bond in enumerate(bonds):
         matrix = rest.reshape(left * tensor.shape[way], -1)
-        u = _left_singular_vectors(matrix)[:, :bond]
+        u = _left_singular_vectors(matrix, bond)
         largest = u.gather(0, u.abs().argmax(dim=0, keepdim=True))
         u = u * torch.where(largest < 0, -1.0, 1.0).to(u.dtype)
         cores.append(u.reshape(left, tensor.shape[way], bond))
@@ -83,11 +85,18 @@ def tt_svd(tensor: Tensor, rank: int) -> list[Tensor]:
     return [core.to(tensor.dtype).contiguous() for core in cores]
 
 
-def _left_singular_vectors(matrix: Tensor) -> Tensor:
-    """Orthonormal columns by falling singular value. A wide matrix, as kernels are, is reduced to a square one by QR first."""
+def _left_singular_vectors(matrix: Tensor, count: int) -> Tensor:
+    """The first ``count`` orthonormal columns by falling singular value.
+
+    A wide matrix, as kernels are, is reduced to a square one first: to ``M M^T``, whose eigenvectors they are, where these
+    singular values are large enough to survive being squared, else by QR, which is slower.
+    """
     if matrix.shape[0] < matrix.shape[1]:
+        values, vectors = torch.linalg.eigh(matrix @ matrix.T)
+        if values[-count] > SQUARE_SAFELY * values[-1]:
+            return vectors[:, -count:].flip(1)
         matrix = torch.linalg.qr(matrix.T, mode="r").R.T
-    return torch.linalg.svd(matrix, full_matrices=False).U
+    return torch.linalg.svd(matrix, full_matrices=False).U[:, :count]
 
 
 def tt_contract(cores: Sequence[Tensor]) -> Tensor:

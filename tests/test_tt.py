@@ -45,6 +45,22 @@ def test_error_is_within_the_tt_svd_bound(shape, rank):
     assert error <= math.sqrt(discarded) + 1e-12 * float(w.norm())
 
 
+@pytest.mark.parametrize("last", [1.0, 0.05, 0.02, 1e-4, 1e-9, 0.0])
+@pytest.mark.parametrize("rank", [1, 3, 6, 12])
+def test_wide_matrices_of_every_condition(rank, last):
+    """Singular values that fall to ``last`` at rank 6 and are tiny from there on: with and without squaring."""
+    values = torch.cat([torch.logspace(0, math.log10(max(last, 1e-12)), 6), torch.full((6,), 1e-13)]).double()
+    values[5] = last
+    left, right = (torch.linalg.qr(torch.randn(n, 12, dtype=torch.float64))[0] for n in (12, 60))
+    matrix = left @ torch.diag(values) @ right.T
+    cores = tt_svd(matrix.reshape(12, 60), rank)
+    assert float((cores[0][0].T @ cores[0][0] - torch.eye(rank, dtype=torch.float64)).abs().max()) < 1e-13
+    discarded = float(torch.linalg.svdvals(matrix)[rank:].norm())
+    assert float((tt_contract(cores) - matrix).norm()) <= discarded + 1e-12
+    kept = cores[1].flatten(1).norm(dim=1)
+    assert bool((kept[:-1] >= kept[1:] - 1e-13).all())  # by falling singular value
+
+
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float16, torch.bfloat16, torch.float64])
 def test_full_rank_gives_the_tensor_back_in_its_dtype(dtype):
     w = torch.randn(6, 5, 3).to(dtype)
