@@ -92,9 +92,11 @@ def _left_singular_vectors(matrix: Tensor, count: int) -> Tensor:
     singular values are large enough to survive being squared, else by QR, which is slower.
     """
     if matrix.shape[0] < matrix.shape[1]:
-        values, vectors = torch.linalg.eigh(matrix @ matrix.T)
-        if values[-count] > SQUARE_SAFELY * values[-1]:
-            return vectors[:, -count:].flip(1)
+        square = matrix @ matrix.T
+        if bool(torch.isfinite(square.diagonal()).all()):
+            values, vectors = torch.linalg.eigh(square)
+            if values[-count] > SQUARE_SAFELY * values[-1]:
+                return vectors[:, -count:].flip(1)
         matrix = torch.linalg.qr(matrix.T, mode="r").R.T
     return torch.linalg.svd(matrix, full_matrices=False).U[:, :count]
 

@@ -122,6 +122,12 @@ def test_bad_tensor(tensor, error):
         tt_svd(tensor, 2)
 
 
+@pytest.mark.parametrize("size", [1e200, 1e-200])
+def test_values_whose_squares_are_out_of_range(size):
+    w = torch.randn(4, 6, 5, dtype=torch.float64)
+    torch.testing.assert_close(tt_contract(tt_svd(size * w, 2)) / size, tt_contract(tt_svd(w, 2)), rtol=1e-10, atol=1e-10)
+
+
 def test_zero_tensor():
     assert float(tt_contract(tt_svd(torch.zeros(4, 3, 2), 2)).abs().max()) == 0.0
 
