@@ -10,7 +10,7 @@ from benchmarks import phone_watch
 from lora_edge.har import data
 from lora_edge.har.data import ADAPT_SHARE, TEST_SHARE, WATCH_STEP, WATCH_WINDOW, load_npz, load_watch, mirrored, split
 from lora_edge.har.models import MobileNetV2, ResNet18, TResNet, mobilenet_v2_on_windows, resnet18_on_windows
-from lora_edge.har.train import Curve, batches, macro_f1, predict, train_source
+from lora_edge.har.train import Curve, batches, macro_f1, predict, tensors, train_source, train_target
 
 
 def own(path, **change):
@@ -238,6 +238,11 @@ def test_training_learns_and_evaluation_keeps_the_flags(tmp_path):
     model.train()
     assert macro_f1(model, task.test) > 0.9
     assert model.training
+    curve = train_target(
+        model, list(model.parameters()), task.adapt, task.test, steps=2, lr=0.1, evaluate_every=1, setup_seconds=5
+    )
+    assert curve.step == [0, 1, 2]
+    assert 5 == curve.seconds[0] < curve.seconds[1] < curve.seconds[2] < 6
 
 
 def test_lean_on_and_off_adapt_a_real_person_alike(watch):
@@ -245,7 +250,6 @@ def test_lean_on_and_off_adapt_a_real_person_alike(watch):
     import copy
 
     import lora_edge
-    from lora_edge.har.train import tensors, train_target
 
     task = split(watch, 1, "B", "left")
     torch.manual_seed(0)

@@ -152,7 +152,9 @@ def adapt_by(method: Method, base: nn.Module, task: Split, settings: Settings, t
     torch.manual_seed(settings.seed)
     model = copy.deepcopy(base)
     x, y = tensors(task.adapt)
+    start = time.perf_counter()
     parameters = method.prepare(model, settings.rank, x, y)
+    setup_seconds = time.perf_counter() - start
     lr = settings.lr if settings.lr is not None and method.name == settings.method else method.lr
     model.train()
     trainable = sum(p.numel() for p in parameters)
@@ -161,7 +163,7 @@ def adapt_by(method: Method, base: nn.Module, task: Split, settings: Settings, t
     row.saved_bytes = saved_bytes(probe, one_batch(x))
     row.curve = train_target(
         model, parameters, task.adapt, task.test, steps=settings.steps, lr=lr, seed=settings.seed,
-        progress=lambda done, total: tell(method.title, done, total),
+        setup_seconds=setup_seconds, progress=lambda done, total: tell(method.title, done, total),
     )  # fmt: skip
     row.seconds = row.curve.seconds[-1]
     if keep is not None:

@@ -34,7 +34,7 @@ def print_table(report: Report) -> None:
 
 
 def draw(report: Report, path: Path) -> None:
-    """Write the PNG: macro-F1 on the test windows against seconds of training, a line a method."""
+    """Write the PNG: macro-F1 on the test windows against seconds of set-up and training, a line a method."""
     import matplotlib
 
     matplotlib.use("Agg")
@@ -55,7 +55,9 @@ def draw(report: Report, path: Path) -> None:
             )  # fmt: skip
     if report.target_f1 is not None:
         axes.axhline(report.target_f1, color="0.2", linestyle="--", linewidth=0.9, label="95 % of full fine-tuning")
-    axes.set(xlabel="seconds of training", ylabel="macro-F1 on the test windows", ylim=(0, 1.02), title=_title(report))
+    axes.set(
+        xlabel="seconds of set-up and training", ylabel="macro-F1 on the test windows", ylim=(0, 1.02), title=_title(report)
+    )
     axes.set_xlim(left=0)
     axes.grid(alpha=0.25)
     axes.legend(fontsize=8, loc="lower right")
