@@ -146,7 +146,8 @@ def load_adapter(model: nn.Module, path: PathLike) -> nn.Module:
             "load it into the model that it was made from"
         )
     parameters_and_buffers = {**dict(model.named_parameters()), **dict(model.named_buffers())}
-    for name, value in adapter.changed().items():
+    changed = adapter.changed()
+    for name, value in changed.items():
         own = parameters_and_buffers.get(name)
         if own is None or own.shape != value.shape:
             shape = "is not there" if own is None else f"has shape {tuple(own.shape)}"
@@ -170,7 +171,7 @@ def load_adapter(model: nn.Module, path: PathLike) -> nn.Module:
                 layer.scale = adapter.layers[name]["scale"]
                 layer.bond_cap = adapter.layers[name]["rank"]
                 layer.subspace = state.subspace
-    _set_changed(model, adapter.changed())
+    _set_changed(model, changed)
     return model
 
 
