@@ -7,7 +7,7 @@ Stages, each a value of the column ``stage``:
     own_rate  the same at the rate that the method itself names, as whoever has nobody to search on uses it
     long      the compared few to convergence, 500 steps, one seed
     few_shot  the compared few on the first 1, 2, 5 and 10 % of each of the target's recordings, at least one window of each
-    speed     seconds of a step and of what a method does before the first, all methods in turn in each of some rounds
+    speed     seconds of what a method does before the first step and of a step, all methods in turn in each of some rounds
 
 A person's rate is the one with the best mean F1 of two *other* people (1 and 2; for these two, 3 and 4), so it never depends
 on that person's test windows. Only the stage ``speed`` is timed: the others may run beside other work. Rows go to
@@ -44,7 +44,7 @@ COMPARED = ("full", "head_only", "lora_edge")  # in the stages long and few_shot
 SEARCH_PEOPLE = ((1, 2), (3, 4))
 WITHOUT_TRAINING = ("zero_shot", "mirrored")
 STAGES = ("search", "study", "own_rate", "long", "few_shot", "speed")
-SPEED_ROUNDS, WARM_UP, SETUPS = 15, 3, 3
+SPEED_ROUNDS, WARM_UP = 15, 3
 KEY = ("stage", "person", "seed", "method", "rank", "lr", "steps", "share")
 FIELDS = (
     "device", "date", "lora_edge", "torch", "threads", "data", "protocol", *KEY, "trainable", "share_percent", "saved_bytes",
@@ -239,37 +239,37 @@ def measure(study: Study, run: Run, task: Split, base: nn.Module) -> dict[str, A
 
 
 def speeds(study: Study, task: Split, base: nn.Module) -> dict[str, dict[str, float]]:
-    """The columns of the stage ``speed`` by method: medians over rounds in which each method does a step in turn.
+    """The columns of the stage ``speed`` by method: medians over rounds of a set-up and a step of each method in turn.
 
     ``step_over_full`` is the median of a round's ratio to full fine-tuning, ``setup_seconds`` are those of ``prepare``.
     """
     x, y = tensors(task.adapt)
-    setup: dict[str, float] = {}
+    chosen = {"full": methods()["full"], **{method.name: method for method in study.chosen()}}
     trained: dict[str, tuple[nn.Module, torch.optim.Optimizer]] = {}
-    for method in {"full": methods()["full"], **{method.name: method for method in study.chosen()}}.values():
-        seconds_of = []
-        for _ in range(SETUPS):
-            model = copy.deepcopy(base)
+    for name, method in chosen.items():
+        model = copy.deepcopy(base)
+        optimizer = torch.optim.Adam(method.prepare(model, study.rank, x, y), lr=method.lr)
+        trained[name] = model.train(), optimizer
+    setups: dict[str, list[float]] = {name: [] for name in chosen}
+    steps: dict[str, list[float]] = {name: [] for name in chosen}
+    for done in range(WARM_UP + SPEED_ROUNDS):
+        for name, method in chosen.items():
+            fresh = copy.deepcopy(base)
             start = time.perf_counter()
-            parameters = method.prepare(model, study.rank, x, y)
-            seconds_of.append(time.perf_counter() - start)
-        setup[method.name] = median(seconds_of)
-        trained[method.name] = model.train(), torch.optim.Adam(parameters, lr=method.lr)
-    rounds: list[dict[str, float]] = []
-    for _ in range(WARM_UP + SPEED_ROUNDS):
-        seconds = {}
-        for name, (model, optimizer) in trained.items():
-            start = time.perf_counter()
-            training_step(model, optimizer, one_batch(x), one_batch(y))
-            seconds[name] = time.perf_counter() - start
-        rounds.append(seconds)
+            method.prepare(fresh, study.rank, x, y)
+            between = time.perf_counter()
+            training_step(*trained[name], one_batch(x), one_batch(y))
+            end = time.perf_counter()
+            if done >= WARM_UP:
+                setups[name].append(between - start)
+                steps[name].append(end - between)
     return {
         name: {
-            "setup_seconds": setup[name],
-            "step_seconds": median(seconds[name] for seconds in rounds[WARM_UP:]),
-            "step_over_full": median(seconds[name] / seconds["full"] for seconds in rounds[WARM_UP:]),
+            "setup_seconds": median(setups[name]),
+            "step_seconds": median(steps[name]),
+            "step_over_full": median(own / full for own, full in zip(steps[name], steps["full"], strict=True)),
         }
-        for name in trained
+        for name in chosen
     }
 
 
