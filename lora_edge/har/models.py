@@ -1,4 +1,4 @@
-"""The backbones of the reference workloads: T-ResNet (W1), MobileNetV2 (W2) and ResNet-18 (W3)."""
+"""The backbones of the reference workloads, T-ResNet (W1), MobileNetV2 (W2) and ResNet-18 (W3); the latter two on windows."""
 
 from __future__ import annotations
 
@@ -158,7 +158,7 @@ class WindowImages(nn.Module):
 
     def __init__(self, network: nn.Module, in_channels: int) -> None:
         if in_channels % 3:
-            raise ValueError(f"it reads three axes of each sensor, got {in_channels} channels; give a multiple of 3")
+            raise ValueError(f"an image network reads sensors of three axes, got {in_channels} channels; give a multiple of 3")
         super().__init__()
         self.network = network
 

@@ -44,6 +44,7 @@ COMPARED = ("full", "head_only", "lora_edge")  # in the stages long and few_shot
 SEARCH_PEOPLE = ((1, 2), (3, 4))
 WITHOUT_TRAINING = ("zero_shot", "mirrored")
 STAGES = ("search", "study", "own_rate", "long", "few_shot", "speed")
+WITH_CURVES = ("study", "own_rate")  # every method asked for, and F1 by step
 SPEED_ROUNDS, WARM_UP = 15, 3
 KEY = ("stage", "person", "seed", "method", "rank", "lr", "steps", "share")
 FIELDS = (
@@ -185,7 +186,7 @@ def planned(study: Study, rows: Callable[[], list[dict[str, str]]]) -> Iterator[
                     for name in study.problem.without_training:
                         yield Run(stage, person, seed, name, 0, 0.0, 0)
                 for method in chosen:
-                    if stage in ("long", "few_shot") and method.name not in COMPARED:
+                    if stage not in WITH_CURVES and method.name not in COMPARED:
                         continue
                     lr = method.lr
                     if stage != "own_rate":
@@ -224,7 +225,7 @@ def measure(study: Study, run: Run, task: Split, base: nn.Module) -> dict[str, A
     model.train()
     trainable = sum(p.numel() for p in parameters)
     saved = saved_bytes(copy.deepcopy(model), one_batch(x))
-    every = study.problem.evaluate_every if run.stage in ("study", "own_rate") else run.steps  # their rows have a curve
+    every = study.problem.evaluate_every if run.stage in WITH_CURVES else run.steps
     curve = train_target(
         model, parameters, task.adapt, task.test, steps=run.steps, lr=run.lr, seed=run.seed, evaluate_every=every
     )
@@ -361,14 +362,12 @@ def main() -> int:
     parser.add_argument("--target-domain", help="protocol B of an .npz: the target's domain")
     parser.add_argument("--people", type=int, nargs="+", default=list(range(1, 11)))
     parser.add_argument("--model", help="package.module:factory of another network than the T-ResNet")
-    parser.add_argument("--epochs", type=int, default=10, help="of the pre-training")
     parser.add_argument("--sources", type=Path, default=Path("study-sources"), help="folder of the source models")
     add_options(parser)
     options = parser.parse_args()
     problem = Activities(
-        options.data, options.protocol, options.sources, options.people, options.target_domain,
-        epochs=options.epochs, model=options.model,
-    )  # fmt: skip
+        options.data, options.protocol, options.sources, options.people, options.target_domain, model=options.model
+    )
     return run_problem(problem, options)
 
 

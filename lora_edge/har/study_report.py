@@ -21,7 +21,7 @@ from statistics import mean, median
 import numpy as np
 
 from lora_edge.har.adaptation import TARGET_SHARE
-from lora_edge.har.study import WITHOUT_TRAINING, read_rows
+from lora_edge.har.study import WITH_CURVES, WITHOUT_TRAINING, read_rows
 from lora_edge.methods import methods
 
 MARKS = ("<!-- results -->", "<!-- end of results -->")
@@ -35,7 +35,6 @@ HEADINGS = {
     "digits_50": "SVHN's network, 50 MNIST digits",
     "digits_500": "SVHN's network, 500 MNIST digits",
 }
-WITH_CURVES = ("study", "own_rate")
 OWN_RATE = ", no search"  # in the title of a method at the rate that it names itself
 TITLES = {"zero_shot": "zero-shot", "mirrored": "mirrored input"}
 
