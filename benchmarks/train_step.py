@@ -1,10 +1,13 @@
-"""``python -m benchmarks.train_step``: the time of a training step on W1, W2 and W3, method beside method, on this CPU.
+"""``python -m benchmarks.train_step``: the time of a training step on W1, W2 and W3, method beside method, on a CPU or a GPU.
 
 Every method's step, forward, backward and Adam, is timed in interleaved rounds within one process; full fine-tuning as users
 write it is timed twice, which shows the noise. A row has p20, p50 and p80 in milliseconds, the parts' medians, and the median
 over rounds of the ratio to full fine-tuning and to PEFT's conv LoRA with p20 and p80. ``inference`` times the adapted and the
 merged model without gradients against the base. The blocks' table has each block's direct multiply-adds over its time, and a
 plain matrix product's. Rows go to ``results/<device>/train_step.csv`` and ``blocks.csv``; exit code 1 where a bound is missed.
+
+On a GPU a step ends when the device has done it. Its launches take longer than its kernels on such small networks, so two rows
+more replay the whole step of full fine-tuning and of lora_edge as a CUDA graph. The bounds and the blocks are the CPU's.
 """
 
 from __future__ import annotations
@@ -27,7 +30,8 @@ import lora_edge
 from lora_edge.har.adaptation import machine
 from lora_edge.ops import cpu_launch
 
-from . import RESULTS, write_rows
+from . import write_rows
+from .device import results_folder, title
 from .workloads import WORKLOADS, Workload
 
 RANK = 2
@@ -47,7 +51,7 @@ BLOCK_FIELDS = (
     "direct_gflops", "product_gflops",
 )  # fmt: skip
 
-Step = Callable[[], tuple[float, float, float]]
+Step = Callable[[], tuple[float, ...]]
 
 
 def adapted_names(workload: Workload, model: nn.Module) -> list[str]:
@@ -116,27 +120,65 @@ def methods(workload: Workload) -> Iterator[tuple[str, Callable[[], nn.Module]]]
     yield "lora_edge", ours
 
 
-def step_of(model: nn.Module, x: Tensor, y: Tensor) -> Step:
-    """A training step in train mode: seconds of forward, backward and the optimizer."""
+def trainer(model: nn.Module, batch: int, **options: Any) -> torch.optim.Optimizer:
+    """The model in train mode, and its optimizer."""
     model.train()
-    optimizer = torch.optim.Adam([p for p in model.parameters() if p.requires_grad], lr=LEARNING_RATE)
-    head_in_eval = x.shape[0] == 1  # a batch statistic of one sample and one position is none
-    if head_in_eval:
+    if batch == 1:  # a batch statistic of one sample and one position is none
         for m in model.modules():
             if isinstance(m, nn.modules.batchnorm._BatchNorm):
                 m.eval()
+    return torch.optim.Adam([p for p in model.parameters() if p.requires_grad], lr=LEARNING_RATE, **options)
+
+
+def now(device: torch.device) -> float:
+    """The clock when the device has done all that it was given."""
+    if device.type == "cuda":
+        torch.cuda.synchronize(device)
+    return time.perf_counter()
+
+
+def step_of(model: nn.Module, x: Tensor, y: Tensor) -> Step:
+    """A training step in train mode: seconds of forward, backward and the optimizer."""
+    optimizer = trainer(model, len(x))
 
     def step() -> tuple[float, float, float]:
-        begin = time.perf_counter()
+        begin = now(x.device)
         loss = F.cross_entropy(model(x), y)
-        forward = time.perf_counter()
+        forward = now(x.device)
         loss.backward()
-        backward = time.perf_counter()
+        backward = now(x.device)
         optimizer.step()
         optimizer.zero_grad()
-        return forward - begin, backward - forward, time.perf_counter() - backward
+        return forward - begin, backward - forward, now(x.device) - backward
 
     return step
+
+
+def graphed_step_of(model: nn.Module, x: Tensor, y: Tensor) -> Callable[[], tuple[float]]:
+    """The same step captured once as a CUDA graph and replayed."""
+    optimizer = trainer(model, len(x), capturable=True)
+
+    def step() -> None:
+        optimizer.zero_grad()
+        F.cross_entropy(model(x), y).backward()
+        optimizer.step()
+
+    stream = torch.cuda.Stream()
+    stream.wait_stream(torch.cuda.current_stream())
+    with torch.cuda.stream(stream):
+        for _ in range(3):
+            step()
+    torch.cuda.current_stream().wait_stream(stream)
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        step()
+
+    def replay(alive: Any = step) -> tuple[float]:  # the graph does not keep the model that it reads
+        begin = now(x.device)
+        graph.replay()
+        return (now(x.device) - begin,)
+
+    return replay
 
 
 def interleaved(steps: dict[str, Step], rounds: int) -> dict[str, np.ndarray]:
@@ -172,19 +214,19 @@ def _rounded(values: np.ndarray) -> list[float]:
 
 def inference(workload: Workload, x: Tensor, rounds: int) -> dict[str, np.ndarray]:
     """The base model, the adapted and the merged one, without gradients."""
-    base = workload.model().eval()
+    base = workload.model().to(x.device).eval()
     adapted = copy.deepcopy(base)
     lora_edge.adapt(adapted, RANK, targets=workload.targets(adapted)).eval()
     merged = lora_edge.merge(copy.deepcopy(adapted)).eval()
 
     def run(model: nn.Module) -> Step:
         def step() -> tuple[float, ...]:
-            begin = time.perf_counter()
+            begin = now(x.device)
             with torch.no_grad():
                 model(x)
-            return (time.perf_counter() - begin,)
+            return (now(x.device) - begin,)
 
-        return step  # type: ignore[return-value]
+        return step
 
     return interleaved({"base": run(base), "adapted": run(adapted), "merged": run(merged)}, rounds)
 
@@ -257,35 +299,45 @@ def main() -> int:
     parser = argparse.ArgumentParser(prog="python -m benchmarks.train_step", description=__doc__)
     parser.add_argument("--workload", nargs="+", choices=list(WORKLOADS), default=list(WORKLOADS))
     parser.add_argument("--batch", type=int, nargs="+", default=[1, 8, 64])
+    parser.add_argument("--method", nargs="+", help="only these, by name; full fine-tuning always")
     parser.add_argument("--rounds", type=int, default=15, help="at batch 64; more at smaller ones")
-    parser.add_argument("--device", default="cpu", help="folder of the results")
-    parser.add_argument("--out", type=Path, help="another folder for the tables")
+    parser.add_argument("--device", default="cpu", help="torch's name of the device")
+    parser.add_argument("--out", type=Path, help="folder of the tables; default results/<device>")
     options = parser.parse_args()
     warnings.simplefilter("ignore")
-    about = {key: machine()[key] for key in ("lora_edge", "torch", "threads", "date")} | {"device": options.device}
+    device = torch.device(options.device)
+    is_cpu = device.type == "cpu"
+    about = {key: machine()[key] for key in ("lora_edge", "torch", "threads", "date")} | {"device": title(device)}
     rows: list[dict[str, Any]] = []
     blocks: list[dict[str, Any]] = []
     for name in options.workload:
         workload = WORKLOADS[name]
         for batch in options.batch:
-            x, y = workload.batch(batch)
+            x, y = (tensor.to(device) for tensor in workload.batch(batch))
             fixed = {**about, "workload": name, "batch": batch}
             rounds = options.rounds * (4 if batch == 1 else 2 if batch == 8 else 1)
             steps = {}
             for method, make in methods(workload):
+                if options.method and method not in ("full", *options.method):
+                    continue
                 torch.compiler.reset()
                 format_ = torch.channels_last if method == "full, channels-last" else torch.contiguous_format
-                steps[method] = step_of(make(), x.to(memory_format=format_) if x.dim() == 4 else x, y)
+                model = make().to(device)
+                steps[method] = step_of(model, x.to(memory_format=format_) if x.dim() == 4 else x, y)
+                if not is_cpu and method in ("full", "lora_edge"):
+                    steps[f"{method}, CUDA graph"] = graphed_step_of(make().to(device), x, y)
             measured = rows_of(interleaved(steps, rounds), {**fixed, "what": "step"})
             del steps
             measured += rows_of(inference(workload, x, rounds), {**fixed, "what": "inference"})
             rows += measured
             for row in measured:
                 print(name, batch, row["what"], row["method"], row["ms_p50"], "ms", row.get("over_full"), row.get("over_peft"))
-            if batch == max(options.batch):
+            if is_cpu and batch == max(options.batch):
                 blocks += profile(workload, x, y, 5, fixed)
-    folder = options.out or RESULTS / options.device
+    folder = options.out or results_folder(device)
     write_rows(folder / "train_step.csv", FIELDS, rows)
+    if not is_cpu:
+        return 0
     write_rows(folder / "blocks.csv", BLOCK_FIELDS, blocks)
     for line in misses(rows):
         print("missed:", line)

@@ -338,13 +338,15 @@ class LeanDropout(LeanLayer, nn.Dropout):
     """``nn.Dropout`` that keeps the seed of its mask and draws the mask again in backward.
 
     The seed comes from torch's generator, so a run repeats under ``torch.manual_seed``; the masks are not those that
-    ``nn.Dropout`` would draw.
+    ``nn.Dropout`` would draw. While a CUDA graph is captured it is stock: a seed would be the same at every replay.
     """
 
     stock = nn.Dropout
 
     def forward(self, x: Tensor) -> Tensor:
-        if not self.training or self.p == 0.0 or not (torch.is_grad_enabled() and x.requires_grad):
+        wants_gradient = torch.is_grad_enabled() and x.requires_grad
+        is_captured = x.is_cuda and torch.cuda.is_current_stream_capturing()
+        if not self.training or self.p == 0.0 or not wants_gradient or is_captured:
             return F.dropout(x, self.p, self.training, self.inplace)
         return _Dropout.apply(x, self.p, int(torch.randint(2**62, ()).item()))
 

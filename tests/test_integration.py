@@ -155,3 +155,26 @@ def test_on_a_cuda_device(name):
     with lora_edge.disabled(model):
         assert torch.equal(model(x.cuda()), base.cuda()(x.cuda()))
     torch.testing.assert_close(lora_edge.merge(model)(x.cuda()), y, rtol=1e-3, atol=1e-3)
+
+
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA device")
+@pytest.mark.parametrize("backend", ["cuda", "triton"])
+def test_a_cuda_graph_captures_a_training_step(backend):
+    x, weight, core, suffix = (
+        torch.randn(*shape, device="cuda") for shape in ((4, 8, 9, 9), (16, 8, 3, 3), (16, 2), (2, 8, 3, 3))
+    )
+    core.requires_grad_()
+
+    def step():
+        y = lora_edge.ops.tt_block(x, weight, core, suffix, padding=1, activation="relu", backend=backend)
+        return y.detach(), torch.autograd.grad(y.sum(), core)[0]
+
+    want = step()
+    stream = torch.cuda.Stream()
+    with torch.cuda.stream(stream):
+        step()
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        got = step()
+    graph.replay()
+    torch.testing.assert_close(got, want)

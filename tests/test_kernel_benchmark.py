@@ -1,4 +1,4 @@
-"""``lora-edge bench`` on this CPU, with the torch backend alone: every op of a layer gets a row that agrees."""
+"""``lora-edge bench`` on this CPU: every op of a layer gets a row of each backend that works here, and it agrees."""
 
 from __future__ import annotations
 
@@ -8,20 +8,37 @@ import pytest
 
 from benchmarks import kernels
 from lora_edge.cli import main
+from lora_edge.ops.backends import AVAILABLE, state
 
 
 @pytest.mark.parametrize("precision", ["fp32", "half"])
-def test_rows_of_a_layer(precision, tmp_path, monkeypatch):
-    monkeypatch.setattr(kernels, "backends", lambda: {"torch": "available", "cuda": "without a device"})
+def test_rows_of_a_layer(precision, tmp_path):
     table = tmp_path / "rows" / "kernels.csv"
     wanted = ["--workload", "W1", "--layer", "block1.conv2", "--precision", precision, "--device", "cpu"]
     assert kernels.main([*wanted, "--rounds", "2", "--size", "128", "--out", str(table)]) == 0
     rows = list(csv.DictReader(table.open()))
-    assert {row["op"] for row in rows} == set(kernels.OPS)
+    has_cpu_engine = state("cpu") == AVAILABLE
+    assert {row["backend"] for row in rows} == ({"torch", "cpu"} if has_cpu_engine else {"torch"})
+    for backend in {row["backend"] for row in rows}:
+        assert {row["op"] for row in rows if row["backend"] == backend} == set(kernels.OPS)
     for row in rows:
-        assert (row["backend"], row["agrees"], row["over_torch"]) == ("torch", "True", "1.0")
+        if row["refused"]:  # the CPU engine leaves fusing by itself and half precision to torch
+            assert row["backend"] == "cpu"
+            assert row["op"] == "tt_fuse_forward" or precision == "half"
+            assert not row["us_p50"]
+            continue
+        assert row["agrees"] == "True"
+        assert row["over_torch"] == "1.0" or row["backend"] == "cpu"
         assert 0 < float(row["us_p20"]) <= float(row["us_p50"]) <= float(row["us_p80"])
         assert float(row["floor_us"]) > 0
+    assert has_cpu_engine == any(row["backend"] == "cpu" and row["us_p50"] for row in rows) or precision == "half"
+
+
+def test_only_the_backends_asked_for(tmp_path):
+    table = tmp_path / "kernels.csv"
+    wanted = ["--workload", "W1", "--layer", "block1.shortcut.0", "--precision", "fp32", "--device", "cpu"]
+    assert kernels.main([*wanted, "--backend", "triton", "--rounds", "2", "--size", "128", "--out", str(table)]) == 0
+    assert {row["backend"] for row in csv.DictReader(table.open())} == {"torch"}
 
 
 def test_a_backend_that_is_wrong_is_not_timed(monkeypatch):
