@@ -61,6 +61,21 @@ def on_base_statistics(model: nn.Module) -> Iterator[None]:
             bn._buffers.update(buffers)
 
 
+@contextmanager
+def on_batch_statistics(model: nn.Module) -> Iterator[None]:
+    """Inside, every BatchNorm normalises by the batch's own statistics and its running ones stay; all else is in evaluation."""
+    norms = [bn for _, bn in batch_norms(model)]
+    tracks = [bn.track_running_stats for bn in norms]
+    with in_evaluation(model):
+        try:
+            for bn in norms:
+                bn.training, bn.track_running_stats = True, False
+            yield
+        finally:
+            for bn, track in zip(norms, tracks, strict=True):
+                bn.training, bn.track_running_stats = False, track
+
+
 def calibrate_bn(model: nn.Module, batches: Iterable[Any], *, source_samples: float = 0) -> nn.Module:
     """Re-estimate the BatchNorm statistics on target data, in place: the mean over all batches.
 

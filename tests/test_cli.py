@@ -6,6 +6,7 @@ import json
 import os
 import subprocess
 import sys
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -17,6 +18,9 @@ from torch import nn
 import lora_edge
 from lora_edge.adapter_file import read_adapter
 from lora_edge.cli import main
+from lora_edge.har import adaptation
+from lora_edge.har.data import load_npz, split
+from lora_edge.har.train import macro_f1
 from test_har import own
 
 FACTORY = """
@@ -90,6 +94,33 @@ def test_adapt_merge_info(folder, capsys):
     assert "0: core 8x2, rank 2, scale 1" in capsys.readouterr().out
 
 
+def test_turned_axes_are_in_the_results(folder, capsys, monkeypatch):
+    """By what results.json says of them the merged model takes raw windows and has the F1 of its row."""
+    own("own.npz", channels=np.array(["ax", "ay", "az", "pulse"]))
+    turn = np.array([[0, -1, 0, 0], [1, 0, 0, 0], [0, 0, 1, 0], [0, 0, 0, 1.0]])
+    monkeypatch.setattr(adaptation, "find_turn", lambda model, task: turn)
+    assert main(adapt_arguments()) == 0
+    assert "Axes turned: given -ay ax az pulse, the source model" in capsys.readouterr().out
+    results = json.loads(Path("out/results.json").read_text())
+    rows = {row["name"]: row for row in results["rows"]}
+    assert rows["lora_edge"]["axes"] == rows["full_turned"]["axes"] == ["-ay", "ax", "az", "pulse"]
+    assert rows["full"]["axes"] == ["ax", "ay", "az", "pulse"]
+
+    raw = load_npz("own.npz")
+    test = split(raw, 1, "B", "watch").test
+    mean, std = (np.array(results["normalisation"][key])[:, None] for key in ("mean", "std"))
+    window = test.x * std + mean
+    signed = {name: window[:, k] for k, name in enumerate(raw.channels)} | {"-ay": -window[:, 1]}
+    x = (np.stack([signed[name] for name in rows["lora_edge"]["axes"]], axis=1) - mean) / std
+    sys.path.insert(0, str(folder))
+    import mymodels
+
+    sys.path.pop(0)
+    model = mymodels.build(4, 3)
+    model.load_state_dict(load_file("out/merged.safetensors"))
+    assert macro_f1(model, replace(test, x=x.astype(np.float32))) == pytest.approx(rows["lora_edge"]["f1"])
+
+
 @pytest.mark.parametrize("method", ["lora_edge_budget", "lora_edge_target_bn"])
 def test_another_form_of_lora_edge(folder, method):
     """Its adapter holds calibrated statistics, so the base and it give the merged model."""
@@ -120,7 +151,7 @@ def test_users_own_weights_are_used(folder):
 BAD_ADAPT = [
     ({"--rank": "0"}, "rank is 0; give an integer of at least 1"),
     ({"--rank": "-3"}, "rank is -3"),
-    ({"--method": "full"}, "method is 'full'; give a form of LoRA-Edge: lora_edge, lora_edge_batch_bn"),
+    ({"--method": "full"}, "method is 'full'; give a form of LoRA-Edge: lora_edge, lora_edge_as_worn"),
     ({"--rank": "2.5"}, "argument --rank: invalid int value: '2.5'"),
     ({"--rank": "True"}, "argument --rank: invalid int value: 'True'"),
     ({"--target-subject": "9"}, "subject 9 is not in the data; it has 1, 2"),

@@ -8,7 +8,8 @@ import torch
 
 from benchmarks import phone_watch
 from lora_edge.har import data
-from lora_edge.har.data import ADAPT_SHARE, TEST_SHARE, WATCH_STEP, WATCH_WINDOW, load_npz, load_watch, mirrored, split
+from lora_edge.har.data import ADAPT_SHARE, TEST_SHARE, WATCH_STEP, WATCH_WINDOW, load_npz, load_watch, split
+from lora_edge.har.frame import mirrored
 from lora_edge.har.models import MobileNetV2, ResNet18, TResNet, mobilenet_v2_on_windows, resnet18_on_windows
 from lora_edge.har.train import Curve, batches, macro_f1, predict, tensors, train_source, train_target
 

@@ -35,7 +35,9 @@ RANK = 2
 LABELS = torch.arange(8) % 2
 METHODS = methods()
 NAMES = list(METHODS)
+TURNED = "_turned"  # in the name of a method that is another one on turned axes
 BATCH_BN = {"full", "target_only", "bn_only", "lora_edge_batch_bn"}  # their statistics move in training
+BATCH_BN |= {name for name in NAMES if name.removesuffix(TURNED) in BATCH_BN}
 ON_THE_SOURCES_BN = {"lora_edge_paper", "lora_edge_source_bn"}  # the others may leave it at the start
 OTHER_START = {
     "target_only",
@@ -79,6 +81,7 @@ def expected_trainable(model, name):
         "bn_only": 2 * maps,
         "bias_only": sum(m.bias.numel() for m in model.modules() if getattr(m, "bias", None) is not None),
     }
+    name = name.removesuffix(TURNED)
     if name in counts:
         return counts[name]
     convs = [m for m in model.modules() if isinstance(m, _ConvNd)]

@@ -24,7 +24,8 @@ from torch import Tensor, nn
 
 import lora_edge
 from lora_edge.adapter_file import save_adapter
-from lora_edge.har.data import MIRRORED_CHANNELS, Split, Windows, load_npz, load_watch, mirrored, split
+from lora_edge.har.data import Split, Windows, load_npz, load_watch, split
+from lora_edge.har.frame import MIRRORED_CHANNELS, find_turn, mirrored, named, turned
 from lora_edge.har.models import TResNet
 from lora_edge.har.train import Curve, macro_f1, one_batch, tensors, train_source, train_target
 from lora_edge.memory import saved_bytes
@@ -56,7 +57,7 @@ class Settings:
 
 @dataclass
 class Row:
-    """One row of the table; None where a column has no meaning."""
+    """One row of the table; None where a column has no meaning. ``axes``: what the model takes as each channel, such as -ax."""
 
     name: str
     title: str
@@ -68,15 +69,20 @@ class Row:
     seconds: float | None = None
     seconds_to_target: float | None = None
     curve: Curve | None = None
+    axes: list[str] | None = None
 
 
 @dataclass
 class Report:
-    """The outcome of a run, as ``results.json`` holds it."""
+    """The outcome of a run, as ``results.json`` holds it.
+
+    A model takes a raw window as ``(window[axes] - mean) / std``: the axes of its row, mean and std of ``normalisation``.
+    """
 
     settings: dict[str, Any]
     machine: dict[str, Any]
     windows: dict[str, int]
+    normalisation: dict[str, list[float]]
     target_f1: float | None
     rows: list[Row] = field(default_factory=list)
 
@@ -110,6 +116,7 @@ def run(settings: Settings, progress: Progress | None = None) -> Report:
         settings={**asdict(settings), "out": str(settings.out), "weights": settings.weights and str(settings.weights)},
         machine=machine(),
         windows={"source": len(task.source), "adapt": len(task.adapt), "test": len(task.test)},
+        normalisation={"mean": task.mean.tolist(), "std": task.std.tolist()},
         target_f1=None,
     )
     report.rows.append(Row("zero_shot", "zero-shot", macro_f1(model, task.test)))
@@ -118,6 +125,8 @@ def run(settings: Settings, progress: Progress | None = None) -> Report:
     for name in dict.fromkeys(("head_only", "bn_only", "full", "lora_edge", settings.method)):
         keep = settings.out if name == settings.method else None
         report.rows.append(adapt_by(available[name], model, task, settings, tell, keep))
+    if report.row("lora_edge").axes != task.test.channels:
+        report.rows.append(adapt_by(available["full_turned"], model, task, settings, tell))
     report.target_f1 = set_seconds_to_target(report.rows)
     write_text(settings.out / "results.json", json.dumps(asdict(report), indent=1) + "\n")
     return report
@@ -150,15 +159,19 @@ def set_seconds_to_target(rows: list[Row]) -> float:
 def adapt_by(method: Method, base: nn.Module, task: Split, settings: Settings, tell: Progress, keep: Path | None = None) -> Row:
     """Adapt a copy of ``base`` by one method; the adapter and the merged model of an adapted one are written to ``keep``."""
     torch.manual_seed(settings.seed)
-    model = copy.deepcopy(base)
-    x, y = tensors(task.adapt)
+    model, axes = copy.deepcopy(base), task.test.channels
     start = time.perf_counter()
+    if method.turns:
+        turn = find_turn(base, task)
+        task, axes = turned(task, turn), named(turn, axes)
+    x, y = tensors(task.adapt)
     parameters = method.prepare(model, settings.rank, x, y)
     setup_seconds = time.perf_counter() - start
     lr = settings.lr if settings.lr is not None and method.name == settings.method else method.lr
     model.train()
     trainable = sum(p.numel() for p in parameters)
-    row = Row(method.name, method.title, 0.0, trainable, 100 * trainable / sum(p.numel() for p in base.parameters()), lr=lr)
+    share = 100 * trainable / sum(p.numel() for p in base.parameters())
+    row = Row(method.name, method.title, 0.0, trainable, share, lr=lr, axes=axes)
     probe = copy.deepcopy(model)  # measuring runs a forward, which moves BatchNorm statistics in batch mode
     row.saved_bytes = saved_bytes(probe, one_batch(x))
     row.curve = train_target(

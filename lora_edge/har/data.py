@@ -22,7 +22,7 @@ import importlib.util
 import io
 import os
 import pickle
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import numpy as np
@@ -30,7 +30,6 @@ import numpy as np
 WATCH_SHA256 = "eb122f23cdf06ef6bd6c6c5312958ec5cf9d038e2e6d457b8081662c75a42537"
 WATCH_RATE_HZ = 50
 WATCH_WINDOW, WATCH_STEP = 100, 50  # samples: 2 s with half overlap
-MIRRORED_CHANNELS = ("ax", "wy", "wz")  # change sign when the watch moves to the other wrist
 ADAPT_SHARE, TEST_SHARE = 0.3, 0.5
 
 
@@ -239,33 +238,8 @@ def split(windows: Windows, target: int, protocol: str = "A", target_domain: str
     return Split(**normalised, mean=mean, std=std, protocol=protocol, target=target)
 
 
-def mirrored(task: Split) -> Split:
-    """The split with the target's raw (ax, wy, wz) negated, as if the watch were on the other wrist.
-
-    Raises:
-        ValueError: the data do not have these channels.
-    """
-    names = task.test.channels
-    if any(name not in names for name in MIRRORED_CHANNELS):
-        raise ValueError(f"mirroring needs the channels {', '.join(MIRRORED_CHANNELS)}; the data have {', '.join(names)}")
-    sign = np.where(np.isin(names, MIRRORED_CHANNELS), -1.0, 1.0)[:, None]
-    mean, std = task.mean[:, None], task.std[:, None]
-
-    def mirror(part: Windows) -> Windows:
-        x = ((part.x * std + mean) * sign - mean) / std
-        return _with_x(part, x)
-
-    return Split(task.source, mirror(task.adapt), mirror(task.test), task.mean, task.std, task.protocol, task.target)
-
-
 def _normalise(part: Windows, mean: np.ndarray, std: np.ndarray) -> Windows:
-    return _with_x(part, (part.x - mean[:, None]) / std[:, None])
-
-
-def _with_x(part: Windows, x: np.ndarray) -> Windows:
-    return Windows(
-        x.astype(np.float32), part.y, part.subject, part.domain, part.position, part.classes, part.channels, part.domains
-    )
+    return replace(part, x=((part.x - mean[:, None]) / std[:, None]).astype(np.float32))
 
 
 def _names(data: dict[str, np.ndarray], key: str, count: int) -> list[str]:

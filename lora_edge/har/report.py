@@ -31,6 +31,9 @@ def print_table(report: Report) -> None:
             "Mirrored input: the left wrist is mostly a mirror of the right, so negating (ax, wy, wz) alone recovers much of "
             "the loss. That has to be known in advance; the other methods are not told."
         )
+    if any(row.name == "full_turned" for row in report.rows):
+        axes = " ".join(report.row("lora_edge").axes or [])
+        console.print(f"Axes turned: given {axes}, the source model knows the labelled windows best; LoRA-Edge looks for that.")
 
 
 def draw(report: Report, path: Path) -> None:

@@ -33,7 +33,8 @@ import torch
 from torch import nn
 
 from lora_edge.har.adaptation import Settings, machine, source
-from lora_edge.har.data import Split, mirrored
+from lora_edge.har.data import Split
+from lora_edge.har.frame import find_turn, mirrored, turned
 from lora_edge.har.train import macro_f1, one_batch, tensors, train_target, training_step
 from lora_edge.memory import saved_bytes
 from lora_edge.methods import Method, methods
@@ -220,6 +221,8 @@ def measure(study: Study, run: Run, task: Split, base: nn.Module) -> dict[str, A
         task = few_shot(task, run.share)
     torch.manual_seed(run.seed)
     model, method = copy.deepcopy(base), methods()[run.method]
+    if method.turns:
+        task = turned(task, find_turn(base, task))
     x, y = tensors(task.adapt)
     parameters = method.prepare(model, run.rank, x, y)
     model.train()
@@ -242,7 +245,8 @@ def measure(study: Study, run: Run, task: Split, base: nn.Module) -> dict[str, A
 def speeds(study: Study, task: Split, base: nn.Module) -> dict[str, dict[str, float]]:
     """The columns of the stage ``speed`` by method: medians over rounds of a set-up and a step of each method in turn.
 
-    ``step_over_full`` is the median of a round's ratio to full fine-tuning, ``setup_seconds`` are those of ``prepare``.
+    ``step_over_full`` is the median of a round's ratio to full fine-tuning, ``setup_seconds`` are those of turning
+    the axes, where the method does, and of ``prepare``.
     """
     x, y = tensors(task.adapt)
     chosen = {"full": methods()["full"], **{method.name: method for method in study.chosen()}}
@@ -257,6 +261,8 @@ def speeds(study: Study, task: Split, base: nn.Module) -> dict[str, dict[str, fl
         for name, method in chosen.items():
             fresh = copy.deepcopy(base)
             start = time.perf_counter()
+            if method.turns:
+                turned(task, find_turn(base, task))
             method.prepare(fresh, study.rank, x, y)
             between = time.perf_counter()
             training_step(*trained[name], one_batch(x), one_batch(y))

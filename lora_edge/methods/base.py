@@ -38,6 +38,8 @@ class Method:
         prepare: ``prepare(model, rank, inputs, labels)`` freezes and changes ``model`` in place and returns the parameters
             to train. ``inputs (N, ...)`` and ``labels (N,)`` are the target's adaptation windows, which most do not use.
         finish: ``finish(model)`` returns the plain model, with the base's module types, after training.
+        turns: whether the target's windows are turned to the way in which the source's sensor was worn before all else; see
+            :mod:`lora_edge.har.frame`.
     """
 
     name: str
@@ -45,6 +47,7 @@ class Method:
     lr: float
     prepare: Prepare
     finish: Callable[[nn.Module], nn.Module] = _nothing_to_do
+    turns: bool = False
 
 
 def freeze_backbone(model: nn.Module) -> None:

@@ -1,0 +1,117 @@
+"""Which way round the target's sensor is worn: the turn of its axes under which the source model knows the windows best.
+
+A wrist changed or a phone put into the pocket upside down turns the sensor's axes, or mirrors them, and no small update of the
+weights undoes that. There are 48 ways to lay three axes along three others. Acceleration ``a`` becomes ``R a`` under such a
+signed permutation ``R``; the rate of rotation ``w``, a pseudovector, becomes ``det(R) R w``. The other wrist is the mirror
+``R = diag(-1, 1, 1)``, which negates (ax, wy, wz).
+
+The labelled windows that a person adapts on choose: the turn with the smallest cross-entropy of the source model, BatchNorm on
+the batch's own statistics. As worn is as likely beforehand as all 47 others together, so another turn needs ``log 47`` nats
+more of likelihood, and where the windows as worn cost less than that in all, no other is looked at. Otherwise every turn sees a
+quarter of the windows, the best twelve half of them, the best four all.
+"""
+
+from __future__ import annotations
+
+import itertools
+import math
+import re
+from dataclasses import replace
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+from torch import nn
+
+from lora_edge.calibration import on_batch_statistics
+from lora_edge.har.data import Split, Windows
+
+WINDOWS = 16  # that choose, spread over those to adapt on
+ROUNDS = ((4, 12), (2, 4), (1, 1))  # every so many of them, and how many turns stay
+MIRRORED_CHANNELS = ("ax", "wy", "wz")  # change sign when the watch moves to the other wrist
+VECTORS = (  # a sensor's three axes by the names of their channels, and whether it measures a pseudovector
+    (re.compile(r"(?:a|acc|accel|accelerometer)[ _]?([xyz])", re.IGNORECASE), False),
+    (re.compile(r"(?:w|g|gyr|gyro|gyroscope)[ _]?([xyz])", re.IGNORECASE), True),
+    (re.compile(r"(?:m|mag|magnetometer)[ _]?([xyz])", re.IGNORECASE), True),
+)
+
+
+def turns(channels: list[str]) -> list[np.ndarray]:
+    """The turns that channels of these names allow: signed permutations ``(C, C)``, as worn first and alone where no axes are.
+
+    The axes are ``ax ay az``, ``wx wy wz`` and the like, of one device. Other channels stay as they are.
+    """
+    as_worn = np.eye(len(channels))
+    vectors = []
+    for pattern, is_pseudovector in VECTORS:
+        names = {match[1].lower(): place for place, name in enumerate(channels) if (match := pattern.fullmatch(name))}
+        if len(names) == 3:
+            vectors.append(([names[axis] for axis in "xyz"], is_pseudovector))
+    if not vectors:
+        return [as_worn]
+    found = []
+    for order in itertools.permutations(range(3)):
+        for signs in itertools.product((1.0, -1.0), repeat=3):
+            rotation = np.diag(signs)[:, order]
+            turn = as_worn.copy()
+            for places, is_pseudovector in vectors:
+                turn[np.ix_(places, places)] = rotation * (np.linalg.det(rotation).round() if is_pseudovector else 1.0)
+            found.append(turn)
+    return found
+
+
+def find_turn(model: nn.Module, task: Split) -> np.ndarray:
+    """The turn ``(C, C)`` of the target's windows under which the source model knows those of ``task.adapt`` best.
+
+    Args:
+        model: the source model, which is left as it is.
+        task: normalised windows of the person to adapt to.
+    """
+    as_worn, *others = turns(task.adapt.channels)
+    evidence = math.log(max(1, len(others)))
+    spread = np.linspace(0, len(task.adapt) - 1, min(len(task.adapt), WINDOWS)).round().astype(int)
+    with torch.no_grad(), on_batch_statistics(model):
+
+        def cost(turn: np.ndarray, windows: np.ndarray) -> float:
+            few = task.adapt.where(windows)
+            logits = model(torch.from_numpy(_turned(few, turn, task).x))
+            return float(F.cross_entropy(logits, torch.from_numpy(few.y), reduction="sum"))
+
+        own = cost(as_worn, spread) if others else 0.0
+        if own <= evidence:
+            return as_worn
+        for step, keep in ROUNDS:
+            costs = [cost(turn, spread[::step]) for turn in others]
+            best = np.argsort(costs)[:keep]
+            others = [others[k] for k in best]
+    return others[0] if own - costs[best[0]] > evidence else as_worn
+
+
+def turned(task: Split, turn: np.ndarray) -> Split:
+    """The split with the target's raw axes turned: a raw sample ``s (C,)`` becomes ``turn @ s``."""
+    if np.array_equal(turn, np.eye(len(turn))):
+        return task  # not a rounding apart
+    return replace(task, adapt=_turned(task.adapt, turn, task), test=_turned(task.test, turn, task))
+
+
+def mirrored(task: Split) -> Split:
+    """The split with the target's raw (ax, wy, wz) negated, as if the watch were on the other wrist.
+
+    Raises:
+        ValueError: the data do not have these channels.
+    """
+    names = task.test.channels
+    if any(name not in names for name in MIRRORED_CHANNELS):
+        raise ValueError(f"mirroring needs the channels {', '.join(MIRRORED_CHANNELS)}; the data have {', '.join(names)}")
+    return turned(task, np.diag(np.where(np.isin(names, MIRRORED_CHANNELS), -1.0, 1.0)))
+
+
+def named(turn: np.ndarray, channels: list[str]) -> list[str]:
+    """What stands in the place of each channel after the turn, such as ``-ax``."""
+    return [f"{'-' if row.sum() < 0 else ''}{channels[int(np.abs(row).argmax())]}" for row in turn]
+
+
+def _turned(part: Windows, turn: np.ndarray, task: Split) -> Windows:
+    mean, std = task.mean[:, None], task.std[:, None]
+    raw = part.x * std + mean
+    return replace(part, x=((np.einsum("ij,njt->nit", turn, raw) - mean) / std).astype(np.float32))
