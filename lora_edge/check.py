@@ -77,6 +77,8 @@ def check(show: Callable[[str], None] = print) -> bool:
     with mock.patch.dict(os.environ, {TUNE: "0"}):  # a measurement of Triton's for each small shape takes minutes
         for name, state in found.items():
             show(f"\nbackend {name}: {state}")
+            if name == "triton" and state == AVAILABLE:
+                show("  each kernel is compiled at its first call; that takes minutes, once")
             for outcome in check_backend(name) if state == AVAILABLE else ():
                 passed, failed = passed + outcome.passed, failed + (not outcome.passed)
                 measured = outcome.text or f"error {outcome.error:.1e}, at most {outcome.tolerance:.0e}"

@@ -175,6 +175,18 @@ def test_bad_input(small):
         study_report.replace_between_marks("no marks", "text")
 
 
+def test_times_shorter_counts_where_there_is_something_to_shorten():
+    """Person 1's untouched model is at the target, person 4 never gets there with this method."""
+    full = study_report.Summary(
+        "full", steps={(1, 0): 0, (2, 0): 10, (3, 0): 4, (4, 0): 6}, step_seconds=0.1, step_over_full=1.0
+    )
+    own = study_report.Summary("lora_edge", steps={(1, 0): 2, (2, 0): 5, (3, 0): 0, (4, 0): None}, setup_seconds=0.2)
+    assert own.times_shorter(full) == []
+    own.step_seconds, own.step_over_full = 0.05, 0.5
+    assert own.times_shorter(full) == pytest.approx([10 / (2 + 2.5), 4 / 2])
+    assert full.times_shorter(full) == [1.0, 1.0, 1.0]
+
+
 def test_interval():
     middle, half = study_report.interval([1.0, 2.0, 3.0])
     assert middle == 2.0
@@ -187,12 +199,14 @@ def test_the_table_of_rates():
 
     one = [row(2, 0.1, 0.5), row(2, 0.1, 0.7), row(2, 0.2, 0.5)]
     assert study_report.rates_table({"A": one, "B": one}) == ""
-    text = study_report.rates_table({"A": [row(16, 0.2, 0.3), *one, {"stage": "study"}]})
+    as_worn = {**row(2, 0.2, 0.4), "method": "lora_edge_as_worn"}
+    text = study_report.rates_table({"A": [row(16, 0.2, 0.3), *one, as_worn, {"stage": "study"}]})
     assert text.splitlines()[2:] == [
-        "| study | rank | 0.1 | 0.2 |",
-        "|---|---|---|---|",
-        "| A | 2 | **0.600** | 0.500 |",
-        "| A | 16 | - | **0.300** |",
+        "| study | method | rank | 0.1 | 0.2 |",
+        "|---|---|---|---|---|",
+        "| A | LoRA-Edge | 2 | **0.600** | 0.500 |",
+        "| A | LoRA-Edge | 16 | - | **0.300** |",
+        "| A | LoRA-Edge, axes as worn | 2 | - | **0.400** |",
     ]
 
 

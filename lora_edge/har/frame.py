@@ -7,8 +7,9 @@ signed permutation ``R``; the rate of rotation ``w``, a pseudovector, becomes ``
 
 The labelled windows that a person adapts on choose: the turn with the smallest cross-entropy of the source model, BatchNorm on
 the batch's own statistics. As worn is as likely beforehand as all 47 others together, so another turn needs ``log 47`` nats
-more of likelihood, and where the windows as worn cost less than that in all, no other is looked at. Otherwise every turn sees a
-quarter of the windows, the best twelve half of them, the best four all.
+more of likelihood, and where the best so far costs less than that in all, none can win against it and no other is looked at.
+First come the seven that exchange no axes, then the rest; each of them sees a quarter of the windows, the best quarter of them
+half, the best quarter of those all.
 """
 
 from __future__ import annotations
@@ -27,7 +28,7 @@ from lora_edge.calibration import on_batch_statistics
 from lora_edge.har.data import Split, Windows
 
 WINDOWS = 16  # that choose, spread over those to adapt on
-ROUNDS = ((4, 12), (2, 4), (1, 1))  # every so many of them, and how many turns stay
+FLIPS = 7  # turns that exchange no axes, the first after as worn
 MIRRORED_CHANNELS = ("ax", "wy", "wz")  # change sign when the watch moves to the other wrist
 VECTORS = (  # a sensor's three axes by the names of their channels, and whether it measures a pseudovector
     (re.compile(r"(?:a|acc|accel|accelerometer)[ _]?([xyz])", re.IGNORECASE), False),
@@ -78,13 +79,17 @@ def find_turn(model: nn.Module, task: Split) -> np.ndarray:
             return float(F.cross_entropy(logits, torch.from_numpy(few.y), reduction="sum"))
 
         own = cost(as_worn, spread) if others else 0.0
-        if own <= evidence:
-            return as_worn
-        for step, keep in ROUNDS:
-            costs = [cost(turn, spread[::step]) for turn in others]
-            best = np.argsort(costs)[:keep]
-            others = [others[k] for k in best]
-    return others[0] if own - costs[best[0]] > evidence else as_worn
+        best, least = as_worn, own
+        for found in (others[:FLIPS], others[FLIPS:]):
+            if least <= evidence:
+                break
+            for step in (4, 2, 1):
+                costs = [cost(turn, spread[::step]) for turn in found]
+                order = np.argsort(costs)[: math.ceil(len(found) / 4)]
+                found = [found[k] for k in order]
+            if costs[order[0]] < least:
+                best, least = found[0], costs[order[0]]
+    return best if own - least > evidence else as_worn
 
 
 def turned(task: Split, turn: np.ndarray) -> Split:

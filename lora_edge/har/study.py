@@ -46,7 +46,7 @@ SEARCH_PEOPLE = ((1, 2), (3, 4))
 WITHOUT_TRAINING = ("zero_shot", "mirrored")
 STAGES = ("search", "study", "own_rate", "long", "few_shot", "speed")
 WITH_CURVES = ("study", "own_rate")  # every method asked for, and F1 by step
-SPEED_ROUNDS, WARM_UP = 15, 3
+SPEED_ROUNDS, WARM_UP = 20, 3
 KEY = ("stage", "person", "seed", "method", "rank", "lr", "steps", "share")
 FIELDS = (
     "device", "date", "lora_edge", "torch", "threads", "data", "protocol", *KEY, "trainable", "share_percent", "saved_bytes",
@@ -242,28 +242,29 @@ def measure(study: Study, run: Run, task: Split, base: nn.Module) -> dict[str, A
     }
 
 
-def speeds(study: Study, task: Split, base: nn.Module) -> dict[str, dict[str, float]]:
+def speeds(study: Study, tasks: Sequence[tuple[Split, nn.Module]]) -> dict[str, dict[str, float]]:
     """The columns of the stage ``speed`` by method: medians over rounds of a set-up and a step of each method in turn.
 
+    Each round's set-up is the next task's, since some people's axes take longer to find; the steps are the first one's.
     ``step_over_full`` is the median of a round's ratio to full fine-tuning, ``setup_seconds`` are those of turning
     the axes, where the method does, and of ``prepare``.
     """
-    x, y = tensors(task.adapt)
+    x, y = tensors(tasks[0][0].adapt)
     chosen = {"full": methods()["full"], **{method.name: method for method in study.chosen()}}
     trained: dict[str, tuple[nn.Module, torch.optim.Optimizer]] = {}
     for name, method in chosen.items():
-        model = copy.deepcopy(base)
+        model = copy.deepcopy(tasks[0][1])
         optimizer = torch.optim.Adam(method.prepare(model, study.rank, x, y), lr=method.lr)
         trained[name] = model.train(), optimizer
     setups: dict[str, list[float]] = {name: [] for name in chosen}
     steps: dict[str, list[float]] = {name: [] for name in chosen}
     for done in range(WARM_UP + SPEED_ROUNDS):
+        task, base = tasks[done % len(tasks)]
         for name, method in chosen.items():
             fresh = copy.deepcopy(base)
             start = time.perf_counter()
-            if method.turns:
-                turned(task, find_turn(base, task))
-            method.prepare(fresh, study.rank, x, y)
+            mine = turned(task, find_turn(base, task)) if method.turns else task
+            method.prepare(fresh, study.rank, *tensors(mine.adapt))
             between = time.perf_counter()
             training_step(*trained[name], one_batch(x), one_batch(y))
             end = time.perf_counter()
@@ -293,8 +294,8 @@ def run_study(study: Study, tell: Callable[[str], None] = print) -> int:
         key = (run.person, run.seed, run.stage == "search")
         if loaded is None or loaded[0] != key:
             loaded = (key, *study.problem.task(run, tell))
-        if run.stage == "speed":
-            timed = timed or speeds(study, loaded[1], loaded[2])
+        if run.stage == "speed" and not timed:
+            timed = speeds(study, [study.problem.task(run._replace(person=person), tell) for person in study.problem.people])
         found: dict[str, Any] = {
             **machine(), "device": study.device, "data": study.problem.name, "protocol": study.problem.protocol,
             **run._asdict(), **(timed[run.method] if run.stage == "speed" else measure(study, run, loaded[1], loaded[2])),

@@ -5,8 +5,8 @@ seeds; the differences to full fine-tuning and to LoRA-Edge on the same seeds wi
 for how many people it is ahead of the first and behind the second; and the time to 95 % of the F1 that full fine-tuning reaches
 on that person and seed: steps until an evaluation shows it, times the median seconds of a step, and what the method does before
 the first step. Where some people and seeds do not reach it, the column says how many did. The last column is full fine-tuning's
-time over the method's, the median of those that reach it. A method at the rate that it names itself, whatever the search says,
-is a row of its own.
+time over the method's, the median of those that reach it and where the untouched model is not there before either begins. A
+method at the rate that it names itself, whatever the search says, is a row of its own.
 """
 
 from __future__ import annotations
@@ -66,16 +66,15 @@ class Summary:
         return [self.setup_seconds + steps * self.step_seconds for steps in self.steps.values() if steps is not None]
 
     def times_shorter(self, full: Summary) -> list[float]:
-        """Full fine-tuning's time to the target F1 over this method's, of each person and seed that reached it."""
+        """Full fine-tuning's time to the target F1 over this method's, of each person and seed that reached it.
+
+        Where the untouched model is there, full fine-tuning's time is none and there is nothing to shorten.
+        """
         if self.step_over_full is None or full.step_seconds is None:
             return []
         setup = self.setup_seconds / full.step_seconds  # in full fine-tuning's steps
         pairs = [(full.steps[key], steps) for key, steps in self.steps.items()]
-        return [
-            most / max(setup + steps * self.step_over_full, 1e-9)
-            for most, steps in pairs
-            if most is not None and steps is not None
-        ]
+        return [most / max(setup + steps * self.step_over_full, 1e-9) for most, steps in pairs if most and steps is not None]
 
     def by_person(self) -> dict[int, float]:
         """Mean of a person's seeds."""
@@ -198,26 +197,29 @@ def other_stages(rows: list[dict[str, str]]) -> str:
 
 
 def rates_table(searches: dict[str, list[dict[str, str]]]) -> str:
-    """LoRA-Edge's mean F1 of the searches' people at each rate and rank, in Markdown; empty where one rank alone was searched.
+    """LoRA-Edge's mean F1 of the searches' people at each rate and rank, axes turned and as worn, in Markdown.
+
+    Empty where no study has more than one line.
 
     Args:
         searches: rows by a study's heading.
     """
-    scores: dict[tuple[str, int], dict[float, list[float]]] = defaultdict(lambda: defaultdict(list))
+    scores: dict[tuple[str, str, int], dict[float, list[float]]] = defaultdict(lambda: defaultdict(list))
     for heading, rows in searches.items():
         for row in rows:
-            if row["stage"] == "search" and row["method"] == "lora_edge":
-                scores[heading, int(row["rank"])][float(row["lr"])].append(float(row["f1"]))
-    if len({heading for heading, _ in scores}) == len(scores):
+            if row["stage"] == "search" and row["method"] in ("lora_edge", "lora_edge_as_worn"):
+                scores[heading, row["method"], int(row["rank"])][float(row["lr"])].append(float(row["f1"]))
+    if len({heading for heading, _, _ in scores}) == len(scores):
         return ""
     rates = sorted({rate for found in scores.values() for rate in found})
-    lines = ["| study | rank | " + " | ".join(f"{rate:g}" for rate in rates) + " |", "|---" * (len(rates) + 2) + "|"]
-    for (heading, rank), found in sorted(scores.items(), key=lambda item: (list(searches).index(item[0][0]), item[0][1])):
+    lines = ["| study | method | rank | " + " | ".join(f"{rate:g}" for rate in rates) + " |", "|---" * (len(rates) + 3) + "|"]
+    headings = list(searches)
+    for (heading, name, rank), found in sorted(scores.items(), key=lambda item: (headings.index(item[0][0]), *item[0][1:])):
         means = {rate: mean(f1) for rate, f1 in found.items()}
         cells = [f"{means[rate]:.3f}" if rate in means else "-" for rate in rates]
         best = max(means, key=lambda rate: means[rate])
         cells[rates.index(best)] = f"**{means[best]:.3f}**"
-        lines.append(f"| {heading} | {rank} | " + " | ".join(cells) + " |")
+        lines.append(f"| {heading} | {methods()[name].title} | {rank} | " + " | ".join(cells) + " |")
     return "### LoRA-Edge's rate in the searches, by rank\n\n" + "\n".join(lines)
 
 
