@@ -12,6 +12,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+from safetensors import safe_open
 from safetensors.torch import load_file
 from torch import nn
 
@@ -105,6 +106,8 @@ def test_turned_axes_are_in_the_results(folder, capsys, monkeypatch):
     rows = {row["name"]: row for row in results["rows"]}
     assert rows["lora_edge"]["axes"] == rows["full_turned"]["axes"] == ["-ay", "ax", "az", "pulse"]
     assert rows["full"]["axes"] == ["ax", "ay", "az", "pulse"]
+    with safe_open("out/merged.safetensors", "pt") as merged:
+        assert merged.metadata() == {"axes": "-ay ax az pulse"}
 
     raw = load_npz("own.npz")
     test = split(raw, 1, "B", "watch").test

@@ -184,7 +184,7 @@ def adapt_by(method: Method, base: nn.Module, task: Split, settings: Settings, t
     method.finish(model)
     row.f1 = macro_f1(model, task.test)
     if keep is not None:
-        write_safetensors(dict(model.state_dict()), keep / "merged.safetensors")
+        write_safetensors(dict(model.state_dict()), keep / "merged.safetensors", {"axes": " ".join(axes)})
     return row
 
 

@@ -233,7 +233,7 @@ def draw(studies: dict[str, dict[str, Summary]], path: Path) -> None:
 
     figure, grid = plt.subplots(len(studies), 3, figsize=(14, 3.4 * len(studies)), layout="constrained", squeeze=False)
     names = list(dict.fromkeys(n for found in studies.values() for n in found if n not in WITHOUT_TRAINING))
-    colours = plt.get_cmap("tab20")
+    colours = [plt.get_cmap(name)(k) for name in ("tab20", "tab20b") for k in range(20)]
     for axes, (title, found) in zip(grid, studies.items(), strict=True):
         for k, name in enumerate(names):
             if name not in found:
@@ -245,7 +245,7 @@ def draw(studies: dict[str, dict[str, Summary]], path: Path) -> None:
             values = (summary.trainable, summary.saved_bytes / 1e6, median(seconds) if seconds else None)
             for axis, value in zip(axes, values, strict=True):
                 if value is not None:
-                    axis.plot(value, f1, marker, color=colours(k % 20), markersize=size, label=summary.title)
+                    axis.plot(value, f1, marker, color=colours[k % len(colours)], markersize=size, label=summary.title)
         axes[0].set(xlabel="trainable parameters", xscale="log", ylabel="macro-F1")
         axes[1].set(xlabel="saved for backward, MB", xscale="log", title=title)
         axes[2].set(xlabel="seconds to 95 % of full fine-tuning's F1", xscale="log")
