@@ -52,7 +52,7 @@ def _reparametrises(name):
     return bool(reparametrised_layers(model))
 
 
-REPARAMETRISED = [name for name in NAMES if _reparametrises(name)]
+REPARAMETRISED = [name for name in NAMES if not name.endswith(TURNED) and _reparametrises(name)]
 
 
 def _elements(out, into, kernel, groups):
