@@ -222,9 +222,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
     names = ["torch", *(b for b in options.backend if state(b) == AVAILABLE and engines.device_type(b) == device.type)]
     about = {"device": title(device), **{key: machine()[key] for key in ("lora_edge", "torch", "date")}}
     rows: list[dict[str, Any]] = []
-    with (
-        torch.cuda.stream(torch.cuda.Stream(device)) if timer.cuda else nullcontext()
-    ):  # a graph is not captured on the default
+    side = torch.cuda.stream(torch.cuda.Stream(device)) if timer.cuda else nullcontext()  # a graph needs one to be captured on
+    with side:
         for precision in options.precision:
             torch.backends.cudnn.allow_tf32 = torch.backends.cuda.matmul.allow_tf32 = precision == "tf32"
             bandwidth, multiply_adds = rates(device, precision, options.size)

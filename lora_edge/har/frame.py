@@ -27,7 +27,7 @@ from torch import nn
 from lora_edge.calibration import on_batch_statistics
 from lora_edge.har.data import Split, Windows
 
-WINDOWS = 16  # that choose, spread over those to adapt on
+SAMPLES = 16  # windows that choose, spread over those to adapt on
 FLIPS = 7  # turns that exchange no axes, the first after as worn
 MIRRORED_CHANNELS = ("ax", "wy", "wz")  # change sign when the watch moves to the other wrist
 VECTORS = (  # a sensor's three axes by the names of their channels, and whether it measures a pseudovector
@@ -70,7 +70,7 @@ def find_turn(model: nn.Module, task: Split) -> np.ndarray:
     """
     as_worn, *others = turns(task.adapt.channels)
     evidence = math.log(max(1, len(others)))
-    spread = np.linspace(0, len(task.adapt) - 1, min(len(task.adapt), WINDOWS)).round().astype(int)
+    spread = np.linspace(0, len(task.adapt) - 1, min(len(task.adapt), SAMPLES)).round().astype(int)
     with torch.no_grad(), on_batch_statistics(model):
 
         def cost(turn: np.ndarray, windows: np.ndarray) -> float:
