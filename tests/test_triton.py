@@ -216,6 +216,8 @@ def test_nothing_is_measured_where_it_may_not_be(tuner, monkeypatch):
         assert tuned.best((), rows).rows == 64
         change.setattr(tuner, "_known", {"Orin triton-3 kernel": "32x32x16w4s3"})
         assert tuned.best((), rows).rows == 32
+    with tuner.without_measuring():
+        assert tuned.best((), rows).rows == 64
     monkeypatch.setenv(tuner.VARIABLE, "0")
     assert tuned.best((), rows).rows == 64
     assert tuner.Tuned("kernel", configurations(tuner), torch.empty(0)).best((), rows).rows == 64

@@ -69,7 +69,9 @@ def find_turn(model: nn.Module, task: Split) -> np.ndarray:
         task: normalised windows of the person to adapt to.
     """
     as_worn, *others = turns(task.adapt.channels)
-    evidence = math.log(max(1, len(others)))
+    if not others:
+        return as_worn
+    evidence = math.log(len(others))
     spread = np.linspace(0, len(task.adapt) - 1, min(len(task.adapt), SAMPLES)).round().astype(int)
     with torch.no_grad(), on_batch_statistics(model):
 
@@ -78,7 +80,7 @@ def find_turn(model: nn.Module, task: Split) -> np.ndarray:
             logits = model(torch.from_numpy(_turned(few, turn, task).x))
             return float(F.cross_entropy(logits, torch.from_numpy(few.y), reduction="sum"))
 
-        own = cost(as_worn, spread) if others else 0.0
+        own = cost(as_worn, spread)
         best, least = as_worn, own
         for found in (others[:FLIPS], others[FLIPS:]):
             if least <= evidence:

@@ -1,6 +1,7 @@
 """Ways to adapt a model, a file each. A method is what the study, the demo and the benchmarks compare.
 
-To add one, add a file here that defines ``METHOD``; nothing else changes. ``methods()`` finds it.
+To add one, add a file here that defines ``METHOD``, or ``METHODS`` where several differ by a word; nothing else changes.
+``methods()`` finds it.
 """
 
 from __future__ import annotations
@@ -17,7 +18,8 @@ def methods() -> dict[str, Method]:
     """Every method by name, in the order of their files' names."""
     found: dict[str, Method] = {}
     for module in sorted(pkgutil.iter_modules(__path__), key=lambda m: m.name):
-        method = getattr(importlib.import_module(f"{__name__}.{module.name}"), "METHOD", None)
-        if isinstance(method, Method):
-            found[method.name] = method
+        file = importlib.import_module(f"{__name__}.{module.name}")
+        for method in getattr(file, "METHODS", [getattr(file, "METHOD", None)]):
+            if isinstance(method, Method):
+                found[method.name] = method
     return found

@@ -20,6 +20,7 @@ from lora_edge.ops.engines import chosen, engine, reason
 from lora_edge.ops.memory_layout import channels_last
 from lora_edge.ops.plan import BlockPlan, Epilogue, FusePlan, Saves
 
+REFUSED = "does not take this call"  # what a backend says that was asked for by name and leaves the call to torch
 _Affine = tuple[Tensor, Tensor] | None
 _Frozen = tuple[Tensor, list[Tensor], Tensor | None, Tensor | None, Tensor | None, Tensor | None]
 
@@ -212,4 +213,4 @@ def _not_on_the_cpu(op: str, name: str) -> str | None:
 def _refuse(op: str, name: str, why: str) -> None:
     """Raise where the kernels were asked for by name; else the call is torch's."""
     if name != "auto":
-        raise RuntimeError(f"{op}: backend {name!r} does not take this call: {why}")
+        raise RuntimeError(f"{op}: backend {name!r} {REFUSED}: {why}")

@@ -2,7 +2,7 @@
 
 Triton's own ``@autotune`` asks for a driver even in the interpreter and forgets. Here the choices are kept in memory and in
 ``triton.json`` in the user's cache, and nothing is measured inside a CUDA graph capture, in the interpreter, or where
-LORA_EDGE_TUNE=0: there what is known counts, else the first configuration.
+LORA_EDGE_TUNE=0 or :func:`without_measuring`: there what is known counts, else the first configuration.
 """
 
 from __future__ import annotations
@@ -11,7 +11,8 @@ import functools
 import json
 import os
 import tempfile
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 from typing import NamedTuple
 
@@ -22,6 +23,7 @@ from torch import Tensor
 VARIABLE = "LORA_EDGE_TUNE"
 ROUNDS = 5
 _known: dict[str, str] | None = None
+_measures = True
 
 
 class Configuration(NamedTuple):
@@ -60,11 +62,22 @@ class Tuned(NamedTuple):
         known = by_name.get(_choices().get(key, ""))
         if known is not None:
             return known
-        if os.environ.get(VARIABLE) == "0" or torch.cuda.is_current_stream_capturing():
+        if not _measures or os.environ.get(VARIABLE) == "0" or torch.cuda.is_current_stream_capturing():
             return first
         best = min(self.configurations, key=lambda configuration: _seconds(lambda: launch(configuration)))
         _remember(key, best.name)
         return best
+
+
+@contextmanager
+def without_measuring() -> Iterator[None]:
+    """Inside, and in the threads that run backward, nothing is measured."""
+    global _measures
+    before, _measures = _measures, False
+    try:
+        yield
+    finally:
+        _measures = before
 
 
 def cache_file() -> Path:
