@@ -15,11 +15,11 @@ __all__ = ["Method", "methods"]
 
 
 def methods() -> dict[str, Method]:
-    """Every method by name, in the order of their files' names."""
+    """Every method by name, in the order of the names."""
     found: dict[str, Method] = {}
     for module in sorted(pkgutil.iter_modules(__path__), key=lambda m: m.name):
         file = importlib.import_module(f"{__name__}.{module.name}")
         for method in getattr(file, "METHODS", [getattr(file, "METHOD", None)]):
             if isinstance(method, Method):
                 found[method.name] = method
-    return found
+    return dict(sorted(found.items()))
