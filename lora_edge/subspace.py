@@ -101,17 +101,19 @@ def row_energies(tensor: Tensor, rank: int) -> Tensor:
 
 
 def common_norm(weight: Tensor, rank: int) -> float:
-    """The norm of a balanced suffix row: a filter's, ``|W| / sqrt(O)`` by root mean square, over the number of rows ``r1``.
+    """The norm of a balanced suffix row: a filter's, ``|W| / sqrt(O)`` by root mean square, over ``sqrt(2 r1)``.
 
-    One step of Adam moves each entry of the core by the learning rate at most, and so an output's response to ``x`` by at most
-    the rate times ``sum_q |S_q x|``. The signs agree in what reduces the loss, so these terms add up: ``r1`` rows of this norm
-    move it by at most the rate times what a filter of the layer's usual norm gives, whatever the layer's width, kernel, fan-in
-    and rank. (Source: after muP, Yang et al. 2022, arXiv 2203.03466, for the core alone.)
+    The first step of Adam moves each entry of the core by the learning rate. The rows of a TT-SVD are orthogonal (but for
+    what the later bonds cut off), so an output channel's update has ``rate * sqrt(r1)`` times a row's norm: with this one,
+    ``rate / sqrt(2)`` of a filter of the layer's usual norm, whatever the layer's width, kernel, fan-in and rank. The 2 is
+    only the unit of the rate: at rank 2 a row has half a filter's norm. (Source: after muP, Yang et al. 2022, arXiv
+    2203.03466, for the core alone. If the rows' responses all added up, ``1 / r1`` would be the law; the rates by rank in
+    README.md say that they do not.)
 
     A step of SGD is ``dW`` seen by the unit rows, times the rate and the square of this norm: fine-tuning's own step in the
-    subspace at ``|W|^2 / (O r1^2)`` of its rate, so there a rate does not carry over from layer to layer and rank to rank.
+    subspace at ``|W|^2 / (2 O r1)`` of its rate, so there a rate does not carry over from layer to layer and rank to rank.
     """
-    return float(weight.norm()) / weight.shape[0] ** 0.5 / rank
+    return float(weight.norm()) / (2 * rank * weight.shape[0]) ** 0.5
 
 
 def balance(cores: list[Tensor], norm: float) -> list[Tensor]:

@@ -5,6 +5,7 @@ Stages, each a value of the column ``stage``:
     search    five learning rates a method, on two people, one seed
     study     every person and seed at the rate that the search chose, 50 steps
     own_rate  the same at the rate that the method itself names, as whoever has nobody to search on uses it
+    rates     LoRA-Edge at all five rates on every person and seed: how far its own is from the best; no rate is chosen by it
     long      the compared few to convergence, 500 steps, one seed
     few_shot  the compared few on the first 1, 2, 5 and 10 % of each of the target's recordings, at least one window of each
     speed     seconds of what a method does before the first step and of a step, all methods in turn in each of some rounds
@@ -20,6 +21,7 @@ from __future__ import annotations
 import argparse
 import copy
 import csv
+import itertools
 import sys
 import time
 from collections.abc import Callable, Iterator, Sequence
@@ -41,10 +43,11 @@ from lora_edge.methods import Method, methods
 
 STEPS, LONG_STEPS = 50, 500
 SHARES = (0.01, 0.02, 0.05, 0.10)
-COMPARED = ("full", "head_only", "lora_edge")  # in the stages long and few_shot
+COMPARED = ("full", "head_only", "lora_edge")
+OF_FEW = {"rates": ("lora_edge",), "long": COMPARED, "few_shot": COMPARED}  # the methods of a stage, all in the others
 SEARCH_PEOPLE = ((1, 2), (3, 4))
 WITHOUT_TRAINING = ("zero_shot", "mirrored")
-STAGES = ("search", "study", "own_rate", "long", "few_shot", "speed")
+STAGES = ("search", "study", "own_rate", "rates", "long", "few_shot", "speed")
 WITH_CURVES = ("study", "own_rate")  # every method asked for, and F1 by step
 SPEED_ROUNDS, WARM_UP = 20, 3
 KEY = ("stage", "person", "seed", "method", "rank", "lr", "steps", "share")
@@ -178,7 +181,7 @@ def planned(study: Study, rows: Callable[[], list[dict[str, str]]]) -> Iterator[
             for method in chosen:
                 for lr in rates(method):
                     yield Run("search", person, 0, method.name, study.rank, lr, STEPS)
-    for stage in ("study", "own_rate", "long", "few_shot"):
+    for stage in ("study", "own_rate", "rates", "long", "few_shot"):
         if stage not in study.stages:
             continue
         for seed in range(1 if stage == "long" else study.seeds):
@@ -187,15 +190,17 @@ def planned(study: Study, rows: Callable[[], list[dict[str, str]]]) -> Iterator[
                     for name in study.problem.without_training:
                         yield Run(stage, person, seed, name, 0, 0.0, 0)
                 for method in chosen:
-                    if stage not in WITH_CURVES and method.name not in COMPARED:
+                    if stage in OF_FEW and method.name not in OF_FEW[stage]:
                         continue
-                    lr = method.lr
-                    if stage != "own_rate":
-                        lr = chosen_rate(rows(), method.name, study.rank, study.problem.judges(person))
-                    for share in SHARES if stage == "few_shot" else (0.0,):
-                        yield Run(
-                            stage, person, seed, method.name, study.rank, lr, LONG_STEPS if stage == "long" else STEPS, share
-                        )
+                    if stage == "rates":
+                        lrs = rates(method)
+                    elif stage == "own_rate":
+                        lrs = [method.lr]
+                    else:
+                        lrs = [chosen_rate(rows(), method.name, study.rank, study.problem.judges(person))]
+                    steps = LONG_STEPS if stage == "long" else STEPS
+                    for lr, share in itertools.product(lrs, SHARES if stage == "few_shot" else (0.0,)):
+                        yield Run(stage, person, seed, method.name, study.rank, lr, steps, share)
     if "speed" in study.stages:
         for method in chosen:
             yield Run("speed", study.problem.people[0], 0, method.name, study.rank, method.lr, SPEED_ROUNDS)

@@ -4,9 +4,10 @@ A method's row: its runs (people times seeds) and their rates; mean and spread o
 seeds; the differences to full fine-tuning and to LoRA-Edge on the same seeds with their 95 % intervals, paired by person, and
 for how many people it is ahead of the first and behind the second; and the time to 95 % of the F1 that full fine-tuning reaches
 on that person and seed: steps until an evaluation shows it, times the median seconds of a step, and what the method does before
-the first step. Where some people and seeds do not reach it, the column says how many did. The last column is full fine-tuning's
-time over the method's, the median of those that reach it and where the untouched model is not there before either begins. A
-method at the rate that it names itself, whatever the search says, is a row of its own.
+the first step. Where some people and seeds do not reach it, the column says how many did. The last columns are full
+fine-tuning's time over the method's, of those that reach it: the median where the untouched model is not there before either
+begins, and the ratio of all runs' time together. A method at the rate that it names itself, whatever the search says, is a row
+of its own.
 """
 
 from __future__ import annotations
@@ -37,6 +38,7 @@ HEADINGS = {
 }
 OWN_RATE = ", no search"  # in the title of a method at the rate that it names itself
 TITLES = {"zero_shot": "zero-shot", "mirrored": "mirrored input"}
+RateRuns = dict[float, dict[tuple[int, int], float]]  # F1 by rate, then by person and seed
 
 
 @dataclass
@@ -65,16 +67,25 @@ class Summary:
             return []
         return [self.setup_seconds + steps * self.step_seconds for steps in self.steps.values() if steps is not None]
 
+    def steps_beside(self, full: Summary) -> list[tuple[int, float]]:
+        """Full fine-tuning's steps to the target F1 and this method's time in such steps, of each run that reached it."""
+        if self.step_over_full is None or full.step_seconds is None:
+            return []
+        setup = self.setup_seconds / full.step_seconds
+        pairs = [(full.steps[key], steps) for key, steps in self.steps.items()]
+        return [(most, setup + steps * self.step_over_full) for most, steps in pairs if most is not None and steps is not None]
+
     def times_shorter(self, full: Summary) -> list[float]:
         """Full fine-tuning's time to the target F1 over this method's, of each person and seed that reached it.
 
         Where the untouched model is there, full fine-tuning's time is none and there is nothing to shorten.
         """
-        if self.step_over_full is None or full.step_seconds is None:
-            return []
-        setup = self.setup_seconds / full.step_seconds  # in full fine-tuning's steps
-        pairs = [(full.steps[key], steps) for key, steps in self.steps.items()]
-        return [most / max(setup + steps * self.step_over_full, 1e-9) for most, steps in pairs if most and steps is not None]
+        return [most / max(own, 1e-9) for most, own in self.steps_beside(full) if most]
+
+    def shorter_in_total(self, full: Summary) -> float:
+        """The same of all runs' time together, those too where the untouched model is there and the set-up was for nothing."""
+        both = self.steps_beside(full)
+        return sum(most for most, _ in both) / max(sum(own for _, own in both), 1e-9)
 
     def by_person(self) -> dict[int, float]:
         """Mean of a person's seeds."""
@@ -141,13 +152,13 @@ def table(found: dict[str, Summary]) -> str:
     """The table of a study in Markdown."""
     lines = [
         "| method | runs | rate | trainable | saved | macro-F1 | spread | minus full, points | ahead of full "
-        "| minus LoRA-Edge, points | behind LoRA-Edge | s to 95 % | times shorter |",
-        "|---" * 13 + "|",
+        "| minus LoRA-Edge, points | behind LoRA-Edge | s to 95 % | times shorter | in total |",
+        "|---" * 14 + "|",
     ]
     for summary in found.values():
         scores = list(summary.by_person().values())
         spread = f"{np.std(scores, ddof=1):.3f}" if len(scores) > 1 else "-"
-        cells = [summary.title, str(len(summary.f1)), "-", "-", "-", f"{mean(scores):.3f}", spread, *["-"] * 6]
+        cells = [summary.title, str(len(summary.f1)), "-", "-", "-", f"{mean(scores):.3f}", spread, *["-"] * 7]
         if summary.rates:
             cells[2] = " / ".join(f"{rate:g}" for rate in sorted(summary.rates))
             cells[3] = f"{summary.trainable:,} ({summary.share_percent:.2f} %)"
@@ -164,6 +175,7 @@ def table(found: dict[str, Summary]) -> str:
             cells[11] = f"{median(seconds):.2f}{count}"
         if "full" in found and (ratios := summary.times_shorter(found["full"])):
             cells[12] = f"{median(ratios):.2f}"
+            cells[13] = f"{summary.shorter_in_total(found['full']):.2f}"
         lines.append("| " + " | ".join(cells) + " |")
     return "\n".join(lines)
 
@@ -196,31 +208,44 @@ def other_stages(rows: list[dict[str, str]]) -> str:
     return "\n".join(lines)
 
 
-def rates_table(searches: dict[str, list[dict[str, str]]]) -> str:
-    """LoRA-Edge's mean F1 of the searches' people at each rate and rank, axes turned and as worn, in Markdown.
+def rate_runs(rows: list[dict[str, str]]) -> dict[tuple[str, int], RateRuns]:
+    """LoRA-Edge's runs at each rate by method and rank: of the stage ``rates``, else of the search."""
+    found: dict[tuple[str, int], RateRuns] = {}
+    for stage in ("search", "rates"):
+        of_stage: dict[tuple[str, int], RateRuns] = defaultdict(lambda: defaultdict(dict))
+        for row in rows:
+            if row["stage"] == stage and row["method"] in ("lora_edge", "lora_edge_as_worn"):
+                run = int(row["person"]), int(row["seed"])
+                of_stage[row["method"], int(row["rank"])][float(row["lr"])][run] = float(row["f1"])
+        found |= of_stage
+    return found
 
-    Empty where no study has more than one line.
+
+def rates_table(studies: dict[str, list[dict[str, str]]]) -> str:
+    """LoRA-Edge's mean F1 at each rate and rank, in Markdown; empty where there are none.
+
+    The last column is the method's own rate minus the best one, paired by person with its 95 % interval. The best is read off
+    the same runs, so it is flattered.
 
     Args:
-        searches: rows by a study's heading.
+        studies: rows by a study's heading.
     """
-    scores: dict[tuple[str, str, int], dict[float, list[float]]] = defaultdict(lambda: defaultdict(list))
-    for heading, rows in searches.items():
-        for row in rows:
-            if row["stage"] == "search" and row["method"] in ("lora_edge", "lora_edge_as_worn"):
-                scores[heading, row["method"], int(row["rank"])][float(row["lr"])].append(float(row["f1"]))
-    if len({heading for heading, _, _ in scores}) == len(scores):
-        return ""
-    rates = sorted({rate for found in scores.values() for rate in found})
-    lines = ["| study | method | rank | " + " | ".join(f"{rate:g}" for rate in rates) + " |", "|---" * (len(rates) + 3) + "|"]
-    headings = list(searches)
-    for (heading, name, rank), found in sorted(scores.items(), key=lambda item: (headings.index(item[0][0]), *item[0][1:])):
-        means = {rate: mean(f1) for rate, f1 in found.items()}
+    found = {(heading, *key): runs for heading, rows in studies.items() for key, runs in sorted(rate_runs(rows).items())}
+    rates = sorted({rate for runs in found.values() for rate in runs})
+    head = ["study", "method", "rank", "runs", *(f"{rate:g}" for rate in rates), "own minus best, points"]
+    lines = ["| " + " | ".join(head) + " |", "|---" * len(head) + "|"]
+    for (heading, name, rank), runs in found.items():
+        means = {rate: mean(f1.values()) for rate, f1 in runs.items()}
         cells = [f"{means[rate]:.3f}" if rate in means else "-" for rate in rates]
-        best = max(means, key=lambda rate: means[rate])
+        method, best = methods()[name], max(means, key=lambda rate: means[rate])
         cells[rates.index(best)] = f"**{means[best]:.3f}**"
-        lines.append(f"| {heading} | {methods()[name].title} | {rank} | " + " | ".join(cells) + " |")
-    return "### LoRA-Edge's rate in the searches, by rank\n\n" + "\n".join(lines)
+        behind = "-"
+        if best != method.lr and method.lr in runs:
+            differences = {run: 100 * (f1 - runs[best][run]) for run, f1 in runs[method.lr].items() if run in runs[best]}
+            middle, half = interval(list(_by_person(differences).values()))
+            behind = f"{middle:+.1f} ± {half:.1f}"
+        lines.append("| " + " | ".join([heading, method.title, str(rank), str(len(runs[best])), *cells, behind]) + " |")
+    return "### LoRA-Edge's rate, by rank\n\n" + "\n".join(lines) if found else ""
 
 
 def draw(studies: dict[str, dict[str, Summary]], path: Path) -> None:
