@@ -153,11 +153,14 @@ def test_the_first_steps_size_is_the_one_that_the_balanced_norm_is_derived_from(
     rows = layer.suffix.detach().flatten(1)
     update = layer.core.detach() @ rows
     a_filter = conv.weight.detach().norm() / 16**0.5
+    norm = a_filter / (2 * rank) ** 0.5
     if optimizer is torch.optim.SGD:
         unit = rows / rows.norm(dim=1, keepdim=True)
-        torch.testing.assert_close(update, -lr * a_filter**2 / (2 * rank) * gradient.flatten(1) @ unit.T @ unit)
+        torch.testing.assert_close(update, -lr * norm**2 * gradient.flatten(1) @ unit.T @ unit)
     else:
         torch.testing.assert_close(layer.core.detach().abs(), torch.full((16, rank), lr).double(), rtol=1e-4, atol=0)
+        assert float(update.norm(dim=1).max().detach()) <= lr * norm * rank
+        assert float(update.norm(dim=1).min().detach()) >= 0.5 * lr * norm * rank**0.5
         size = update.square().sum(dim=1).mean().sqrt() / (lr / 2**0.5 * a_filter)
         assert float(size) == pytest.approx(1.0, abs=0.1)  # the rows are orthogonal but for what the later bonds cut off
 
