@@ -32,6 +32,7 @@ from lora_edge.ops.conv_args import ConvArgs, conv_args
 from lora_edge.ops.kernels import channels_last_for_the_cpu
 from lora_edge.ops.padding import pad
 from lora_edge.ops.tt_block import run_block
+from lora_edge.torch_private import has_any_global_hook
 
 _ADD = {operator.add, operator.iadd, torch.add, "add", "add_"}
 _FUNCTIONAL: dict[Any, str] = {
@@ -204,7 +205,7 @@ def _wanted() -> bool:
     if not torch.is_grad_enabled():
         return False
     traced = torch.compiler.is_compiling() or torch.jit.is_tracing()
-    return not traced and not nn.modules.module._has_any_global_hook()
+    return not traced and not has_any_global_hook()
 
 
 def _rebuild(base_class: type[nn.Module]) -> nn.Module:
