@@ -13,8 +13,8 @@
     merged_keys     the merged state dict has the base's keys in their order; ``merge_error``: its output's relative error
     verdict         right, refused, or what is wrong
 
-Random weights; BatchNorm's affine is drawn and its statistics come from a few batches. torchvision's and timm's models are there
-where those are installed. Each model is examined in a process of its own. Writes ``results/cpu/models.csv``.
+Random weights; BatchNorm's affine is drawn and its statistics come from a few batches. torchvision's and timm's models are
+there where those are installed. Each model is examined in a process of its own. Writes ``results/cpu/models.csv``.
 """
 
 from __future__ import annotations
@@ -23,6 +23,7 @@ import argparse
 import copy
 import multiprocessing
 import os
+import platform
 import tempfile
 import time
 import traceback
@@ -37,7 +38,6 @@ import torch
 from torch import Tensor, nn
 
 import lora_edge
-from lora_edge.har.adaptation import machine
 from lora_edge.memory import saved_bytes
 
 from . import RESULTS, write_rows
@@ -84,27 +84,14 @@ class Examination:
             norm.momentum = momentum
         return model.eval()
 
-    def adapted(self, lean: bool = True, dtype: torch.dtype = torch.float32, cores: bool = True) -> nn.Module:
-        """A copy of the base, adapted, with random cores as large as an update after training."""
-        model = copy.deepcopy(self.base).to(dtype)
-        lora_edge.adapt(model, RANK, lean=lean)
-        generator = torch.Generator().manual_seed(1)
-        with torch.no_grad():
-            for name, core in cores_of(model).items() if cores else ():
-                layer = model.get_submodule(name.removesuffix("core").rstrip("."))
-                draw = torch.randn(core.shape, generator=generator).to(dtype)
-                update = lora_edge.ops.tt_fuse(torch.zeros_like(layer.weight), draw, layer.suffix, 1.0, backend="torch")  # type: ignore
-                core.copy_(draw * (0.1 * layer.weight.norm() / update.norm().clamp_min(1e-12)))  # type: ignore[union-attr, operator]
-        return model
-
     def run(self) -> dict[str, Any]:
         try:
-            model = copy.deepcopy(self.base)
-            lora_edge.adapt(model, RANK)
+            self.zero = lora_edge.adapt(copy.deepcopy(self.base), RANK)
         except (ValueError, TypeError, RuntimeError, KeyError, OSError) as error:
             self.row["refused"] = one_line(error)
             return self.row
-        self.row["adapted"] = len(cores_of(model))
+        self.trained = with_random_cores(copy.deepcopy(self.zero))
+        self.row["adapted"] = len(cores_of(self.zero))
         for check in (self.same_output, self.gradients, self.bytes, self.blocks, self.round_trip, self.merge):
             try:
                 check()
@@ -114,15 +101,15 @@ class Examination:
         return self.row
 
     def same_output(self) -> None:
-        model = self.adapted(cores=False)
         frozen = copy.deepcopy(self.base).requires_grad_(False)  # torch runs an LSTM with frozen weights by another kernel
-        self.row["same_output"] = same(output(model, self.x), output(frozen, self.x))
+        self.row["same_output"] = same(output(self.zero, self.x), output(frozen, self.x))
 
     def gradients(self) -> None:
         x = self.x.double()
         found = []
-        for lean in (True, False):
-            model = without_dropout(self.adapted(lean, torch.float64)).train()
+        twin = with_random_cores(lora_edge.adapt(copy.deepcopy(self.base), RANK, lean=False))
+        for model in (copy.deepcopy(self.trained), twin):
+            without_dropout(model.double()).train()
             before = {name: value.clone() for name, value in model.named_buffers()}
             torch.manual_seed(2)  # layers that are dropped
             y = [*tensors(model(x))]
@@ -150,12 +137,12 @@ class Examination:
         return {name for name, value in model.named_buffers() if not torch.equal(value, before[name])}
 
     def bytes(self) -> None:
-        self.row["saved_bytes"] = saved_bytes(self.adapted().train(), self.x)
+        self.row["saved_bytes"] = saved_bytes(copy.deepcopy(self.trained).train(), self.x)
         full = copy.deepcopy(self.base).requires_grad_(True).train()
         self.row["full_bytes"] = saved_bytes(full, self.x)
 
     def blocks(self) -> None:
-        summary = lora_edge.summary(self.adapted())
+        summary = lora_edge.summary(self.trained)
         blocks = [layer.block for layer in summary.layers]
         self.row["fused"] = sum("+" in block and not block.startswith("(") for block in blocks)
         self.row["alone"] = blocks.count("conv")
@@ -163,7 +150,7 @@ class Examination:
         self.row["left_alone"] = counted(summary.left_alone.values())
 
     def round_trip(self) -> None:
-        model = self.adapted().train()
+        model = copy.deepcopy(self.trained).train()
         optimizer = torch.optim.SGD(lora_edge.trainable_parameters(model), lr=1e-4)
         sum(t.square().mean() for t in tensors(model(self.x))).backward()  # type: ignore[union-attr]
         optimizer.step()
@@ -173,13 +160,25 @@ class Examination:
         self.row["round_trip"] = same(output(loaded, self.x), output(model, self.x))
 
     def merge(self) -> None:
-        model = self.adapted()
+        model = copy.deepcopy(self.trained)
         want = [t.clone() for t in output(model, self.x)]
         lora_edge.merge(model)
         kinds = [type(m) for m in model.modules()] == [type(m) for m in self.base.modules()]
         same_keys = [*model.state_dict()] == [*self.base.state_dict()]
         self.row["merged_keys"] = "yes" if kinds and same_keys else "no, " + ("other keys" if kinds else "other classes")
         self.row["merge_error"] = f"{error_of(output(model, self.x), want):.1e}"
+
+
+def with_random_cores(model: nn.Module) -> nn.Module:
+    """An adapted model with updates of a tenth of its weights, the same on every model of one definition."""
+    generator = torch.Generator().manual_seed(1)
+    with torch.no_grad():
+        for name, core in cores_of(model).items():
+            layer: Any = model.get_submodule(name.removesuffix("core").rstrip("."))
+            draw = torch.randn(core.shape, generator=generator)
+            update = lora_edge.ops.tt_fuse(torch.zeros_like(layer.weight), draw, layer.suffix, layer.scale, backend="torch")
+            core.copy_(draw * (0.1 * layer.weight.norm() / update.norm().clamp_min(1e-12)))
+    return model
 
 
 def cores_of(model: nn.Module) -> dict[str, nn.Parameter]:
@@ -243,6 +242,12 @@ def verdict(row: dict[str, Any]) -> str:
     wrong += ["moved"] if row.get("moved") else []
     wrong += [name for name in ("saved_bytes", "fused") if not str(row.get(name, "")).isdigit()]
     return "right" if not wrong else "wrong: " + ", ".join(wrong)
+
+
+def machine() -> dict[str, str]:
+    """What the rows were measured on. Not that of lora_edge.har, which needs its extra."""
+    about = {"lora_edge": lora_edge.__version__, "torch": torch.__version__, "processor": platform.machine()}
+    return {**about, "date": time.strftime("%Y-%m-%d")}
 
 
 def examine(definition: Definition) -> dict[str, Any]:
