@@ -1,65 +1,121 @@
 """Whole-block fusing: ``[pad →] conv → frozen BN → (+ residual) → activation`` runs as one :func:`lora_edge.ops.tt_block`.
 
-A module whose forward traces by ``torch.fx`` is re-classed to a subclass of its own class whose forward runs a *plan*: the
-traced code with each block replaced by one call. Where the whole model does not trace its children are tried, one by one; what
-does not trace runs as it is. The plan is dropped whenever the modules changed (a hook, a flag, another submodule) and made
-anew; it is no part of the module's state, so pickle and deepcopy do not see it.
+A module whose forward is proven pure (:mod:`lora_edge.nn`) is re-classed to a subclass of its own class whose forward runs a
+*plan*: the forward's graph with each block replaced by one call. A plan runs only while everything that it was made from is
+still the same; otherwise another is made, or the module's own forward runs. Where a forward is not proven pure its children
+are fused each by itself, and in an ``nn.Sequential`` the runs of children between those that are not.
 
-The plan runs only where gradients are needed. Without them, under ``torch.compile``, and inside ``lora_edge.disabled`` the
-module's own forward runs, bit-identical to the base model's.
+A plan runs only where gradients are needed. Without them, under ``torch.compile``, and inside ``lora_edge.disabled`` the
+module's own forward runs, bit-identical to the base model's. Plans are no part of the module's state: pickle, deepcopy and
+state dict do not see them.
 """
 
 from __future__ import annotations
 
 import functools
 import inspect
-import operator
-import random
+import threading
 from collections.abc import Callable
 from dataclasses import dataclass, field
-from itertools import chain
 from typing import Any
 
 import torch
 import torch.nn.functional as F
-from torch import Tensor, fx, nn
+from torch import Tensor, nn
 
 from lora_edge import inference
 from lora_edge.layers import LoRAEdgeConv
-from lora_edge.lean import FrozenBatchNorm, LeanActivation, LeanConv, LeanLayer
+from lora_edge.lean import FrozenBatchNorm, LeanConv
+from lora_edge.nn.evaluator import Evaluator
+from lora_edge.nn.fuser import Fuser, is_conv
+from lora_edge.nn.guards import Guards, static
+from lora_edge.nn.layout import Layout
+from lora_edge.nn.pure import SCALARS
+from lora_edge.nn.values import Module, Refused
 from lora_edge.ops.activation import Activation, activate
 from lora_edge.ops.conv_args import ConvArgs, conv_args
-from lora_edge.ops.kernels import channels_last_for_the_cpu
 from lora_edge.ops.padding import pad
 from lora_edge.ops.tt_block import run_block
 from lora_edge.torch_private import has_any_global_hook
 
-_ADD = {operator.add, operator.iadd, torch.add, "add", "add_"}
-_FUNCTIONAL: dict[Any, str] = {
-    F.relu: "relu", torch.relu: "relu", "relu": "relu", F.relu_: "relu", torch.relu_: "relu", "relu_": "relu",
-    F.relu6: "relu6", F.hardtanh: "hardtanh", F.leaky_relu: "leaky_relu", F.hardsigmoid: "hardsigmoid",
-}  # fmt: skip
 OVERWRITE_BYTES = 4 << 20  # smaller maps are not worth the copy of each slice
-_SCALARS = (bool, int, float, str, type(None))
+MOST_PLANS = 8  # that a module keeps: for its modes, kinds of arguments and flags
+MOST_MADE = 64  # that are ever made for a module: each takes as long as some steps
+_CALL = nn.Module.__call__  # where somebody patched it, as torch.fx does while it traces, no plan runs
+_lock = threading.RLock()
+
+Kinds = tuple[tuple[Any, ...], tuple[tuple[str, Any], ...]]  # of the arguments and of the keyword arguments
 
 
 @dataclass
 class Plan:
-    """How a module's forward runs.
+    """How a module's forward runs while its guards hold.
 
     Attributes:
-        forward: the traced code, called as ``forward(module, x)``.
+        forward: called as ``forward(module, *tensors)``.
+        guards: what it was made from.
         blocks: name of each fused convolution with what was fused, such as "conv + bn + add + relu".
         reasons: name of each convolution that was not fused with the reason.
         activations: name of each fused convolution with the activation at the block's end.
         layer: one adapted layer, if there is one; it tells whether the model is disabled for the moment.
     """
 
-    forward: Callable[[nn.Module, Tensor], Tensor]
+    forward: Callable[..., Any]
+    guards: Guards
     blocks: dict[str, str]
     reasons: dict[str, str]
     activations: dict[str, Activation | None]
     layer: LoRAEdgeConv | None
+
+    def run(self, module: nn.Module, tensors: list[Tensor]) -> Any:
+        return self.forward(module, *tensors)
+
+
+@dataclass
+class Pieces:
+    """How an ``nn.Sequential`` runs where some of its children are not proven pure: in runs of those that are.
+
+    Attributes:
+        pieces: for each run of children its plan, None where they are called one by one, and their names.
+        guards: on the children themselves.
+    """
+
+    pieces: list[tuple[Plan | None, list[str]]]
+    guards: Guards
+    layer: LoRAEdgeConv | None
+
+    def run(self, module: nn.Module, tensors: list[Tensor]) -> Any:
+        (x,) = tensors
+        for plan, names in self.pieces:
+            if plan is not None and type(x) is Tensor and plan.guards.hold(module):
+                x = plan.run(module, [x])
+            else:
+                for name in names:
+                    x = module._modules[name](x)  # type: ignore[misc]
+        return x
+
+    def _join(self, part: str) -> dict[str, Any]:
+        return {name: value for plan, _ in self.pieces if plan is not None for name, value in getattr(plan, part).items()}
+
+    @property
+    def blocks(self) -> dict[str, str]:
+        return self._join("blocks")
+
+    @property
+    def reasons(self) -> dict[str, str]:
+        return self._join("reasons")
+
+    @property
+    def activations(self) -> dict[str, Activation | None]:
+        return self._join("activations")
+
+
+@dataclass
+class NoPlan:
+    """Why a module's own forward runs, as long as the guards hold."""
+
+    why: str
+    guards: Guards
 
 
 @dataclass
@@ -72,32 +128,42 @@ class Fused:
 
 
 class LeanModule(nn.Module):
-    """Mixin of the re-classed modules: their forward runs the plan where gradients are needed."""
+    """Mixin of the re-classed modules: their forward runs a plan where gradients are needed."""
 
     base_class: type[nn.Module]
-
-    def forward(self, *args: Any, **kwargs: Any) -> Any:
-        if len(args) == 1 and not kwargs and isinstance(args[0], Tensor) and _wanted():
-            plan = _current_plan(self)
-            if plan is not None:
-                return plan.forward(self, channels_last_for_the_cpu(args[0]))
-        return self.base_class.forward(self, *args, **kwargs)
 
     def __reduce_ex__(self, protocol: Any) -> Any:
         getstate = getattr(self.base_class, "__getstate__", None)
         state = dict(self.__dict__) if getstate is None else getstate(self)
         if isinstance(state, dict):
-            state = {key: value for key, value in state.items() if key != "_lean_plan"}
+            state = {key: value for key, value in state.items() if key not in (_PLANS, _PLANS_MADE)}
         return _rebuild, (self.base_class,), state
 
 
+_PLANS, _PLANS_MADE = "_lean_plans", "_lean_plans_made"
 _lean_classes: dict[type[nn.Module], type[LeanModule]] = {}
+
+
+def _forward_of(base_class: type[nn.Module]) -> Callable[..., Any]:
+    own_forward = base_class.forward
+
+    @functools.wraps(own_forward)
+    def forward(self: Any, *args: Any, **kwargs: Any) -> Any:
+        if _wanted():
+            kinds, tensors = kinds_of(args, kwargs)
+            if kinds is not None:
+                plan = current_plan(self, kinds)
+                if not isinstance(plan, NoPlan) and (plan.layer is None or plan.layer.enabled):
+                    return plan.run(self, tensors)
+        return base_class.forward(self, *args, **kwargs)
+
+    return forward
 
 
 def fuse(model: nn.Module) -> Fused:
     """Re-class every module of an adapted model that can run a plan; returns what was fused and why the rest was not."""
     found = Fused()
-    _fuse(model, "", found)
+    _fuse(model, "", found, False)
     return found
 
 
@@ -105,8 +171,16 @@ def unfuse(model: nn.Module) -> None:
     """Undo :func:`fuse`."""
     for module in model.modules():
         if isinstance(module, LeanModule):
-            module.__dict__.pop("_lean_plan", None)
+            for name in (_PLANS, _PLANS_MADE):
+                module.__dict__.pop(name, None)
             module.__class__ = module.base_class  # type: ignore[assignment]
+
+
+def describe(model: nn.Module) -> Fused:
+    """The blocks as they would run now: hooks or layers may have changed since :func:`fuse`."""
+    found = Fused()
+    _describe(model, "", found)
+    return found
 
 
 def fused_block(
@@ -201,11 +275,117 @@ def _fixed_args(
     return args._replace(padding=pairs)
 
 
+def kinds_of(args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[Kinds | None, list[Tensor]]:
+    """What a plan is made for: each argument a tensor with its dimensions, or its value; None where it is neither."""
+    if len(args) == 1 and not kwargs and type(args[0]) is Tensor:
+        return ((("tensor", args[0].dim()),), ()), [args[0]]
+    tensors: list[Tensor] = []
+    kinds = [_kind(value, tensors) for value in args]
+    named = [(name, _kind(value, tensors)) for name, value in kwargs.items()]
+    if not tensors or None in kinds or any(kind is None for _, kind in named):
+        return None, []
+    return (tuple(kinds), tuple(named)), tensors
+
+
+def _kind(value: Any, tensors: list[Tensor]) -> Any:
+    if type(value) in (Tensor, nn.Parameter):
+        tensors.append(value)
+        return "tensor", value.dim()
+    if type(value) in SCALARS and type(value) is not float:
+        return "known", value, type(value)
+    return ("known", value, repr(value)) if type(value) is float else None
+
+
+def current_plan(module: nn.Module, kinds: Kinds) -> Plan | Pieces | NoPlan:
+    """The plan for arguments of these kinds that holds now; it is made where there is none."""
+    entries = module.__dict__.get(_PLANS, ())
+    for made_for, plan in entries:
+        if made_for == kinds and plan.guards.hold(module):
+            return plan
+    made = module.__dict__.get(_PLANS_MADE, 0)
+    if made >= MOST_MADE:
+        return NoPlan("what it reads changes too often", Guards(module).fix())
+    plan = make_plan(module, kinds)
+    with _lock:
+        entries = module.__dict__.get(_PLANS, ())
+        module.__dict__[_PLANS] = ((kinds, plan), *entries)[:MOST_PLANS]
+        module.__dict__[_PLANS_MADE] = made + 1
+    return plan
+
+
+def make_plan(module: nn.Module, kinds: Kinds, training: bool | None = None) -> Plan | Pieces | NoPlan:
+    """Evaluate a module's forward and fuse its blocks. Reads the model and changes nothing.
+
+    Args:
+        module: an adapted module.
+        kinds: of its arguments.
+        training: what ``self.training`` is taken to be; None for what it is.
+    """
+    evaluator = Evaluator(module, training)
+    try:
+        evaluator.run([kind[:2] for kind in kinds[0]], {name: kind[:2] for name, kind in kinds[1]})
+    except (Refused, RecursionError) as refusal:
+        why = NoPlan(str(refusal), evaluator.guards.fix())
+        iterates = static(type(module), "__iter__") is nn.Sequential.__iter__
+        if iterates and base_forward(module) is nn.Sequential.forward and len(kinds[0]) == 1 and not kinds[1]:
+            return _make_pieces(module, training) or why
+        return why
+    return _finish(module, evaluator)
+
+
+def base_forward(module: nn.Module) -> Any:
+    """The forward of a module's own class."""
+    return static(getattr(type(module), "base_class", type(module)), "forward")
+
+
+def _finish(module: nn.Module, evaluator: Evaluator) -> Plan:
+    modules = dict(module.named_modules(remove_duplicate=False))
+    fuser = Fuser(evaluator.graph, modules, evaluator.guards, fused_block)
+    blocks, reasons = fuser.run()
+    Layout(evaluator.graph, modules, fused_block).run()
+    evaluator.graph.lint()
+    code = evaluator.graph.python_code("self")
+    scope = dict(code.globals)
+    exec(code.src, scope)
+    layer = next((m for m in module.modules() if isinstance(m, LoRAEdgeConv)), None)
+    return Plan(scope["forward"], evaluator.guards.fix(), blocks, reasons, fuser.activations, layer)
+
+
+def _make_pieces(module: nn.Module, training: bool | None) -> Pieces | None:
+    """Runs of a sequence's children that are proven pure; None where no block is found in any."""
+    whole = Evaluator(module, training)
+    children = whole.reader.children(Module(module, ""))
+    runs: list[list[str]] = [[]]
+    for name in children:
+        if _run_of(module, [name], training) is None:
+            runs += [[name], []]
+        else:
+            runs[-1].append(name)
+    pieces = [(_run_of(module, names, training), names) for names in runs if names]
+    if not any(plan is not None and plan.blocks for plan, _ in pieces):
+        return None
+    layer = next((m for m in module.modules() if isinstance(m, LoRAEdgeConv)), None)
+    return Pieces(pieces, whole.guards.fix(), layer)
+
+
+def _run_of(module: nn.Module, names: list[str], training: bool | None) -> Plan | None:
+    evaluator = Evaluator(module, training)
+    children = evaluator.reader.children(Module(module, ""))
+    try:
+        x = evaluator.argument(("tensor", None))
+        for name in names:
+            x = evaluator.calls.enter(children[name], [x], {})
+        evaluator.finish(x)
+    except (Refused, AttributeError):
+        return None
+    return _finish(module, evaluator)
+
+
 def _wanted() -> bool:
     if not torch.is_grad_enabled():
         return False
     traced = torch.compiler.is_compiling() or torch.jit.is_tracing()
-    return not traced and not has_any_global_hook()
+    return not traced and nn.Module.__call__ is _CALL and not has_any_global_hook()
 
 
 def _rebuild(base_class: type[nn.Module]) -> nn.Module:
@@ -213,364 +393,79 @@ def _rebuild(base_class: type[nn.Module]) -> nn.Module:
 
 
 def _lean_class(base_class: type[nn.Module]) -> type[LeanModule]:
-    if base_class not in _lean_classes:
-        names = {"__module__": base_class.__module__, "__qualname__": base_class.__qualname__, "base_class": base_class}
-        _lean_classes[base_class] = type(base_class.__name__, (LeanModule, base_class), names)
-    return _lean_classes[base_class]
-
-
-def _fuse(module: nn.Module, name: str, found: Fused) -> None:
-    has_convs = any(_is_conv(m) for m in module.modules())
-    if not has_convs or _is_conv(module) or isinstance(module, LeanModule):
-        return
-    plan, why = _make_plan(module)
-    if plan is not None:
-        module.__class__ = _lean_class(type(module))  # type: ignore[assignment]
-        module.__dict__["_lean_plan"] = (_signature(module), plan, None)
-        found.blocks.update({_join(name, conv): what for conv, what in plan.blocks.items()})
-        found.reasons.update({_join(name, conv): reason for conv, reason in plan.reasons.items()})
-        return
-    for child_name, child in module.named_children():
-        if _is_conv(child):
-            found.reasons[_join(name, child_name)] = why
-        _fuse(child, _join(name, child_name), found)
-
-
-def describe(model: nn.Module) -> Fused:
-    """The blocks as they would run now: hooks or layers may have changed since :func:`fuse`."""
-    found = Fused()
-    for name, module in model.named_modules():
-        if isinstance(module, LeanModule) and (plan := _current_plan(module)) is not None:
-            found.blocks.update({_join(name, conv): what for conv, what in plan.blocks.items()})
-            found.reasons.update({_join(name, conv): reason for conv, reason in plan.reasons.items()})
-            found.activations.update({_join(name, conv): last for conv, last in plan.activations.items()})
-    return found
-
-
-def _current_plan(module: LeanModule) -> Plan | None:
-    """The module's plan, made anew if the module changed; None where it has none or is disabled."""
-    made_for, plan, seen = module.__dict__.get("_lean_plan", (None, None, None))
-    if seen is None or not seen.again(module):
-        signature = _signature(module)
-        if made_for != signature:
-            plan, _ = _make_plan(module)
-        module.__dict__["_lean_plan"] = (signature, plan, _Seen(module))
-    is_disabled = plan is not None and plan.layer is not None and not plan.layer.enabled
-    return None if is_disabled else plan
-
-
-def _signature(module: nn.Module) -> tuple[Any, ...]:
-    """Everything that the traced code may depend on: the modules, their hooks and their plain attributes."""
-    signature: list[Any] = []
-    for m in module.modules():
-        signature += (id(m), m.base_class if isinstance(m, LeanModule) else type(m), _has_hooks(m))
-        if not isinstance(m, (LoRAEdgeConv, FrozenBatchNorm)):  # theirs are read when the block runs
-            signature += [value for value in m.__dict__.values() if isinstance(value, _SCALARS)]
-    return tuple(signature)
-
-
-class _Seen:
-    """The modules as they were seen last: what is the same object still needs no new :func:`_signature`, which takes longer.
-
-    It holds no reference to the root itself, so that a model still goes where its last reference goes.
-    """
-
-    def __init__(self, root: nn.Module) -> None:
-        modules = list(root.modules())
-        self.below = modules[1:]
-        self.children = [m._modules for m in modules]
-        self.hooks = [
-            hooks
-            for m in modules
-            for hooks in (m._forward_hooks, m._forward_pre_hooks, m._backward_hooks, m._backward_pre_hooks)
-        ]
-        self.types, self.hooked = [*map(type, modules)], [*map(bool, self.hooks)]
-        self.sizes = [*map(len, self.attributes(root))]
-        self.values = [*chain.from_iterable(map(dict.values, self.attributes(root)))]
-
-    def attributes(self, root: nn.Module) -> list[dict[str, Any]]:
-        """Every module's attributes and its submodules; the root's without its plan."""
-        own = {name: value for name, value in vars(root).items() if name != "_lean_plan"}
-        return [own, *map(vars, self.below), *self.children]
-
-    def again(self, root: nn.Module) -> bool:
-        """Whether all types, attributes and submodules are the same objects and no hook came or went."""
-        attributes = self.attributes(root)
-        return (
-            [type(root), *map(type, self.below)] == self.types
-            and [*map(bool, self.hooks)] == self.hooked
-            and [*map(len, attributes)] == self.sizes
-            and all(map(operator.is_, chain.from_iterable(map(dict.values, attributes)), self.values))
-        )
-
-
-def _has_hooks(module: nn.Module) -> bool:
-    return bool(module._forward_hooks or module._forward_pre_hooks or module._backward_hooks or module._backward_pre_hooks)
-
-
-def _is_conv(module: nn.Module) -> bool:
-    return isinstance(module, (LoRAEdgeConv, LeanConv))
-
-
-class _Tracer(fx.Tracer):
-    """Stops at torch's own layers, at this library's, and at every module with a hook, whose call must stay a call."""
-
-    def is_leaf_module(self, m: nn.Module, module_qualified_name: str) -> bool:
-        ours = isinstance(m, (LoRAEdgeConv, FrozenBatchNorm, LeanLayer, LeanModule))
-        return ours or _has_hooks(m) or super().is_leaf_module(m, module_qualified_name)
-
-
-def _make_plan(module: nn.Module) -> tuple[Plan | None, str]:
-    """Trace a module and fuse its blocks; None and the reason where that is not possible or not safe."""
-    lean_class = type(module)
-    base_class = module.base_class if isinstance(module, LeanModule) else type(module)
-    try:
-        parameters = list(inspect.signature(base_class.forward).parameters.values())[1:]
-    except (TypeError, ValueError):
-        return None, "its forward has no readable signature"
-    if not parameters or parameters[0].kind not in (inspect.Parameter.POSITIONAL_ONLY, inspect.Parameter.POSITIONAL_OR_KEYWORD):
-        return None, "its forward does not take one tensor"
-    if any(p.default is inspect.Parameter.empty for p in parameters[1:]):
-        return None, "its forward takes more than one input"
-    attributes = [(m, dict(m.__dict__)) for m in module.modules()]
-    random_state = (torch.get_rng_state(), random.getstate())
-    module.__class__ = base_class  # type: ignore[assignment]
-    try:
-        graph = _Tracer().trace(module, {p.name: p.default for p in parameters[1:]} or None)
-    except Exception as error:  # whatever the user's forward does with a proxy
-        return None, f"it does not trace: {str(error).splitlines()[0] if str(error) else type(error).__name__}"
-    finally:
-        module.__class__ = lean_class  # type: ignore[assignment]
-        wrote = _restore(attributes)
-    if wrote:
-        return None, "its forward writes attributes or makes constants, so it is run as it is"
-    if not torch.equal(random_state[0], torch.get_rng_state()) or random_state[1] != random.getstate():
-        torch.set_rng_state(random_state[0])
-        random.setstate(random_state[1])
-        return None, "its forward draws random numbers outside of layers, so it is run as it is"
-    modules = dict(module.named_modules(remove_duplicate=False))
-    fuser = _Fuser(graph, modules)
-    blocks, reasons = fuser.run()
-    code = graph.python_code("self")
-    scope = dict(code.globals)
-    exec(code.src, scope)
-    layer = next((m for m in module.modules() if isinstance(m, LoRAEdgeConv)), None)
-    return Plan(scope["forward"], blocks, reasons, fuser.activations, layer), ""
-
-
-def _restore(attributes: list[tuple[nn.Module, dict[str, Any]]]) -> bool:
-    """Put back what tracing wrote on modules; True if it wrote anything."""
-    wrote = False
-    for module, before in attributes:
-        now = module.__dict__
-        if now.keys() != before.keys() or any(now[key] is not value for key, value in before.items()):
-            wrote = True
-            now.clear()
-            now.update(before)
-    return wrote
-
-
-class _Fuser:
-    """Finds the blocks of a traced graph and replaces each by one call of :func:`fused_block`."""
-
-    def called(self, node: fx.Node) -> Any:
-        """The module that a node calls, None if it calls none."""
-        return self.modules[str(node.target)] if node.op == "call_module" else None
-
-    def __init__(self, graph: fx.Graph, modules: dict[str, nn.Module]) -> None:
-        self.graph, self.modules = graph, modules
-        self.order = {node: k for k, node in enumerate(graph.nodes)}
-        self.claimed: set[fx.Node] = set()
-        self.activations: dict[str, Activation | None] = {}
-
-    def run(self) -> tuple[dict[str, str], dict[str, str]]:
-        blocks: dict[str, str] = {}
-        reasons: dict[str, str] = {}
-        convs = [n for n in self.graph.nodes if n.op == "call_module" and _is_conv(self.called(n))]
-        for node in reversed(convs):  # of two branches that meet in an addition the later one takes it
-            what, why = self.fuse(node)
-            if what:
-                blocks[node.target] = what
-            else:
-                reasons[node.target] = why
-        self.mark_private_inputs()
-        for node in list(self.graph.nodes):
-            self.make_functional_activation_lean(node)
-        self.graph.lint()
-        return dict(reversed(blocks.items())), dict(reversed(reasons.items()))
-
-    def fuse(self, node: fx.Node) -> tuple[str, str]:
-        """Fuse the block that begins with a convolution; what was fused, or why not."""
-        conv = self.called(node)
-        if _has_hooks(conv):
-            return "", "the convolution has a hook"
-        chain, what = [node], ["conv"]
-        call: dict[str, Any] = {}
-        source = node.args[0]
-        if node.kwargs or len(node.args) != 1 or not isinstance(source, fx.Node):
-            return "", "the convolution is not called with one tensor"
-        amounts = self.zero_pad(source, conv)
-        if amounts is not None:
-            call["padding"] = amounts
-            what.insert(0, "pad")
-        tail = node
-        norm = self.next(tail)
-        if norm is not None and (bn := self.frozen_bn(norm)):
-            call["bn"] = bn
-            chain.append(norm)
-            what.append("bn")
-            tail = norm
-        add = self.next(tail)
-        if add is not None and (other := self.other_operand(add, tail)) is not None:
-            call["residual"], call["residual_bn"], branch = other
-            chain += [add, *branch]
-            what.append("bn of the shortcut + add" if branch else "add")
-            tail = add
-        last = self.next(tail)
-        if last is not None and (activation := self.activation(last)):
-            call["activation"] = activation
-            chain.append(last)
-            what.append(activation.name)
-            tail = last
-        if len(what) == 1 and not isinstance(conv, LoRAEdgeConv):
-            return "", "nothing behind it can be fused" + self.why_next(tail)
-        if self.written_between(node, tail, chain):
-            return "", "something is written in place between its parts"
-        inner = source.args[0] if amounts is not None else source
-        assert isinstance(inner, fx.Node)
-        if amounts is not None:
-            chain.append(source)
-        self.claimed.update(chain)
-        self.activations[str(node.target)] = call.get("activation")
-        self.replace(chain, inner, call)
-        return " + ".join(what), ""
-
-    def next(self, node: fx.Node) -> fx.Node | None:
-        """The only user of a node, None if it has several or it belongs to another block."""
-        users = list(node.users)
-        return users[0] if len(users) == 1 and users[0] not in self.claimed else None
-
-    def why_next(self, node: fx.Node) -> str:
-        users = list(node.users)
-        if len(users) != 1:
-            return f": its output has {len(users)} users"
-        user = users[0]
-        if user.op == "call_module" and _has_hooks(self.called(user)):
-            return f": {user.target} has a hook"
-        return f": {user.target} follows"
-
-    def frozen_bn(self, node: fx.Node) -> str | None:
-        """Name of the lean frozen BatchNorm that a node calls."""
-        bn = self.called(node)
-        return str(node.target) if isinstance(bn, FrozenBatchNorm) and bn.is_lean() and not _has_hooks(bn) else None
-
-    def other_operand(self, add: fx.Node, mine: fx.Node) -> tuple[fx.Node, str | None, list[fx.Node]] | None:
-        """The residual of an addition, the BatchNorm on it, and the nodes of that branch that the block takes in."""
-        if add.op not in ("call_function", "call_method") or add.target not in _ADD or len(add.args) != 2 or add.kwargs:
-            return None
-        left, right = add.args
-        other = right if left is mine else left
-        if not isinstance(other, fx.Node) or other is mine:
-            return None
-        in_place = add.target in (operator.iadd, "add_")
-        if in_place and left is not mine and len(other.users) != 1:
-            return None
-        bn = self.frozen_bn(other)
-        if bn is not None and len(other.users) == 1 and other not in self.claimed and isinstance(other.args[0], fx.Node):
-            return other.args[0], bn, [other]
-        return other, None, []
-
-    def activation(self, node: fx.Node) -> Activation | None:
-        """The lean activation that a node applies."""
-        if node.op == "call_module":
-            module = self.called(node)
-            return module.activation() if isinstance(module, LeanActivation) and not _has_hooks(module) else None
-        if node.op not in ("call_function", "call_method") or node.target not in _FUNCTIONAL:
-            return None
-        kind = _FUNCTIONAL[node.target]
-        numbers = {k: v for k, v in node.kwargs.items() if k not in ("inplace", "input")}
-        order = {"hardtanh": (("min_val", -1.0), ("max_val", 1.0)), "leaky_relu": (("negative_slope", 0.01),)}.get(kind, ())
-        values = []
-        for k, (name, default) in enumerate(order):
-            values.append(node.args[1 + k] if len(node.args) > 1 + k else numbers.pop(name, default))
-        if numbers or not all(isinstance(v, (int, float)) for v in values):
-            return None
-        return Activation(kind, tuple(float(v) for v in values))  # type: ignore[arg-type]
-
-    def zero_pad(self, node: fx.Node, conv: Any) -> tuple[int, ...] | None:
-        """Amounts of a zero padding that only this convolution uses and whose taps the kernel can take in."""
-        if len(node.users) != 1 or node in self.claimed or conv.padding_mode != "zeros":
-            return None
-        amounts: Any = None
-        if node.op == "call_function" and node.target is F.pad and len(node.args) >= 2:
-            rest = {
-                "mode": "constant",
-                "value": None,
-                **dict(zip(("mode", "value"), node.args[2:], strict=False)),
-                **node.kwargs,
+    with _lock:
+        if base_class not in _lean_classes:
+            names = {
+                "__module__": base_class.__module__,
+                "__qualname__": base_class.__qualname__,
+                "base_class": base_class,
+                "forward": _forward_of(base_class),
             }
-            if rest["mode"] == "constant" and not rest["value"]:
-                amounts = node.args[1]
-        elif node.op == "call_module":
-            layer = self.called(node)
-            constant = isinstance(layer, (nn.ConstantPad1d, nn.ConstantPad2d, nn.ConstantPad3d)) and layer.value == 0
-            amounts = layer.padding if constant and not _has_hooks(layer) else None
-        if not isinstance(amounts, (tuple, list)) or not all(isinstance(a, int) and a >= 0 for a in amounts):
-            return None
-        dims = conv.weight.dim() - 2
-        if len(amounts) % 2 or len(amounts) // 2 > dims:
-            return None
-        uneven = [amounts[2 * k + 1] - amounts[2 * k] for k in range(len(amounts) // 2)]
-        dilation = [conv.dilation[dims - 1 - k] for k in range(len(uneven))]
-        own_is_even = not isinstance(conv.padding, str)
-        return tuple(amounts) if own_is_even and all(u % d == 0 for u, d in zip(uneven, dilation, strict=True)) else None
+            _lean_classes[base_class] = type(base_class.__name__, (LeanModule, base_class), names)
+        return _lean_classes[base_class]
 
-    def written_between(self, first: fx.Node, last: fx.Node, chain: list[fx.Node]) -> bool:
-        """Whether a node outside the block writes in place while the block would be delayed to its last node."""
-        return any(
-            self.order[first] < self.order.get(node, -1) < self.order[last] and node not in chain and node not in self.claimed
-            for node in self.graph.nodes
-            if self.writes(node)
-        )
 
-    def writes(self, node: fx.Node) -> bool:
-        if node.op == "call_module":
-            return bool(getattr(self.called(node), "inplace", False))
-        if node.op == "call_method":
-            return str(node.target).endswith("_") and not str(node.target).endswith("__")
-        name = getattr(node.target, "__name__", "")
-        in_place_name = name.endswith("_") or node.target in (operator.iadd, operator.isub, operator.imul, operator.setitem)
-        return node.op == "call_function" and (in_place_name or bool(node.kwargs.get("inplace")))
+def _fuse(module: nn.Module, name: str, found: Fused, covered: bool) -> None:
+    """``covered``: a module above has a plan, so this one needs its own only where that does not hold."""
+    has_convs = any(is_conv(m) for m in module.modules())
+    if not has_convs or is_conv(module) or isinstance(module, LeanModule):
+        return
+    if covered:
+        module.__class__ = _lean_class(type(module))  # type: ignore[assignment]
+    else:
+        plan = _likely_plan(module)
+        if not isinstance(plan, NoPlan):
+            module.__class__ = _lean_class(type(module))  # type: ignore[assignment]
+        covered = _report(plan, module, name, found)
+    for child_name, child in module.named_children():
+        _fuse(child, _join(name, child_name), found, covered)
 
-    def replace(self, chain: list[fx.Node], x: fx.Node, call: dict[str, Any]) -> None:
-        """Put one call in the place of the chain's last node and erase the chain."""
-        chain = sorted(chain, key=self.order.__getitem__)
-        conv = next(n for n in chain if n.op == "call_module" and _is_conv(self.called(n)))
-        with self.graph.inserting_before(chain[-1]):
-            modules = {k: self.graph.get_attr(call[k]) for k in ("bn", "residual_bn") if call.get(k)}
-            kwargs = {k: v for k, v in {**call, **modules}.items() if v is not None}
-            block = self.graph.call_function(fused_block, (self.graph.get_attr(str(conv.target)), x), kwargs)
-        chain[-1].replace_all_uses_with(block)
-        self.order[block] = self.order[chain[-1]]
-        self.claimed.add(block)
-        for node in reversed(chain):
-            self.graph.erase_node(node)
 
-    def mark_private_inputs(self) -> None:
-        """A block's input that another block made and that nobody else uses may be overwritten."""
-        for node in self.graph.nodes:
-            if node.target is fused_block and node.op == "call_function":
-                x = node.args[1]
-                if x.op == "call_function" and x.target is fused_block and len(x.users) == 1:
-                    node.kwargs = {**node.kwargs, "overwrite": True}
+def _describe(module: nn.Module, name: str, found: Fused) -> None:
+    if is_conv(module):
+        return
+    plan = _likely_plan(module) if isinstance(module, LeanModule) else None
+    if plan is None or not _report(plan, module, name, found):
+        for child_name, child in module.named_children():
+            _describe(child, _join(name, child_name), found)
 
-    def make_functional_activation_lean(self, node: fx.Node) -> None:
-        if node.op == "call_module" or node in self.claimed or (activation := self.activation(node)) is None:
-            return
-        with self.graph.inserting_before(node):
-            lean = self.graph.call_function(activate, (node.args[0], activation, self.writes(node)))
-        node.replace_all_uses_with(lean)
-        self.graph.erase_node(node)
+
+def _report(plan: Plan | Pieces | NoPlan, module: nn.Module, name: str, found: Fused) -> bool:
+    """Write down what a plan fuses; whether it runs all of the module by itself."""
+    if isinstance(plan, NoPlan):
+        found.reasons.update({_join(name, n): plan.why for n, child in module.named_children() if is_conv(child)})
+        return False
+    found.blocks.update({_join(name, conv): what for conv, what in plan.blocks.items()})
+    found.reasons.update({_join(name, conv): reason for conv, reason in plan.reasons.items()})
+    found.activations.update({_join(name, conv): last for conv, last in plan.activations.items()})
+    return isinstance(plan, Plan)
+
+
+def _likely_plan(module: nn.Module) -> Plan | Pieces | NoPlan:
+    """The plan of the last run, else one for as many tensors as the forward needs, in training if that has one."""
+    for kinds, _ in module.__dict__.get(_PLANS, ())[:1]:
+        return current_plan(module, kinds)
+    kinds = _likely_kinds(module)
+    if kinds is None:
+        return NoPlan("its forward has no readable signature", Guards(module).fix())
+    plan = make_plan(module, kinds, True)
+    if isinstance(plan, NoPlan):
+        other = make_plan(module, kinds, False)
+        return plan if isinstance(other, NoPlan) else other
+    return plan
+
+
+def _likely_kinds(module: nn.Module) -> Kinds | None:
+    try:
+        parameters = list(inspect.signature(base_forward(module)).parameters.values())[1:]
+    except (TypeError, ValueError):
+        return None
+    dims = next(m.weight.dim() for m in module.modules() if is_conv(m))  # type: ignore[operator, union-attr]
+    needed = [p for p in parameters if p.default is inspect.Parameter.empty and p.kind not in (p.VAR_POSITIONAL, p.VAR_KEYWORD)]
+    takes_any = any(p.kind is p.VAR_POSITIONAL for p in parameters)
+    positional = [("tensor", dims) for p in needed if p.kind is not p.KEYWORD_ONLY] or [("tensor", dims)] * takes_any
+    named = [(p.name, ("tensor", dims)) for p in needed if p.kind is p.KEYWORD_ONLY]
+    return (tuple(positional), tuple(named)) if positional or named else None
 
 
 def _join(prefix: str, name: str) -> str:

@@ -3,7 +3,7 @@
     BatchNorm on its running statistics     a fixed scale and shift: saves nothing
     ReLU, ReLU6, Hardtanh, LeakyReLU, Hardsigmoid     one bit an element
     MaxPool1d/2d/3d                         the place in the window, one byte an element of the output
-    Dropout                                 the seed of its mask
+    Dropout                                 one bit an element: its mask
     Conv1d/2d/3d that is not adapted        nothing: a stock one saves its input, frozen or not (pytorch#133566)
 
 :func:`make_lean` re-classes the stock layers of a model in place, :func:`make_stock` re-classes them back; names, hooks and
@@ -23,6 +23,7 @@ from torch.nn.modules.batchnorm import _BatchNorm
 
 from lora_edge.ops import tt_block
 from lora_edge.ops.activation import Activation, activate
+from lora_edge.ops.bits import memory_format, pack, unpack
 from lora_edge.ops.padding import pad
 from lora_edge.unchanged import Beside, Bytes
 
@@ -113,7 +114,10 @@ class _FrozenBatchNorm(torch.autograd.Function):
         ctx.save_for_backward(var, weight)
         ctx.eps = eps
         if x.dim() == 3 and not x.is_contiguous() and x.stride(1) == 1:  # (N, C, 1, L) in channels-last, which torch keeps
-            return F.batch_norm(x.unsqueeze(2), mean, var, weight, bias, False, 0.0, eps).squeeze(2)
+            y = F.batch_norm(x.unsqueeze(2), mean, var, weight, bias, False, 0.0, eps)
+            n, c, _, length = y.stride()
+            # not a view of y: autograd takes no in-place operation on a view from a custom function
+            return y.new_empty(0).set_(y.untyped_storage(), y.storage_offset(), x.shape, (n, c, length))
         return F.batch_norm(x, mean, var, weight, bias, False, 0.0, eps)
 
     @staticmethod
@@ -335,40 +339,36 @@ class _MaxPool(torch.autograd.Function):
 
 
 class LeanDropout(LeanLayer, nn.Dropout):
-    """``nn.Dropout`` that keeps the seed of its mask and draws the mask again in backward.
-
-    The seed comes from torch's generator, so a run repeats under ``torch.manual_seed``; the masks are not those that
-    ``nn.Dropout`` would draw. While a CUDA graph is captured it is stock: a seed would be the same at every replay.
-    """
+    """``nn.Dropout`` that keeps one bit per element; the mask and the generator's state are those of the stock layer."""
 
     stock = nn.Dropout
 
-    def forward(self, x: Tensor) -> Tensor:
-        wants_gradient = torch.is_grad_enabled() and x.requires_grad
-        is_captured = x.is_cuda and torch.cuda.is_current_stream_capturing()
-        if not self.training or self.p == 0.0 or not wants_gradient or is_captured:
-            return F.dropout(x, self.p, self.training, self.inplace)
-        return _Dropout.apply(x, self.p, int(torch.randint(2**62, ()).item()))
+    def forward(self, input: Tensor) -> Tensor:
+        wants_gradient = torch.is_grad_enabled() and input.requires_grad
+        if not self.training or not wants_gradient or not 0.0 < self.p < 1.0 or input.is_meta:
+            return self.stock.forward(self, input)
+        return _Dropout.apply(input, self.p)
 
 
 class _Dropout(torch.autograd.Function):
     @staticmethod
-    def forward(ctx: Any, x: Tensor, p: float, seed: int) -> Tensor:
-        ctx.p, ctx.seed = p, seed
-        return x * _dropout_mask(x, p, seed)
+    def forward(ctx: Any, x: Tensor, p: float) -> Tensor:
+        if x.is_cuda:
+            y, kept = torch.native_dropout(x, p, True)
+        else:  # what F.dropout does there
+            noise = torch.empty_like(x).bernoulli_(1 - p)
+            kept = noise != 0
+            y = x * noise.div_(1 - p)
+        ctx.save_for_backward(pack(kept))
+        ctx.p, ctx.shape, ctx.format = p, x.shape, memory_format(kept)
+        return y
 
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, dy: Tensor) -> tuple[Tensor | None, ...]:  # type: ignore[override]
-        return dy * _dropout_mask(dy, ctx.p, ctx.seed), None, None
-
-
-def _dropout_mask(like: Tensor, p: float, seed: int) -> Tensor:
-    if p == 1.0:
-        return torch.zeros_like(like)
-    generator = torch.Generator(device=like.device).manual_seed(seed)
-    kept = torch.empty(like.shape, dtype=like.dtype, device=like.device).bernoulli_(1 - p, generator=generator)
-    return kept.div_(1 - p)
+        (bits,) = ctx.saved_tensors
+        kept = unpack(bits, ctx.shape, ctx.format)
+        return dy * kept.to(dy.dtype).div_(1 - ctx.p), None
 
 
 class LeanConv(LeanLayer, nn.modules.conv._ConvNd):

@@ -25,6 +25,9 @@ SINCE = {
     "torch._subclasses.fake_tensor.FakeTensorMode": "2.0",
     "torch.nn.modules.batchnorm._BatchNorm": "2.0",
     "torch.nn.modules.conv._ConvNd": "2.0",
+    "torch.nn.modules.dropout._DropoutNd": "2.0",
+    "torch.nn.modules.padding._ConstantPadNd": "2.0",
+    "torch.nn.modules.pooling._AdaptiveMaxPoolNd": "2.0",
     "torch.utils._python_dispatch.TorchDispatchMode": "2.0",
     "torch.utils._pytree.tree_leaves": "2.2",
     # of nn.Module

@@ -32,6 +32,7 @@ from lora_edge.ops.checks import (
 from lora_edge.ops.conv_args import ConvArgs, conv, conv_args, conv_input_grad, conv_weight_grad, symmetric
 from lora_edge.ops.plan import Epilogue
 from lora_edge.ops.route import choose_route
+from lora_edge.ops.strides import stock_strides_on_the_cpu
 from lora_edge.ops.tt_conv import factor_core_grad, factor_suffix_grad
 from lora_edge.ops.tt_fuse import core_grad, suffix_grad
 from lora_edge.tt import contracted
@@ -95,9 +96,10 @@ def tt_block(
     else:
         check_factors(weight, core, suffix, "tt_block")
     args = conv_args(stride, padding, dilation, groups, weight.dim() - 2, "tt_block")
-    return run_block(
+    y = run_block(
         x, weight, core, suffix, bias, args, scale, affine, residual, residual_affine, activation, saved_dtype, backend=backend
     )  # fmt: skip
+    return stock_strides_on_the_cpu(y, x, weight)
 
 
 def run_block(

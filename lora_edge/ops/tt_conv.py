@@ -18,6 +18,7 @@ from lora_edge.ops.checks import check_conv, check_factors, check_output, check_
 from lora_edge.ops.conv_args import ConvArgs, conv, conv_args, conv_input_grad, conv_weight_grad
 from lora_edge.ops.plan import Epilogue
 from lora_edge.ops.route import ROUTES, choose_route
+from lora_edge.ops.strides import stock_strides_on_the_cpu
 from lora_edge.ops.tt_fuse import core_grad, suffix_grad
 from lora_edge.tt import contracted
 
@@ -98,7 +99,7 @@ def _tt_conv(
     epilogue = Epilogue(scale, saved_dtype=saved_dtype)
     y = kernels.try_block("tt_conv", backend, x, weight, core, suffix, bias, None, None, None, args, epilogue, route)
     if y is not None:
-        return y
+        return stock_strides_on_the_cpu(y, x, weight)
     suffix = contracted(suffix)
     needs_grad = any(t is not None and t.requires_grad for t in (x, weight, core, suffix, bias))
     if not (torch.is_grad_enabled() and needs_grad):

@@ -1,0 +1,147 @@
+"""Channels-last maps between blocks, stock strides everywhere else.
+
+The CPU engine computes on channels-last maps. Between blocks, and through operations whose result does not depend on strides,
+they stay so. Whatever else reads a map (a view, the model's output, a layer of unknown needs) gets the strides that stock
+layers would have given it; and an input of blocks is laid out once, not by each of them.
+"""
+
+from __future__ import annotations
+
+import operator
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import fx, nn
+
+from lora_edge.lean import FrozenBatchNorm, LeanActivation, LeanConv, LeanMaxPool
+from lora_edge.nn import pure
+from lora_edge.ops.activation import activate
+from lora_edge.ops.strides import in_stock_strides, laid_out
+
+_INDIFFERENT_LAYERS = (
+    FrozenBatchNorm, LeanActivation, LeanConv, LeanMaxPool, nn.modules.batchnorm._BatchNorm, nn.modules.conv._ConvNd,
+    nn.AvgPool1d, nn.AvgPool2d, nn.AvgPool3d, nn.AdaptiveAvgPool1d, nn.AdaptiveAvgPool2d, nn.AdaptiveAvgPool3d,
+    nn.modules.pooling._AdaptiveMaxPoolNd, nn.Upsample, nn.modules.padding._ConstantPadNd, nn.ZeroPad2d,
+    nn.ReLU, nn.ReLU6, nn.SiLU, nn.GELU, nn.Hardswish, nn.Hardsigmoid, nn.Sigmoid, nn.Tanh, nn.ELU, nn.SELU, nn.CELU, nn.Mish,
+    nn.LeakyReLU, nn.Hardtanh, nn.Softplus,
+)  # fmt: skip
+_NAMES = """relu relu6 hardtanh leaky_relu hardsigmoid hardswish silu gelu elu selu celu mish sigmoid tanh softplus relu_
+sigmoid_ tanh_ clamp clamp_ exp sqrt abs neg square add sub mul div add_ sub_ mul_ div_ mean sum amax amin cat
+concat avg_pool1d avg_pool2d avg_pool3d adaptive_avg_pool1d adaptive_avg_pool2d adaptive_avg_pool3d interpolate
+pad addcmul maximum minimum"""
+_INDIFFERENT_NAMES = set(_NAMES.split())
+_INDIFFERENT = {
+    activate,
+    *(getattr(owner, name) for owner in (torch, F) for name in _INDIFFERENT_NAMES if hasattr(owner, name)),
+    *(operator.add, operator.sub, operator.mul, operator.truediv, operator.neg, operator.pow),
+    *(operator.iadd, operator.isub, operator.imul, operator.itruediv),
+}
+
+
+class Layout:
+    """Lays out one graph.
+
+    Args:
+        graph: a forward with its blocks fused.
+        modules: by dotted name.
+        block: the function that a fused block calls: ``block(conv, x, ...)``.
+    """
+
+    def __init__(self, graph: fx.Graph, modules: dict[str, nn.Module], block: Any) -> None:
+        self.graph, self.modules, self.block = graph, modules, block
+        self.private: dict[fx.Node, tuple[set[fx.Node], set[str]]] = {}  # what decided the stock strides: inputs, convolutions
+
+    def run(self) -> None:
+        self.name_results_of_writing()
+        for node in list(self.graph.nodes):
+            if self.keeps(node):
+                self.private[node] = self.origins(node)
+        self.lay_out_inputs()
+        for node in [*self.private]:
+            self.restore_after(node)
+
+    def name_results_of_writing(self) -> None:
+        """Operations in place and ``nn.Identity`` return their input: later users refer to the result."""
+        order = {node: k for k, node in enumerate(self.graph.nodes)}
+        for node in list(self.graph.nodes):
+            source = node.args[0] if node.args else None
+            if not isinstance(source, fx.Node) or source.meta.get("kind") != pure.TENSOR:
+                continue
+            identity = node.op == "call_module" and type(self.modules[str(node.target)]) is nn.Identity
+            if identity or (self.writes(node) and node.meta.get("kind") == pure.TENSOR):
+                for user in [u for u in source.users if order[u] > order[node]]:
+                    user.replace_input_with(source, node)
+
+    def writes(self, node: fx.Node) -> bool:
+        if node.op == "call_module":
+            return bool(getattr(self.modules[str(node.target)], "inplace", False))
+        moves_statistics = node.target in (F.batch_norm, F.instance_norm)
+        is_call = node.op in ("call_function", "call_method") and not moves_statistics
+        return is_call and pure.writes(node.target, node.kwargs)
+
+    def is_block(self, node: fx.Node) -> bool:
+        return node.op == "call_function" and node.target is self.block
+
+    def indifferent(self, node: fx.Node) -> bool:
+        """Whether a node computes the same from any strides, in strides of its input, on memory of its own or in place."""
+        if node.op == "call_module":
+            return isinstance(self.modules[str(node.target)], _INDIFFERENT_LAYERS)
+        if node.op == "call_method":
+            return node.target in _INDIFFERENT_NAMES
+        return node.op == "call_function" and node.target in _INDIFFERENT
+
+    def keeps(self, node: fx.Node) -> bool:
+        """Whether a node's result may lie in the engine's strides."""
+        if self.is_block(node):
+            return True
+        return (
+            node.meta.get("kind") == pure.TENSOR
+            and self.indifferent(node)
+            and any(i in self.private for i in node.all_input_nodes)
+        )
+
+    def origins(self, node: fx.Node) -> tuple[set[fx.Node], set[str]]:
+        inputs: set[fx.Node] = set()
+        convs = {str(node.all_input_nodes[0].target)} if self.is_block(node) else set()
+        if node.op == "call_module" and isinstance(self.modules[str(node.target)], nn.modules.conv._ConvNd):
+            convs.add(str(node.target))
+        for source in node.all_input_nodes:
+            if source in self.private:
+                inputs |= self.private[source][0]
+                convs |= self.private[source][1]
+            elif source.op != "get_attr" and source.meta.get("kind") == pure.TENSOR:
+                inputs.add(source)
+        return inputs, convs
+
+    def lay_out_inputs(self) -> None:
+        """One copy of each map that blocks read and that other code made, as long as nothing is written in between."""
+        laid: dict[fx.Node, fx.Node] = {}
+        for node in list(self.graph.nodes):
+            if self.is_block(node):
+                sources = [node.args[1], node.kwargs.get("residual")]
+                for source in sources:
+                    if isinstance(source, fx.Node) and source not in self.private and source.meta.get("kind") == pure.TENSOR:
+                        if source not in laid:
+                            with self.graph.inserting_before(node):
+                                laid[source] = self.graph.call_function(laid_out, (source,))
+                                laid[source].meta["kind"] = pure.TENSOR
+                        node.replace_input_with(source, laid[source])
+            elif self.writes(node) or pure.writes(node.target, node.kwargs):
+                laid.clear()
+
+    def restore_after(self, node: fx.Node) -> None:
+        """From its first user on that needs stock strides, all users of a map read it in these."""
+        order = {other: k for k, other in enumerate(self.graph.nodes)}
+        strict = [user for user in node.users if not self.is_block(user) and user not in self.private]
+        if not strict:
+            return
+        first = min(order[user] for user in strict)
+        later = [user for user in node.users if order[user] >= first]
+        inputs, convs = self.private[node]
+        with self.graph.inserting_before(next(user for user in strict if order[user] == first)):
+            weights = tuple(self.graph.get_attr(f"{name}.weight") for name in sorted(convs))
+            stock = self.graph.call_function(in_stock_strides, (node, tuple(sorted(inputs, key=order.__getitem__)), weights))
+        stock.meta["kind"] = pure.TENSOR
+        for user in later:
+            user.replace_input_with(node, stock)

@@ -1,0 +1,73 @@
+"""Strides at the doors between the CPU engine, which computes on channels-last maps, and everybody else's code."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.autograd.function import once_differentiable
+
+from lora_edge.ops.kernels import channels_last_for_the_cpu
+from lora_edge.ops.plan import dense_stride
+
+
+class _LaidOut(torch.autograd.Function):
+    """A copy of a map, whose gradient goes back contiguous to the code that made it."""
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, copy: list[Tensor]) -> Tensor:
+        ctx.stride = dense_stride(x.shape, False)
+        return copy[0]  # a list hides it from autograd, which would make a view of an input that is returned
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, dy: Tensor) -> tuple[Tensor | None, ...]:  # type: ignore[override]
+        return (dy if dy.stride() == ctx.stride else dy.new_empty_strided(dy.shape, ctx.stride).copy_(dy)), None
+
+
+class _StockStrides(torch.autograd.Function):
+    """The same values in other strides."""
+
+    @staticmethod
+    def forward(ctx: Any, y: Tensor, stride: tuple[int, ...]) -> Tensor:
+        return y.new_empty_strided(y.shape, stride).copy_(y)
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, dy: Tensor) -> tuple[Tensor | None, ...]:  # type: ignore[override]
+        return dy, None
+
+
+def laid_out(x: Tensor) -> Tensor:
+    """A block's input in the layout of the engine that will run it; its gradient comes back in ``x``'s own strides."""
+    if x.dim() not in (3, 4) or (x.shape[1] > 1 and x.stride(1) == 1):
+        return x
+    copy = channels_last_for_the_cpu(x.detach())
+    if copy.data_ptr() == x.data_ptr():
+        return x
+    return _LaidOut.apply(x, [copy]) if x.requires_grad else copy
+
+
+def in_stock_strides(y: Tensor, inputs: tuple[Tensor, ...] = (), weights: tuple[Tensor, ...] = ()) -> Tensor:
+    """``y`` in the strides that stock layers give: channels-last where an input or a kernel is, else contiguous."""
+    if any(map(_is_channels_last, (*inputs, *weights))):
+        if y.dim() not in (3, 4) or _is_channels_last(y):
+            return y
+        stride = dense_stride(y.shape, True)
+    else:
+        stride = dense_stride(y.shape, False)
+        if y.stride() == stride:
+            return y
+    return _StockStrides.apply(y, stride)
+
+
+def stock_strides_on_the_cpu(y: Tensor, x: Tensor, weight: Tensor) -> Tensor:
+    """:func:`in_stock_strides` of one convolution; the other engines keep to ``x``'s layout by themselves."""
+    if not y.is_cpu or torch.compiler.is_compiling():
+        return y
+    return in_stock_strides(y, (x,), (weight,))
+
+
+def _is_channels_last(x: Tensor) -> bool:
+    return x.dim() in (3, 4) and x.shape[1] > 1 and x.stride(1) == 1 and not x.is_contiguous()
