@@ -102,7 +102,7 @@ class UNet1D(nn.Module):
     """Ronneberger et al., 2015, in 1-D, as for ECG delineation; logits for every sample: ``(N, classes, length)``."""
 
     @staticmethod
-    def double(inputs: int, maps: int) -> nn.Sequential:
+    def twice(inputs: int, maps: int) -> nn.Sequential:
         return nn.Sequential(
             nn.Conv1d(inputs, maps, 3, padding=1, bias=False), nn.BatchNorm1d(maps), nn.ReLU(inplace=True),
             nn.Conv1d(maps, maps, 3, padding=1, bias=False), nn.BatchNorm1d(maps), nn.ReLU(inplace=True),
@@ -110,9 +110,13 @@ class UNet1D(nn.Module):
 
     def __init__(self, channels: int, classes: int) -> None:
         super().__init__()
-        self.down1, self.down2, self.bottom = self.double(channels, 16), self.double(16, 32), self.double(32, 64)
+        self.down1, self.down2, self.bottom = (
+            self.twice(channels, 16),
+            self.twice(16, 32),
+            self.twice(32, 64),
+        )
         self.up2, self.up1 = nn.ConvTranspose1d(64, 32, 2, 2), nn.ConvTranspose1d(32, 16, 2, 2)
-        self.join2, self.join1 = self.double(64, 32), self.double(32, 16)
+        self.join2, self.join1 = self.twice(64, 32), self.twice(32, 16)
         self.last = nn.Conv1d(16, classes, 1)
 
     def forward(self, x: Tensor) -> Tensor:
