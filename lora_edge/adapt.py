@@ -82,7 +82,7 @@ def adapt(
         model: any module; its ``nn.Conv1d/2d/3d`` are adapted, subclasses of them are left alone.
         rank: cap of every TT bond, at least 1; without meaning where ``params`` is given.
         targets: dotted names or globs of the convolutions to adapt; None takes all.
-        exclude: dotted names or globs to leave out.
+        exclude: dotted names or globs to leave out; also of a BatchNorm subclass that cannot be frozen, which is refused else.
         params: a budget of trained parameters in the place of one rank: a share of the model's parameters as "0.5%", the cores'
             bytes as "20kB", or their number. It is spread over the layers as ranks from 1 to 16, by the energy that a further
             rank catches of the gradient where ``batches`` are given, by the weight's squared singular values where not. A
@@ -128,7 +128,7 @@ def adapt(
         subspace = "weight"
     elif subspace == "weight" and batches is not None and params is None:
         raise ValueError('batches is given, but subspace="weight" uses it with params only; leave it out, or give one of them')
-    names = select(model, targets, exclude)
+    names = select(model, targets, exclude, bn)
     budget = None if params is None else parse_budget(params, model)
     head = find_head(model) if train_head else None
     weights: dict[str, Tensor] = {}
@@ -272,7 +272,7 @@ def merge(model: nn.Module) -> nn.Module:
             layer.requires_grad_(True)
     for _, norm in calibration.batch_norms(model):
         calibration.forget_statistics(norm)
-        if isinstance(norm, frozen_bn.FrozenBatchNorm):
+        if isinstance(norm, frozen_bn.FrozenNorm):
             frozen_bn.unfreeze_bn(norm)
     blocks.unfuse(model)
     lean.make_stock(model)
@@ -386,8 +386,16 @@ def fingerprint_state(state: dict[str, Tensor]) -> str:
     return digest.hexdigest()
 
 
-def select(model: nn.Module, targets: Sequence[str] | str | None, exclude: Sequence[str] | str | None) -> list[str]:
-    """Names of the convolutions that ``targets`` and ``exclude`` choose, in registration order."""
+def select(
+    model: nn.Module,
+    targets: Sequence[str] | str | None,
+    exclude: Sequence[str] | str | None,
+    bn: str = "batch",
+) -> list[str]:
+    """Names of the convolutions that ``targets`` and ``exclude`` choose, in registration order.
+
+    With ``bn="frozen"`` a BatchNorm that cannot be frozen is refused unless ``exclude`` names it.
+    """
     if not isinstance(model, nn.Module):
         raise TypeError(f"adapt: model is a {type(model).__name__}; give a torch.nn.Module")
     if adapt_state(model) is not None or adapted_layers(model):
@@ -396,7 +404,11 @@ def select(model: nn.Module, targets: Sequence[str] | str | None, exclude: Seque
     if not names:
         raise ValueError("the model has no nn.Conv1d, nn.Conv2d or nn.Conv3d; there is nothing to adapt")
     chosen = names if targets is None else _match("targets", targets, names)
-    left_out = [] if exclude is None else _match("exclude", exclude, names)
+    loose = frozen_bn.unfreezable(model) if bn == "frozen" else {}
+    left_out = [] if exclude is None else _match("exclude", exclude, [*names, *loose])
+    for name, why in loose.items():
+        if name not in left_out:
+            raise ValueError(f'{name}: {why}; put {name!r} in exclude to leave it as it is, or use bn="batch"')
     chosen = [name for name in chosen if name not in left_out]
     if not chosen:
         raise ValueError(f"exclude={exclude!r} leaves no convolution to adapt; exclude fewer")
