@@ -18,8 +18,18 @@ from torch.nn.modules.conv import _ConvNd
 from lora_edge import blocks, calibration, frozen_bn, lean
 from lora_edge.budget import MOST_RANK, parse_budget, spread_ranks
 from lora_edge.gradient import captured_energies, leading_gradients
+from lora_edge.guarded import guard, unguard
 from lora_edge.inputs import leading_inputs
-from lora_edge.layers import ADAPTED_CLASS, LoRAEdgeConv, attach, check_adaptable, check_suffix, detach, set_weights
+from lora_edge.layers import (
+    ADAPTED_CLASS,
+    LoRAEdgeConv,
+    attach,
+    check_adaptable,
+    check_suffix,
+    detach,
+    refuse_computed,
+    set_weights,
+)
 from lora_edge.ops import tt_fuse
 from lora_edge.ops.backends import require_backend
 from lora_edge.reparametrised import Reparametrisation, bake, reparametrised_layers
@@ -245,6 +255,7 @@ def install(
         state.left_alone.update(lean.make_lean(model, backend))
         fused = blocks.fuse(model)
         state.blocks, state.not_fused = fused.blocks, fused.reasons
+    guard(model)
     model._lora_edge = state  # type: ignore[assignment]
     return model
 
@@ -260,9 +271,12 @@ def merge(model: nn.Module) -> nn.Module:
         The model.
 
     Raises:
-        RuntimeError: the model is not adapted.
+        RuntimeError: the model is not adapted, or a layer's weight is computed from other tensors since ``adapt``. Both before
+            anything is changed.
     """
     model, state, layers = require_adapted(model)
+    refuse_computed(layers)
+    unguard(model)
     bake(model)
     with torch.no_grad():
         set_weights({m: tt_fuse(m.weight, m.core, m.suffix, m.scale, backend="torch") for m in layers.values()})
