@@ -10,10 +10,10 @@ from typing import Any, ClassVar, NamedTuple
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
-from torch.autograd.function import once_differentiable
 from torch.nn.modules.batchnorm import _BatchNorm
 
 from lora_edge.frozen_trial import first_line, why_evaluation_moves
+from lora_edge.ops.once import linear_once_differentiable
 from lora_edge.ops.transforms import plain_ops_only
 from lora_edge.unchanged import Beside, Bytes
 
@@ -119,7 +119,7 @@ class _FrozenBatchNorm(torch.autograd.Function):
         return F.batch_norm(x, mean, var, weight, bias, False, 0.0, eps)
 
     @staticmethod
-    @once_differentiable
+    @linear_once_differentiable
     def backward(ctx: Any, dy: Tensor) -> tuple[Tensor | None, ...]:  # type: ignore[override]
         var, weight = ctx.saved_tensors
         scale = torch.rsqrt(var + ctx.eps)

@@ -27,7 +27,9 @@ from lora_edge.tt import attainable_ranks, check_rank, contract_suffix
 
 _Layer = TypeVar("_Layer", bound="LoRAEdgeConv")
 _GUARDED = ("weight", "core", "suffix")
-_MERGE_FIRST = "call lora_edge.merge(model) before pruning, weight norm, spectral norm and the like"
+_MERGE_FIRST = (
+    "of an adapted convolution cannot be removed, pruned, normalized or parametrized; call lora_edge.merge(model) first"
+)
 
 
 class LoRAEdgeConv(nn.modules.conv._ConvNd):
@@ -128,20 +130,20 @@ class LoRAEdgeConv(nn.modules.conv._ConvNd):
             own = self._parameters.get(name)
             if own is not None and own is not value:
                 raise RuntimeError(
-                    f"cannot replace {name} of an adapted convolution, whose update would be lost; call lora_edge.merge first, "
-                    f"or write into it: {name}.data.copy_(...)"
+                    f"{name} of an adapted convolution cannot be replaced, its update would be lost; "
+                    f"call lora_edge.merge(model) first, or write into the tensor: {name}.data.copy_(...)"
                 )
         super().__setattr__(name, value)
 
     def __delattr__(self, name: str) -> None:
         if name in _GUARDED and name in self._parameters:
-            raise RuntimeError(f"cannot compute {name} of an adapted convolution from something else; {_MERGE_FIRST}")
+            raise RuntimeError(f"{name} {_MERGE_FIRST}")
         super().__delattr__(name)
 
     def register_parameter(self, name: str, param: nn.Parameter | None) -> None:
         tensor = name.rpartition("_")[0]  # torch.nn.utils.prune registers weight_orig before it takes weight away
         if tensor in _GUARDED and tensor in self._parameters:
-            raise RuntimeError(f"cannot compute {tensor} of an adapted convolution from {name}; {_MERGE_FIRST}")
+            raise RuntimeError(f"{tensor} {_MERGE_FIRST}")
         super().register_parameter(name, param)
 
     def __prepare_scriptable__(self) -> nn.Module:
@@ -188,7 +190,7 @@ class LoRAEdgeConv(nn.modules.conv._ConvNd):
         try:
             super()._load_from_state_dict(state_dict, prefix, local_metadata, strict, missing_keys, unexpected_keys, error_msgs)  # type: ignore[no-untyped-call]
         finally:
-            del self._may_replace
+            self.__dict__.pop("_may_replace", None)
         if own["core"] not in state_dict and own["suffix"] not in state_dict:
             for name in ("core", "suffix"):
                 if own[name] in missing_keys:
@@ -296,6 +298,8 @@ def detach(layer: LoRAEdgeConv) -> None:
     """Undo :func:`attach` and re-class to the stock convolution; the weight stays as it is."""
     for name in ("core", "suffix"):
         del layer._parameters[name]
+    for name in [name for name in layer._parameters if name != "weight"]:  # behind a weight that was computed in between
+        layer._parameters[name] = layer._parameters.pop(name)
     for name in ("frozen_cores", "scale", "bond_cap", "scaling", "saved_dtype", "enabled", "base_replaced"):
         delattr(layer, name)
     for name in ("backend", "subspace", "trains_suffix"):

@@ -18,10 +18,10 @@ from typing import Any, ClassVar
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
-from torch.autograd.function import once_differentiable
 
 from lora_edge.ops import tt_block
 from lora_edge.ops.activation import Activation, activate
+from lora_edge.ops.once import linear_once_differentiable
 from lora_edge.ops.padding import pad
 from lora_edge.ops.transforms import plain_ops_only
 
@@ -160,7 +160,7 @@ class _MaxPool(torch.autograd.Function):
         return y
 
     @staticmethod
-    @once_differentiable
+    @linear_once_differentiable
     def backward(ctx: Any, dy: Tensor) -> tuple[Tensor | None, ...]:  # type: ignore[override]
         window, (place,) = ctx.window, ctx.saved_tensors
         rest = place.to(torch.int64)
@@ -201,7 +201,7 @@ class _Dropout(torch.autograd.Function):
         return x * _dropout_mask(x, p, seed)
 
     @staticmethod
-    @once_differentiable
+    @linear_once_differentiable
     def backward(ctx: Any, dy: Tensor) -> tuple[Tensor | None, ...]:  # type: ignore[override]
         return dy * _dropout_mask(dy, ctx.p, ctx.seed), None, None
 
