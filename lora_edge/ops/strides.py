@@ -6,9 +6,9 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from torch.autograd.function import once_differentiable
 
 from lora_edge.ops.kernels import channels_last_for_the_cpu
+from lora_edge.ops.once import linear_once_differentiable
 from lora_edge.ops.plan import dense_stride
 
 
@@ -21,7 +21,7 @@ class _LaidOut(torch.autograd.Function):
         return copy[0]  # a list hides it from autograd, which would make a view of an input that is returned
 
     @staticmethod
-    @once_differentiable
+    @linear_once_differentiable
     def backward(ctx: Any, dy: Tensor) -> tuple[Tensor | None, ...]:  # type: ignore[override]
         return (dy if dy.stride() == ctx.stride else dy.new_empty_strided(dy.shape, ctx.stride).copy_(dy)), None
 
@@ -34,7 +34,7 @@ class _StockStrides(torch.autograd.Function):
         return y.new_empty_strided(y.shape, stride).copy_(y)
 
     @staticmethod
-    @once_differentiable
+    @linear_once_differentiable
     def backward(ctx: Any, dy: Tensor) -> tuple[Tensor | None, ...]:  # type: ignore[override]
         return dy, None
 
