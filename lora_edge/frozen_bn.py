@@ -14,6 +14,7 @@ from torch.nn.modules.batchnorm import _BatchNorm
 
 from lora_edge.frozen_trial import first_line, why_evaluation_moves
 from lora_edge.ops.once import linear_once_differentiable
+from lora_edge.ops.strides import no_view
 from lora_edge.ops.transforms import plain_ops_only
 from lora_edge.unchanged import Beside, Bytes
 
@@ -112,10 +113,8 @@ class _FrozenBatchNorm(torch.autograd.Function):
     ) -> Tensor:
         ctx.save_for_backward(var, weight)
         ctx.eps = eps
-        if x.dim() == 3 and not x.is_contiguous() and x.stride(1) == 1 and not torch.compiler.is_compiling():
-            # (N, C, 1, L) in channels-last, which torch keeps; not returned as a view: autograd lets nobody write to one
-            y = F.batch_norm(x.unsqueeze(2), mean, var, weight, bias, False, 0.0, eps).squeeze(2)
-            return y.new_empty(0).set_(y.untyped_storage(), y.storage_offset(), y.shape, y.stride())
+        if x.dim() == 3 and not x.is_contiguous() and x.stride(1) == 1:  # (N, C, 1, L) in channels-last, which torch keeps
+            return no_view(F.batch_norm(x.unsqueeze(2), mean, var, weight, bias, False, 0.0, eps).squeeze(2))
         return F.batch_norm(x, mean, var, weight, bias, False, 0.0, eps)
 
     @staticmethod

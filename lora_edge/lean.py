@@ -24,6 +24,7 @@ from lora_edge.ops.activation import Activation, activate
 from lora_edge.ops.bits import memory_format, pack, unpack
 from lora_edge.ops.once import linear_once_differentiable
 from lora_edge.ops.padding import pad
+from lora_edge.ops.strides import no_view
 from lora_edge.ops.transforms import plain_ops_only
 
 
@@ -158,7 +159,7 @@ class _MaxPool(torch.autograd.Function):
             place.mul_(window.kernel[way]).add_(tap)
         ctx.save_for_backward(place.to(torch.uint8))
         ctx.shape, ctx.window = x.shape, window
-        return y
+        return no_view(y)
 
     @staticmethod
     @linear_once_differentiable

@@ -112,7 +112,7 @@ class Calls:
             refuse(f"{module.path} is called with other arguments than one input")
         bn = self.evaluator.graph.get_attr(module.path)
         value = self.evaluator.emit(normalized, (bn, args[0]), {}, pure.TENSOR)
-        for name in module.module.then:
+        for name in module.module.then:  # type: ignore[union-attr]
             child = self.evaluator.reader.child(module, name)
             if isinstance(child, Module):
                 value = self.enter(child, [value], {})
