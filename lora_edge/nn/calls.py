@@ -34,7 +34,7 @@ _CONTAINER_METHODS = {
     "__iter__",
     "__contains__",
 }
-_SAVED_NAMES = {"input", "x"}  # what a layer calls its first argument
+_INPUT_NAMES = {"input", "x"}  # what a layer calls its first argument
 
 
 def base_of(cls: type) -> type:
@@ -88,7 +88,7 @@ class Calls:
             return self.evaluator.inline(forward.__func__, args, kwargs)
         return self.evaluator.inline(forward, [module, *args], kwargs)
 
-    def _leaf(self, module: Module, args: list[Any], kwargs: dict[str, Any]) -> fx.Node:
+    def _leaf(self, module: Module, args: list[Any], kwargs: dict[str, Any]) -> Any:
         own, guards = module.module, self.evaluator.guards
         for below in own.modules():  # torch's own layers call their parts
             guards.called(below)
@@ -96,10 +96,12 @@ class Calls:
                 refuse(f"a part of {module.path} has a hook")
             if below is not own and not is_leaf(below) and type(below) not in (nn.ModuleList, nn.ModuleDict, nn.Sequential):
                 refuse(f"a part of {module.path} is a {type(below).__name__}, which is not known to be pure")
+        if len(kwargs) == 1 and not args and set(kwargs) <= _INPUT_NAMES:
+            args, kwargs = list(kwargs.values()), {}
+        if type(own) is nn.Identity and len(args) == 1 and not kwargs:
+            return args[0]
         if "inplace" in own.__dict__:
             guards.attribute(own, "inplace", own.__dict__["inplace"])
-        if len(kwargs) == 1 and not args and set(kwargs) <= _SAVED_NAMES:
-            args, kwargs = list(kwargs.values()), {}
         as_argument = self.evaluator.as_argument
         values = tuple(as_argument(arg) for arg in args)
         node = self.evaluator.graph.call_module(module.path, values, {name: as_argument(v) for name, v in kwargs.items()})
