@@ -1,6 +1,6 @@
 # `make demo` runs the main job, `make test` the tests, `make test-all` every case in Triton's interpreter too, `make check` the
 # linters, `make mutate` the test of the kernels' tests, `make sanitize` the CPU engine's tests under the address and
-# undefined-behaviour sanitizers, `make results` writes the README's results from the study's rows. Each does its own set-up.
+# undefined-behaviour sanitizers, `make compat` runs the core tests on the oldest and the newest torch, `make results` writes the README's results from the study's rows. Each does its own set-up.
 #
 # The virtual environment reuses a torch that python3 already has (as on a Jetson) and never replaces it; without one it
 # installs $(TORCH).
@@ -15,7 +15,7 @@ export LORA_EDGE_CUDA ?= $(if $(wildcard /dev/nvidiactl /dev/nvmap /dev/dxg),,0)
 BIN := $(VENV)/bin
 PIP := $(BIN)/python -m pip --disable-pip-version-check -q
 
-.PHONY: demo test test-all check mutate sanitize results clean
+.PHONY: demo test test-all check mutate sanitize compat results clean
 .DELETE_ON_ERROR:
 
 demo: $(VENV)/har
@@ -34,6 +34,9 @@ check: $(VENV)/check
 
 mutate: $(VENV)/test
 	$(BIN)/python tests/mutate.py
+
+compat: $(VENV)/test
+	$(BIN)/python tests/compat/run.py $(MACHINES)
 
 results: $(VENV)/har
 	$(BIN)/python -m lora_edge.har.study_report benchmarks/results/cpu/study_*.csv --page README.md \

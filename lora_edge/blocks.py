@@ -38,6 +38,7 @@ from lora_edge.ops.conv_args import ConvArgs, conv_args
 from lora_edge.ops.padding import pad
 from lora_edge.ops.transforms import plain_ops_only
 from lora_edge.ops.tt_block import run_block
+from lora_edge.torch_private import has_any_global_hook
 
 OVERWRITE_BYTES = 4 << 20  # smaller maps are not worth the copy of each slice
 MOST_PLANS = 8  # that a module keeps: for its modes, kinds of arguments and flags
@@ -390,7 +391,7 @@ def _wanted() -> bool:
     if not torch.is_grad_enabled():
         return False
     traced = torch.compiler.is_compiling() or plain_ops_only()
-    return not traced and nn.Module.__call__ is _CALL and not nn.modules.module._has_any_global_hook()
+    return not traced and nn.Module.__call__ is _CALL and not has_any_global_hook()
 
 
 def _rebuild(base_class: type[nn.Module]) -> nn.Module:

@@ -166,6 +166,7 @@ def test_threads_do_not_change_a_bit():
         torch.set_num_threads(before)
 
 
+@pytest.mark.other_python
 @pytest.mark.parametrize("instructions", ["avx2", "baseline"])
 def test_other_instruction_sets(instructions):
     """The whole file again, in a process that may not use more."""

@@ -17,15 +17,14 @@ from torch import Tensor
 from lora_edge.ops.activation import Activation
 from lora_edge.ops.conv_args import ConvArgs
 from lora_edge.ops.engines import Engine, engine
-from lora_edge.ops.extension import constant_when_traced
 from lora_edge.ops.route import choose_route
+from lora_edge.torch_private import constant_when_traced, convolutions_run_in_tf32
 
 PLANS = 1024
 MOST_ELEMENTS = 2**31 - 1
 TYPES = {torch.float32: 0, torch.float16: 1, torch.bfloat16: 2}  # enum Type of csrc/problem.h
 FP32, TF32, HALF = range(3)  # enum Precision
 ACTIVATIONS = {None: 0, "relu": 1, "relu6": 2, "hardtanh": 2}  # enum Activation
-_CONV = getattr(torch.backends.cudnn, "conv", None)  # newer torch has a precision an operation
 
 
 class Sizes(NamedTuple):
@@ -167,8 +166,7 @@ def precision(dtype: torch.dtype) -> int:
     """The unit that multiplies, as torch's own setting for convolutions has it; read at every call."""
     if dtype != torch.float32:
         return HALF
-    tf32 = torch.backends.cudnn.allow_tf32 if _CONV is None else _CONV.fp32_precision == "tf32"
-    return TF32 if tf32 else FP32
+    return TF32 if convolutions_run_in_tf32() else FP32
 
 
 @functools.lru_cache(maxsize=PLANS)
