@@ -23,7 +23,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from lora_edge.har.adaptation import machine
+from lora_edge.machine import machine
 from lora_edge.ops import engines, tt_fuse
 from lora_edge.ops.activation import Activation
 from lora_edge.ops.backends import AVAILABLE, state

@@ -11,6 +11,8 @@ from pathlib import Path
 from typing import Any, NoReturn
 
 import lora_edge
+from lora_edge.error_text import first_line
+from lora_edge.extras import require
 
 
 class _OneLineParser(argparse.ArgumentParser):
@@ -30,9 +32,8 @@ def main(arguments: list[str] | None = None) -> int:
     warnings.filterwarnings("ignore", message="Using padding='same' with even kernel")
     try:
         code = options.run(options)
-    except (ValueError, TypeError, RuntimeError, KeyError, OSError) as error:
-        text = str(error.args[0]) if isinstance(error, KeyError) and error.args else str(error)
-        print(f"lora-edge: error: {text.splitlines()[0] if text else type(error).__name__}", file=sys.stderr)
+    except (ValueError, TypeError, RuntimeError, KeyError, OSError, ImportError) as error:
+        print(f"lora-edge: error: {first_line(error)}", file=sys.stderr)
         return 2
     except KeyboardInterrupt:
         print("lora-edge: interrupted; files written so far are whole", file=sys.stderr)
@@ -87,12 +88,13 @@ def _parser() -> argparse.ArgumentParser:
 
 def _adapt(options: argparse.Namespace) -> None:
     _positive(options, "steps", "epochs")
-    if options.lr is not None and not options.lr > 0:
-        raise ValueError(f"--lr is {options.lr}; give a number above 0")
+    if options.lr is not None and not 0 < options.lr < float("inf"):
+        raise ValueError(f"--lr is {options.lr}; give a number above 0, a finite one")
+    require("lora-edge adapt")
     from rich.progress import BarColumn, MofNCompleteColumn, Progress, TaskID, TextColumn, TimeRemainingColumn
 
-    from lora_edge.har.adaptation import Settings, run
-    from lora_edge.har.report import draw, print_table
+    from lora_edge.har.adaptation import FILES, Settings, run
+    from lora_edge.har.report import print_table
 
     fields = {name: value for name, value in vars(options).items() if name not in ("run", "rest")}
     columns: list[Any] = [TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn()]
@@ -106,8 +108,7 @@ def _adapt(options: argparse.Namespace) -> None:
 
         report = run(Settings(**fields), progress)
     print_table(report)
-    draw(report, options.out / "f1_over_time.png")
-    for name in ("adapter.safetensors", "merged.safetensors", "results.json", "f1_over_time.png"):
+    for name in FILES:
         print(f"{options.out / name}  {(options.out / name).stat().st_size / 1e3:,.1f} kB")
 
 
