@@ -15,7 +15,7 @@ from lora_edge.error_text import first_line
 from lora_edge.extras import require
 
 
-class _OneLineParser(argparse.ArgumentParser):
+class OneLineParser(argparse.ArgumentParser):
     """argparse, but an error is one line on standard error; the exit code stays 2."""
 
     def error(self, message: str) -> NoReturn:
@@ -42,9 +42,9 @@ def main(arguments: list[str] | None = None) -> int:
 
 
 def _parser() -> argparse.ArgumentParser:
-    parser = _OneLineParser(prog="lora-edge", description="LoRA-Edge: adapt a pre-trained CNN by its TT cores.")
+    parser = OneLineParser(prog="lora-edge", description="LoRA-Edge: adapt a pre-trained CNN by its TT cores.")
     parser.add_argument("--version", action="version", version=f"lora_edge {lora_edge.__version__}")
-    commands = parser.add_subparsers(required=True, metavar="COMMAND", parser_class=_OneLineParser)
+    commands = parser.add_subparsers(required=True, metavar="COMMAND", parser_class=OneLineParser)
 
     adapt = commands.add_parser("adapt", help="adapt a source model to one person and compare with the other methods")
     adapt.add_argument("--data", required=True, help='an .npz (see lora_edge/har/data.py), or "watch"')

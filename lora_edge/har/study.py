@@ -13,7 +13,7 @@ Stages, each a value of the column ``stage``:
 A person's rate is the one with the best mean F1 of two *other* people (1 and 2; for these two, 3 and 4), so it never depends
 on that person's test windows. A run whose loss or weights become NaN counts as an F1 of 0. A method that has nothing to train
 in the network, as BN only without a BatchNorm, is named and left out. Only the stage ``speed`` is timed: the others may run
-beside other work. Rows go to ``results/<device>/study_<data>_<protocol>.csv`` one by one; what is there already is not run again.
+beside other work. Rows go to ``results/<device>/study_<data>_<protocol>.csv`` one by one; what is there is not run again.
 ``lora_edge.har.study_report`` makes the table and the picture from them.
 """
 
