@@ -87,9 +87,11 @@ def _parser() -> argparse.ArgumentParser:
 
 
 def _adapt(options: argparse.Namespace) -> None:
+    from lora_edge.har.train import LARGEST_RATE
+
     _positive(options, "steps", "epochs")
-    if options.lr is not None and not 0 < options.lr < float("inf"):
-        raise ValueError(f"--lr is {options.lr}; give a number above 0, a finite one")
+    if options.lr is not None and not 0 < options.lr <= LARGEST_RATE:
+        raise ValueError(f"--lr is {options.lr}; give a number above 0, at most {LARGEST_RATE:g}")
     require("lora-edge adapt")
     from rich.progress import BarColumn, MofNCompleteColumn, Progress, TaskID, TextColumn, TimeRemainingColumn
 

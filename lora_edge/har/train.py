@@ -13,11 +13,12 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from lora_edge.extras import require
-from lora_edge.finite import NotFiniteError, check_weights
+from lora_edge.finite import NotFiniteError, check_finite, check_variances, check_weights
 from lora_edge.har.data import Windows
 from lora_edge.training_flags import in_evaluation
 
 BATCH = 64
+LARGEST_RATE = 1e30  # somewhat above it a step of Adam leaves float32
 
 
 @dataclass
@@ -82,15 +83,16 @@ def training_step(model: nn.Module, optimizer: torch.optim.Optimizer, x: Tensor,
     """One step on one batch, cross-entropy.
 
     Raises:
-        NotFiniteError: the loss is NaN or infinite; nothing is trained by it. The message names ``step`` and the weight, if
-            any, that is not finite either.
+        NotFiniteError: the loss is NaN or infinite; nothing is trained by it. The message names ``step`` and what
+            is not finite either, if anything: the batch or a weight.
     """
     optimizer.zero_grad(set_to_none=True)
     loss = F.cross_entropy(model(x), y)
-    if not math.isfinite(value := float(loss)):
+    if not math.isfinite(value := float(loss.detach())):
         what = f"step {step} of training: the loss is {value}"
         remedy = f"check the windows, or give a smaller learning rate than {optimizer.param_groups[0]['lr']:g}"
-        check_weights(model, what, remedy)
+        check_finite({"the batch": x, **dict(model.named_parameters())}, what, remedy)  # not the statistics: x moves them
+        check_variances(model, what, remedy)
         raise NotFiniteError(f"{what}, although all weights are finite; {remedy}")
     loss.backward()
     optimizer.step()
@@ -98,8 +100,8 @@ def training_step(model: nn.Module, optimizer: torch.optim.Optimizer, x: Tensor,
 
 def check_rate(lr: float) -> None:
     """Raise ValueError where Adam would take a rate that trains nothing but NaN."""
-    if not 0 < lr < float("inf"):
-        raise ValueError(f"the learning rate is {lr}; give a finite number above 0")
+    if not 0 < lr <= LARGEST_RATE:
+        raise ValueError(f"the learning rate is {lr}; give a number above 0, at most {LARGEST_RATE:g}")
 
 
 def train_source(
