@@ -27,9 +27,6 @@ from lora_edge.tt import attainable_ranks, check_rank, contract_suffix
 
 _Layer = TypeVar("_Layer", bound="LoRAEdgeConv")
 _GUARDED = ("weight", "core", "suffix")
-_MERGE_FIRST = (
-    "of an adapted convolution cannot be removed, pruned, normalized or parametrized; call lora_edge.merge(model) first"
-)
 
 
 class LoRAEdgeConv(nn.modules.conv._ConvNd):
@@ -134,17 +131,6 @@ class LoRAEdgeConv(nn.modules.conv._ConvNd):
                     f"call lora_edge.merge(model) first, or write into the tensor: {name}.data.copy_(...)"
                 )
         super().__setattr__(name, value)
-
-    def __delattr__(self, name: str) -> None:
-        if name in _GUARDED and name in self._parameters:
-            raise RuntimeError(f"{name} {_MERGE_FIRST}")
-        super().__delattr__(name)
-
-    def register_parameter(self, name: str, param: nn.Parameter | None) -> None:
-        tensor = name.rpartition("_")[0]  # torch.nn.utils.prune registers weight_orig before it takes weight away
-        if tensor in _GUARDED and tensor in self._parameters:
-            raise RuntimeError(f"{tensor} {_MERGE_FIRST}")
-        super().register_parameter(name, param)
 
     def __prepare_scriptable__(self) -> nn.Module:
         raise RuntimeError("torch.jit.script cannot compile an adapted convolution; call lora_edge.merge(model) first")
