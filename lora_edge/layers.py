@@ -293,14 +293,16 @@ def detach(layer: LoRAEdgeConv) -> None:
     layer.__class__ = layer.stock  # type: ignore[assignment]
 
 
-def refuse_computed(layers: Mapping[str, LoRAEdgeConv]) -> None:
+def require_whole(layers: Mapping[str, LoRAEdgeConv]) -> None:
     """Refuse to merge adapted layers whose tensors are computed from others since ``adapt``; by dotted name.
+
+    A weight that ``remove_parametrizations`` left as a buffer, as it does with frozen ones, is a parameter again.
 
     Raises:
         RuntimeError: a layer's weight, core or suffix is computed, or the layer is parametrized; says how to end that.
     """
     for name, layer in layers.items():
-        computed = [key for key in _GUARDED if layer._parameters.get(key) is None]
+        computed = [key for key in _GUARDED if layer._parameters.get(key) is None and layer._buffers.get(key) is None]
         if parametrize.is_parametrized(layer):
             computed = computed or list(layer.parametrizations)  # type: ignore[arg-type]
             remedy = f"torch.nn.utils.parametrize.remove_parametrizations(layer, {computed[0]!r})"
@@ -311,8 +313,12 @@ def refuse_computed(layers: Mapping[str, LoRAEdgeConv]) -> None:
         elif f"{computed[0]}_g" in layer._parameters:
             remedy = f"torch.nn.utils.remove_weight_norm(layer, {computed[0]!r})"
         else:
-            remedy = f"torch.nn.utils.remove_spectral_norm(layer, {computed[0]!r}) or what else computes it"
+            remedy = f"torch.nn.utils.remove_spectral_norm(layer, {computed[0]!r}) or undo what else computes it"
         raise RuntimeError(f"{name or 'model'}.{computed[0]} is computed since adapt; call {remedy}, then merge")
+    for layer in layers.values():
+        for key in _GUARDED:
+            if (buffer := layer._buffers.pop(key, None)) is not None:
+                layer._parameters[key] = nn.Parameter(buffer.detach(), requires_grad=False)
 
 
 def set_weights(weights: Mapping[nn.modules.conv._ConvNd, Tensor]) -> None:
