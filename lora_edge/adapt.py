@@ -27,7 +27,7 @@ from lora_edge.layers import (
     check_adaptable,
     check_suffix,
     detach,
-    refuse_computed,
+    require_whole,
     set_weights,
 )
 from lora_edge.ops import tt_fuse
@@ -275,7 +275,7 @@ def merge(model: nn.Module) -> nn.Module:
             anything is changed.
     """
     model, state, layers = require_adapted(model)
-    refuse_computed(layers)
+    require_whole(layers)
     unguard(model)
     bake(model)
     with torch.no_grad():

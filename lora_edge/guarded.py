@@ -26,15 +26,18 @@ class GuardedModules(dict[str, Any]):
         RuntimeError: at a call that would replace or remove such a submodule, or put a new convolution beside it.
     """
 
-    def __init__(self, modules: Any, kind: type = dict) -> None:
+    def __init__(self, modules: Any, kind: type = dict, empty: frozenset[str] = frozenset()) -> None:
         super().__init__(modules)
         self.kind = kind  # the dictionary's class outside
+        self.empty = empty  # names of the module's attributes that are None
 
     def __setitem__(self, name: str, module: nn.Module | None) -> None:
         old = self.get(name)
         if old is not None and old is not module:
             _check(f"replace {name}", old, set() if module is None else set(module.modules()))
-        if old is None and isinstance(module, _ConvNd) and any(map(_update_in, self.values())):
+        if isinstance(module, _ConvNd) and not isinstance(old, _ConvNd) and any(map(_update_in, self.values())):
+            if name in self.empty:  # nn.Module has taken the None away already
+                super().__setitem__(name, None)
             raise RuntimeError(
                 f"{name} is a new convolution beside adapted ones, which read as the base's; "
                 "call lora_edge.merge(model) before layers are fused or added"
@@ -70,7 +73,7 @@ class GuardedModules(dict[str, Any]):
         return self
 
     def __reduce__(self) -> tuple[Any, ...]:  # whole, where a copy item by item would be taken for new layers
-        return GuardedModules, (dict(self), self.kind)
+        return GuardedModules, (dict(self), self.kind, self.empty)
 
 
 def guard(model: nn.Module) -> None:
@@ -81,7 +84,8 @@ def guard(model: nn.Module) -> None:
     for module in model.modules():
         children = module._modules
         if not isinstance(children, GuardedModules) and any(_kept(child) for child in children.values()):
-            module.__dict__["_modules"] = GuardedModules(children, type(children))
+            empty = frozenset(name for name, value in vars(module).items() if value is None)
+            module.__dict__["_modules"] = GuardedModules(children, type(children), empty)
         if callable(getattr(type(module), "save_pretrained", None)):
             module.__dict__["save_pretrained"] = refuse_save_pretrained
 

@@ -27,9 +27,6 @@ from lora_edge.tt import attainable_ranks, check_rank, contract_suffix
 
 _Layer = TypeVar("_Layer", bound="LoRAEdgeConv")
 _GUARDED = ("weight", "core", "suffix")
-_MERGE_FIRST = (
-    "of an adapted convolution cannot be removed, pruned, normalized or parametrized; call lora_edge.merge(model) first"
-)
 
 
 class LoRAEdgeConv(nn.modules.conv._ConvNd):
@@ -134,17 +131,6 @@ class LoRAEdgeConv(nn.modules.conv._ConvNd):
                     f"call lora_edge.merge(model) first, or write into the tensor: {name}.data.copy_(...)"
                 )
         super().__setattr__(name, value)
-
-    def __delattr__(self, name: str) -> None:
-        if name in _GUARDED and name in self._parameters:
-            raise RuntimeError(f"{name} {_MERGE_FIRST}")
-        super().__delattr__(name)
-
-    def register_parameter(self, name: str, param: nn.Parameter | None) -> None:
-        tensor = name.rpartition("_")[0]  # torch.nn.utils.prune registers weight_orig before it takes weight away
-        if tensor in _GUARDED and tensor in self._parameters:
-            raise RuntimeError(f"{tensor} {_MERGE_FIRST}")
-        super().register_parameter(name, param)
 
     def __prepare_scriptable__(self) -> nn.Module:
         raise RuntimeError("torch.jit.script cannot compile an adapted convolution; call lora_edge.merge(model) first")
@@ -307,14 +293,16 @@ def detach(layer: LoRAEdgeConv) -> None:
     layer.__class__ = layer.stock  # type: ignore[assignment]
 
 
-def refuse_computed(layers: Mapping[str, LoRAEdgeConv]) -> None:
+def require_whole(layers: Mapping[str, LoRAEdgeConv]) -> None:
     """Refuse to merge adapted layers whose tensors are computed from others since ``adapt``; by dotted name.
+
+    A weight that ``remove_parametrizations`` left as a buffer, as it does with frozen ones, is a parameter again.
 
     Raises:
         RuntimeError: a layer's weight, core or suffix is computed, or the layer is parametrized; says how to end that.
     """
     for name, layer in layers.items():
-        computed = [key for key in _GUARDED if layer._parameters.get(key) is None]
+        computed = [key for key in _GUARDED if layer._parameters.get(key) is None and layer._buffers.get(key) is None]
         if parametrize.is_parametrized(layer):
             computed = computed or list(layer.parametrizations)  # type: ignore[arg-type]
             remedy = f"torch.nn.utils.parametrize.remove_parametrizations(layer, {computed[0]!r})"
@@ -325,8 +313,12 @@ def refuse_computed(layers: Mapping[str, LoRAEdgeConv]) -> None:
         elif f"{computed[0]}_g" in layer._parameters:
             remedy = f"torch.nn.utils.remove_weight_norm(layer, {computed[0]!r})"
         else:
-            remedy = f"torch.nn.utils.remove_spectral_norm(layer, {computed[0]!r}) or what else computes it"
+            remedy = f"torch.nn.utils.remove_spectral_norm(layer, {computed[0]!r}) or undo what else computes it"
         raise RuntimeError(f"{name or 'model'}.{computed[0]} is computed since adapt; call {remedy}, then merge")
+    for layer in layers.values():
+        for key in _GUARDED:
+            if (buffer := layer._buffers.pop(key, None)) is not None:
+                layer._parameters[key] = nn.Parameter(buffer.detach(), requires_grad=False)
 
 
 def set_weights(weights: Mapping[nn.modules.conv._ConvNd, Tensor]) -> None:
