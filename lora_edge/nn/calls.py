@@ -9,8 +9,9 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor, fx, nn
 
+from lora_edge.frozen_bn import FrozenBatchNorm, FrozenThen
 from lora_edge.layers import LoRAEdgeConv
-from lora_edge.lean import FrozenBatchNorm, LeanLayer
+from lora_edge.lean import LeanLayer
 from lora_edge.nn import pure
 from lora_edge.nn.guards import has_hooks, static
 from lora_edge.nn.values import Bound, Container, Method, Module, Object, Submodules, Super, refuse
@@ -33,7 +34,7 @@ _CONTAINER_METHODS = {
     "__iter__",
     "__contains__",
 }
-_SAVED_NAMES = {"input", "x"}  # what a layer calls its first argument
+_INPUT_NAMES = {"input", "x"}  # what a layer calls its first argument
 
 
 def base_of(cls: type) -> type:
@@ -44,10 +45,8 @@ def base_of(cls: type) -> type:
 def is_leaf(module: nn.Module) -> bool:
     """Whether a module's own call is known to be pure: torch's own layers as they are, and this library's."""
     cls = type(module)
-    if isinstance(module, (LoRAEdgeConv, LeanLayer)):
+    if isinstance(module, (LoRAEdgeConv, LeanLayer, FrozenBatchNorm)):
         return True
-    if isinstance(module, FrozenBatchNorm):
-        return getattr(module, "plain", True)
     return cls in pure.LAYERS and cls.forward is pure.LAYERS[cls]
 
 
@@ -74,6 +73,8 @@ class Calls:
         guards.class_attribute(cls, "forward")
         if is_leaf(own):
             return self._leaf(module, args, kwargs)
+        if isinstance(own, FrozenThen):
+            return self._frozen_then(module, args, kwargs)
         if static(cls, "__getattr__") is not nn.Module.__getattr__:
             refuse(f"{cls.__name__} has a __getattr__ of its own")
         forward = static(cls, "forward")
@@ -87,7 +88,7 @@ class Calls:
             return self.evaluator.inline(forward.__func__, args, kwargs)
         return self.evaluator.inline(forward, [module, *args], kwargs)
 
-    def _leaf(self, module: Module, args: list[Any], kwargs: dict[str, Any]) -> fx.Node:
+    def _leaf(self, module: Module, args: list[Any], kwargs: dict[str, Any]) -> Any:
         own, guards = module.module, self.evaluator.guards
         for below in own.modules():  # torch's own layers call their parts
             guards.called(below)
@@ -95,15 +96,29 @@ class Calls:
                 refuse(f"a part of {module.path} has a hook")
             if below is not own and not is_leaf(below) and type(below) not in (nn.ModuleList, nn.ModuleDict, nn.Sequential):
                 refuse(f"a part of {module.path} is a {type(below).__name__}, which is not known to be pure")
+        if len(kwargs) == 1 and not args and set(kwargs) <= _INPUT_NAMES:
+            args, kwargs = list(kwargs.values()), {}
+        if type(own) is nn.Identity and len(args) == 1 and not kwargs:
+            return args[0]
         if "inplace" in own.__dict__:
             guards.attribute(own, "inplace", own.__dict__["inplace"])
-        if len(kwargs) == 1 and not args and set(kwargs) <= _SAVED_NAMES:
-            args, kwargs = list(kwargs.values()), {}
         as_argument = self.evaluator.as_argument
         values = tuple(as_argument(arg) for arg in args)
         node = self.evaluator.graph.call_module(module.path, values, {name: as_argument(v) for name, v in kwargs.items()})
         node.meta["kind"] = pure.layer_kind(own)
         return node
+
+    def _frozen_then(self, module: Module, args: list[Any], kwargs: dict[str, Any]) -> Any:
+        """A frozen BatchNorm and then its submodules."""
+        if len(args) != 1 or kwargs:
+            refuse(f"{module.path} is called with other arguments than one input")
+        bn = self.evaluator.graph.get_attr(module.path)
+        value = self.evaluator.emit(normalized, (bn, args[0]), {}, pure.TENSOR)
+        for name in module.module.then:  # type: ignore[union-attr]
+            child = self.evaluator.reader.child(module, name)
+            if isinstance(child, Module):
+                value = self.enter(child, [value], {})
+        return value
 
     def children_of(self, module: Module) -> list[Any]:
         """What iterating over a module gives."""
@@ -453,6 +468,11 @@ class Calls:
                         refuse("it makes a dictionary with keys that are no names")
                     found[key] = value
         return {**found, **kwargs}
+
+
+def normalized(bn: FrozenThen, x: Tensor) -> Tensor:
+    """The BatchNorm of a layer that does more after it."""
+    return bn.normalized(x)
 
 
 class _Constant:

@@ -14,8 +14,10 @@ import torch
 import torch.nn.functional as F
 from torch import fx, nn
 
-from lora_edge.lean import FrozenBatchNorm, LeanActivation, LeanConv, LeanMaxPool
+from lora_edge.frozen_bn import FrozenBatchNorm
+from lora_edge.lean import LeanActivation, LeanConv, LeanMaxPool
 from lora_edge.nn import pure
+from lora_edge.nn.calls import normalized
 from lora_edge.ops.activation import activate
 from lora_edge.ops.strides import in_stock_strides, laid_out
 
@@ -32,7 +34,7 @@ concat avg_pool1d avg_pool2d avg_pool3d adaptive_avg_pool1d adaptive_avg_pool2d 
 pad addcmul maximum minimum"""
 _INDIFFERENT_NAMES = set(_NAMES.split())
 _INDIFFERENT = {
-    activate,
+    *(activate, normalized),
     *(getattr(owner, name) for owner in (torch, F) for name in _INDIFFERENT_NAMES if hasattr(owner, name)),
     *(operator.add, operator.sub, operator.mul, operator.truediv, operator.neg, operator.pow),
     *(operator.iadd, operator.isub, operator.imul, operator.itruediv),
@@ -62,14 +64,13 @@ class Layout:
             self.restore_after(node)
 
     def name_results_of_writing(self) -> None:
-        """Operations in place and ``nn.Identity`` return their input: later users refer to the result."""
+        """Operations in place return their input: later users refer to the result."""
         order = {node: k for k, node in enumerate(self.graph.nodes)}
         for node in list(self.graph.nodes):
             source = node.args[0] if node.args else None
             if not isinstance(source, fx.Node) or source.meta.get("kind") != pure.TENSOR:
                 continue
-            identity = node.op == "call_module" and type(self.modules[str(node.target)]) is nn.Identity
-            if identity or (self.writes(node) and node.meta.get("kind") == pure.TENSOR):
+            if self.writes(node) and node.meta.get("kind") == pure.TENSOR:
                 for user in [u for u in source.users if order[u] > order[node]]:
                     user.replace_input_with(source, node)
 
