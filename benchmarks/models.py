@@ -129,13 +129,11 @@ class Examination:
         none = [name for name in want if (want[name] is None) != (lean_grads[name] is None)]
         if none:
             raise RuntimeError(f"{len(none)} cores get a gradient in one of the two only, such as {none[0]}")
-        whole = max((float(g.norm()) for g in want.values() if g is not None), default=1.0)
-        errors = [
-            float((lean_grads[n] - g).norm() / max(float(g.norm()), 1e-9 * whole, 1e-30))
-            for n, g in want.items()
-            if g is not None
-        ]
-        self.row["gradient_error"] = f"{max(errors, default=0.0):.1e}"
+        pairs = [(lean_grads[name], g) for name, g in want.items() if g is not None]
+        norms = torch.stack([g.norm() for _, g in pairs])
+        floors = norms.clamp_min(max(1e-9 * float(norms.max()), 1e-30))
+        errors = torch.stack([(got - g).norm() for got, g in pairs]) / floors
+        self.row["gradient_error"] = f"{float(errors.max()):.1e}"  # not a number where one is not
         self.row["moved"] = len(moved - self.moved_in_evaluation())
 
     def moved_in_evaluation(self) -> set[str]:
@@ -212,7 +210,8 @@ def output(model: nn.Module, x: Tensor) -> list[Tensor]:
 
 def error_of(got: list[Tensor], want: list[Tensor]) -> float:
     """The largest relative error of several tensors, in norm."""
-    return max(float((a - b).norm() / b.norm().clamp_min(1e-30)) for a, b in zip(got, want, strict=True))
+    errors = [(a - b).norm() / b.norm().clamp_min(1e-30) for a, b in zip(got, want, strict=True)]
+    return float(torch.stack(errors).max())
 
 
 def same(got: list[Tensor], want: list[Tensor]) -> str:
