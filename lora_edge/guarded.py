@@ -123,6 +123,8 @@ def _update_in(module: nn.Module | None) -> bool:
 
 def _check(what: str, old: nn.Module | None, new: Iterable[nn.Module] = ()) -> None:
     lost = [m for m in _kept(old) if m not in new]
+    if len([m for m in new if isinstance(m, (LoRAEdgeConv, FrozenNorm))]) >= len(_kept(old)):
+        return  # by adapted layers, such as copies of these
     if any(isinstance(m, LoRAEdgeConv) for m in lost):
         raise RuntimeError(
             f"cannot {what}: it holds an adapted convolution, whose update would be lost; call lora_edge.merge(model) first"
