@@ -15,7 +15,7 @@ from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _BatchNorm
 from torch.nn.modules.conv import _ConvNd
 
-from lora_edge import blocks, calibration, lean
+from lora_edge import blocks, calibration, frozen_bn, lean
 from lora_edge.budget import MOST_RANK, parse_budget, spread_ranks
 from lora_edge.gradient import captured_energies, leading_gradients
 from lora_edge.inputs import leading_inputs
@@ -233,8 +233,8 @@ def install(
         conv.__class__ = ADAPTED_CLASS[type(conv)]
         attach(conv, plan.frozen, plan.core, plan.scale, plan.bond_cap, scaling, saved_dtype, backend, subspace)  # type: ignore[arg-type]
     for _, norm in calibration.batch_norms(model):
-        if bn == "frozen" and lean.why_not_frozen(norm) is None:
-            lean.freeze_bn(norm, lean_layers)
+        if bn == "frozen" and frozen_bn.why_not_frozen(norm) is None:
+            frozen_bn.freeze_bn(norm, lean_layers)
         else:
             calibration.remember_statistics(norm)
     if head is not None:
@@ -272,8 +272,8 @@ def merge(model: nn.Module) -> nn.Module:
             layer.requires_grad_(True)
     for _, norm in calibration.batch_norms(model):
         calibration.forget_statistics(norm)
-        if isinstance(norm, lean.FrozenBatchNorm):
-            lean.unfreeze_bn(norm)
+        if isinstance(norm, frozen_bn.FrozenBatchNorm):
+            frozen_bn.unfreeze_bn(norm)
     blocks.unfuse(model)
     lean.make_stock(model)
     if state is not None:
@@ -432,7 +432,7 @@ def _left_alone(model: nn.Module, bn: str) -> dict[str, str]:
             reasons[name] = f"{type(module).__name__} is not exactly nn.Conv1d, nn.Conv2d or nn.Conv3d, left alone"
         elif type(module) in ADAPTED_CLASS and "weight" not in module._parameters:
             reasons[name] = lean.COMPUTED_WEIGHT
-        elif isinstance(module, _BatchNorm) and bn == "frozen" and (why := lean.why_not_frozen(module)):
+        elif isinstance(module, _BatchNorm) and bn == "frozen" and (why := frozen_bn.why_not_frozen(module)):
             reasons[name] = why
     return reasons
 

@@ -25,8 +25,9 @@ import torch.nn.functional as F
 from torch import Tensor, fx, nn
 
 from lora_edge import inference
+from lora_edge.frozen_bn import FrozenBatchNorm
 from lora_edge.layers import LoRAEdgeConv
-from lora_edge.lean import FrozenBatchNorm, LeanActivation, LeanConv, LeanLayer
+from lora_edge.lean import LeanActivation, LeanConv, LeanLayer
 from lora_edge.ops.activation import Activation, activate
 from lora_edge.ops.conv_args import ConvArgs, conv_args
 from lora_edge.ops.kernels import channels_last_for_the_cpu
