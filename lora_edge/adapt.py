@@ -25,8 +25,18 @@ from lora_edge.find import (
     unwrap,
 )
 from lora_edge.finite import check_finite, check_variances
+from lora_edge.guarded import guard, unguard
 from lora_edge.idle import warn_of_idle_cores
-from lora_edge.layers import ADAPTED_CLASS, LoRAEdgeConv, attach, check_adaptable, check_suffix, detach, set_weights
+from lora_edge.layers import (
+    ADAPTED_CLASS,
+    LoRAEdgeConv,
+    attach,
+    check_adaptable,
+    check_suffix,
+    detach,
+    refuse_computed,
+    set_weights,
+)
 from lora_edge.ops import tt_fuse
 from lora_edge.ops.backends import require_backend
 from lora_edge.reparametrised import Reparametrisation, bake, reparametrised_layers
@@ -97,7 +107,7 @@ def adapt(
             ``torch.compile`` it is the inner model that is adapted.
         rank: cap of every TT bond, at least 1; without meaning where ``params`` is given.
         targets: dotted names or globs of the convolutions to adapt; None takes all.
-        exclude: dotted names or globs to leave out.
+        exclude: dotted names or globs to leave out; also of a BatchNorm subclass that cannot be frozen, which is refused else.
         params: a budget of trained parameters in the place of one rank: a share of the model's parameters as "0.5%", the cores'
             bytes as "20kB", or their number. It is spread over the layers as ranks from 1 to 16, by the energy that a further
             rank catches of the gradient where ``batches`` are given, by the weight's squared singular values where not. A
@@ -149,7 +159,7 @@ def adapt(
     if not isinstance(train_head, (bool, str)):
         raise TypeError(f"train_head is {train_head!r}, a {type(train_head).__name__}; give a bool or a module's dotted name")
     outer, model = model, _inner(model)
-    names = select(model, targets, exclude)
+    names = select(model, targets, exclude, bn)
     budget = None if params is None else parse_budget(params, model)
     for name in names:
         with named(name):
@@ -238,6 +248,7 @@ def install(
         state.left_alone.update(lean.make_lean(model, backend))
         fused = blocks.fuse(model)
         state.blocks, state.not_fused = fused.blocks, fused.reasons
+    guard(model)
     state.load_hook = model.register_load_state_dict_post_hook(_after_load_state_dict)
     model._lora_edge = state  # type: ignore[assignment]
     return model
@@ -256,20 +267,15 @@ def merge(model: nn.Module) -> nn.Module:
         The model.
 
     Raises:
-        RuntimeError: nothing in the model is adapted, it is a part of an adapted model, or a weight is computed by a
-            parametrization that was put on after ``adapt``.
+        RuntimeError: nothing in the model is adapted, it is a part of an adapted model, or a layer's weight is computed from
+            other tensors since ``adapt``.
         ValueError: a merged weight, a trained tensor or a statistic would be NaN, infinite or a negative variance; the
             message names it. The model is left as it was.
     """
     found = require_adapted(model)
     for one in found:
         _check_whole(one, "merge")
-        for name, layer in one.layers.items():
-            if "weight" not in layer._parameters:
-                raise RuntimeError(
-                    f"merge: the weight of {base_state.join(one.name, name)} is computed by a parametrization that was put on "
-                    "after adapt; remove that first, or merge before it"
-                )
+        refuse_computed({base_state.join(one.name, name): layer for name, layer in one.layers.items()})
     fused: list[dict[LoRAEdgeConv, Tensor]] = []
     for one in found:
         with torch.no_grad():
@@ -290,6 +296,7 @@ def merge(model: nn.Module) -> nn.Module:
 
 def _merge(one: Adapted, updated: dict[LoRAEdgeConv, Tensor]) -> None:
     model, state = one.model, one.state
+    unguard(model)
     bake(model)
     with torch.no_grad():
         set_weights(updated)  # type: ignore[arg-type]
@@ -299,7 +306,7 @@ def _merge(one: Adapted, updated: dict[LoRAEdgeConv, Tensor]) -> None:
             layer.requires_grad_(True)
     for _, norm in calibration.batch_norms(model):
         calibration.forget_statistics(norm)
-        if isinstance(norm, frozen_bn.FrozenBatchNorm):
+        if isinstance(norm, frozen_bn.FrozenNorm):
             frozen_bn.unfreeze_bn(norm)
     blocks.unfuse(model)
     lean.make_stock(model)

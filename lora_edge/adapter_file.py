@@ -263,7 +263,7 @@ def merge_state(state: dict[str, Tensor], adapter: Adapter, name: str) -> dict[s
     merged = {key: value for key, value in state.items() if key not in replaced or key in changed} | changed
     for layer, about in adapter.layers.items():
         core, frozen = adapter.tensors[f"{layer}.core"], adapter.frozen(layer)
-        fused = tt_fuse(state[join(layer, "weight")], core, frozen, about["scale"])
+        fused = tt_fuse(merged[join(layer, "weight")], core, frozen, about["scale"])
         merged.update({join(other, "weight"): fused for other in [layer, *about.get("also", ())]})
     new = {key: value for key, value in merged.items() if isinstance(value, Tensor) and state.get(key) is not value}
     was = {key for key in new if key in state and not bool(torch.isfinite(state[key]).all())}  # an observer begins at infinity

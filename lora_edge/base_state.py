@@ -18,7 +18,7 @@ from torch import Tensor, nn
 
 from lora_edge import calibration
 from lora_edge.find import AdaptState, adapt_state
-from lora_edge.frozen_bn import FrozenBatchNorm
+from lora_edge.frozen_bn import FrozenNorm
 from lora_edge.layers import LoRAEdgeConv
 from lora_edge.reparametrised import added_tensors
 
@@ -166,7 +166,7 @@ def on_base_values(model: nn.Module, state: AdaptState) -> Iterator[None]:
                     parameter.data = base.to(parameter.device, parameter.dtype)
             elif key in module._buffers and (id(module), key) not in buffers:
                 current = module._buffers[key]
-                if isinstance(module, FrozenBatchNorm) and current is not None and _equal(current, base):
+                if isinstance(module, FrozenNorm) and current is not None and _equal(current, base):
                     continue  # it does not move, and what was made of it stays valid
                 buffers[id(module), key] = (module, current)
                 # the copy takes what a forward inside writes, so that nothing of it stays
@@ -218,7 +218,7 @@ def thawed_norms(model: nn.Module, state: AdaptState) -> dict[str, str]:
     return {
         name: type(modules[name]).__name__ if name in modules else "nothing"
         for name in state.frozen_norms
-        if not isinstance(modules.get(name), FrozenBatchNorm)
+        if not isinstance(modules.get(name), FrozenNorm)
     }
 
 

@@ -32,6 +32,7 @@ from lora_edge.ops.activation import Activation, activate
 from lora_edge.ops.conv_args import ConvArgs, conv_args
 from lora_edge.ops.kernels import channels_last_for_the_cpu
 from lora_edge.ops.padding import pad
+from lora_edge.ops.transforms import plain_ops_only
 from lora_edge.ops.tt_block import run_block
 
 _ADD = {operator.add, operator.iadd, torch.add, "add", "add_"}
@@ -149,7 +150,7 @@ def fused_block(
             return _step_by_step(conv, x, bn, residual, residual_bn, activation, padding)
     core, suffix, scale, saved_dtype = None, None, 1.0, None
     if isinstance(conv, LoRAEdgeConv):
-        core, suffix, scale, saved_dtype = conv.core, conv.suffix, conv.scale, conv.saved_dtype
+        core, suffix, scale, saved_dtype = conv.core, conv.frozen_suffix(), conv.scale, conv.saved_dtype
         inference.drop(conv)
     return run_block(
         x, weight, core, suffix, conv.bias, args, scale, None if bn is None else bn.scale_and_shift(), residual,
@@ -204,7 +205,7 @@ def _fixed_args(
 def _wanted() -> bool:
     if not torch.is_grad_enabled():
         return False
-    traced = torch.compiler.is_compiling() or torch.jit.is_tracing()
+    traced = torch.compiler.is_compiling() or plain_ops_only()
     return not traced and not nn.modules.module._has_any_global_hook()
 
 

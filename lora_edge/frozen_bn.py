@@ -13,6 +13,8 @@ from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
 from torch.nn.modules.batchnorm import _BatchNorm
 
+from lora_edge.frozen_trial import first_line, why_evaluation_moves
+from lora_edge.ops.transforms import plain_ops_only
 from lora_edge.unchanged import Beside, Bytes
 
 
@@ -31,23 +33,23 @@ def _hold(bytes_: Bytes | None, tensor: Tensor | None) -> bool:
     return tensor is None if bytes_ is None else tensor is not None and bytes_.hold(tensor)
 
 
-class FrozenBatchNorm(_BatchNorm):
-    """What the frozen classes share: ``training`` stays False, the mode asked for is kept for the way back."""
+class FrozenNorm(_BatchNorm):
+    """What every frozen BatchNorm shares: ``training`` stays False, the mode asked for is restored by :func:`unfreeze_bn`."""
 
-    stock: ClassVar[type[_BatchNorm]]
-    dims: ClassVar[tuple[int, ...]] = ()  # of an input that needs none of the stock layer's own checks
+    stock: ClassVar[type[_BatchNorm]]  # the class to go back to
     mode_asked_for: bool
     lean: bool
 
-    def train(self, mode: bool = True) -> FrozenBatchNorm:
+    def train(self, mode: bool = True) -> FrozenNorm:
+        super().train(mode)  # the submodules of a subclass follow the mode asked for
         self.mode_asked_for = mode
-        super().train(False)
+        self.training = False
         return self
 
     def is_lean(self) -> bool:
-        """Whether nothing needs to be saved: not where somebody trains the scale or shift after all."""
+        """Whether the layer is a fixed scale and shift: not where these are trained, or an instance has its own forward."""
         affine = (self.weight, self.bias)
-        return self.lean and not any(p is not None and p.requires_grad for p in affine)
+        return self.lean and "forward" not in self.__dict__ and not any(p is not None and p.requires_grad for p in affine)
 
     def scale_and_shift(self) -> tuple[Tensor, Tensor]:
         """The scale and shift ``(C,)`` that this layer is, kept while nothing changes; not to be written to."""
@@ -81,17 +83,26 @@ class FrozenBatchNorm(_BatchNorm):
             return scale, -self.running_mean * scale
         return scale, torch.addcmul(self.bias.detach(), self.running_mean, scale, value=-1)
 
-    def forward(self, x: Tensor) -> Tensor:
-        if torch.is_grad_enabled() and self.is_lean():
-            self._check_input_dim(x)
-            return _FrozenBatchNorm.apply(x, self.running_mean, self.running_var, self.weight, self.bias, self.eps)
-        if x.is_cpu and not self.training and x.dim() in self.dims and not torch.compiler.is_compiling():
+    def _frozen(self, x: Tensor) -> Tensor:
+        return _FrozenBatchNorm.apply(x, self.running_mean, self.running_var, self.weight, self.bias, self.eps)
+
+
+class FrozenBatchNorm(FrozenNorm):
+    """A frozen BatchNorm that is plain arithmetic: its forward is the stock layer's."""
+
+    dims: ClassVar[tuple[int, ...]] = ()  # of an input that needs none of the stock layer's own checks
+
+    def forward(self, input: Tensor) -> Tensor:
+        if torch.is_grad_enabled() and self.is_lean() and not plain_ops_only():
+            self._check_input_dim(input)
+            return self._frozen(input)
+        if input.is_cpu and not self.training and input.dim() in self.dims and not torch.compiler.is_compiling():
             # the stock layer's own call, without its questions: they take longer than a small map does
             parameters, buffers = self._parameters, self._buffers
             if "weight" in parameters and "bias" in parameters and (mean := buffers["running_mean"]) is not None:
                 affine = (parameters["weight"], parameters["bias"])
-                return torch.batch_norm(x, *affine, mean, buffers["running_var"], False, 0.0, self.eps, True)
-        return self.stock.forward(self, x)
+                return torch.batch_norm(input, *affine, mean, buffers["running_var"], False, 0.0, self.eps, True)
+        return self.stock.forward(self, input)
 
 
 class _FrozenBatchNorm(torch.autograd.Function):
@@ -101,8 +112,10 @@ class _FrozenBatchNorm(torch.autograd.Function):
     ) -> Tensor:
         ctx.save_for_backward(var, weight)
         ctx.eps = eps
-        if x.dim() == 3 and not x.is_contiguous() and x.stride(1) == 1:  # (N, C, 1, L) in channels-last, which torch keeps
-            return F.batch_norm(x.unsqueeze(2), mean, var, weight, bias, False, 0.0, eps).squeeze(2)
+        if x.dim() == 3 and not x.is_contiguous() and x.stride(1) == 1 and not torch.compiler.is_compiling():
+            # (N, C, 1, L) in channels-last, which torch keeps; not returned as a view: autograd lets nobody write to one
+            y = F.batch_norm(x.unsqueeze(2), mean, var, weight, bias, False, 0.0, eps).squeeze(2)
+            return y.new_empty(0).set_(y.untyped_storage(), y.storage_offset(), y.shape, y.stride())
         return F.batch_norm(x, mean, var, weight, bias, False, 0.0, eps)
 
     @staticmethod
@@ -142,31 +155,107 @@ class FrozenSyncBatchNorm(FrozenBatchNorm, nn.SyncBatchNorm):
     stock = nn.SyncBatchNorm
 
 
+class FrozenSubclass(FrozenNorm):
+    """A frozen subclass of BatchNorm: its own forward, in evaluation mode. The classes are made by :func:`frozen_class`."""
+
+    def is_lean(self) -> bool:
+        return False
+
+    def __reduce_ex__(self, protocol: Any) -> Any:
+        make, args, *rest = super().__reduce_ex__(protocol)  # type: ignore[misc, str-unpack]
+        if args and args[0] is type(self):
+            return _rebuild, (make, self.stock, *args[1:]), *rest
+        return (make, args, *rest)
+
+
+class FrozenThen(FrozenSubclass):
+    """A frozen subclass whose forward is known: plain BatchNorm and then the submodules ``then``, as far as they are there."""
+
+    then: ClassVar[tuple[str, ...]]
+
+    def is_lean(self) -> bool:
+        return FrozenNorm.is_lean(self)
+
+    def forward(self, input: Tensor) -> Tensor:
+        if not (torch.is_grad_enabled() and self.is_lean()) or plain_ops_only():
+            return self.stock.forward(self, input)
+        y = self._frozen(input)
+        for name in self.then:
+            if (module := self._modules.get(name)) is not None:
+                y = module(y)
+        return y
+
+
+def _rebuild(make: Any, stock: type[_BatchNorm], *args: Any) -> Any:
+    return make(frozen_class(stock), *args)
+
+
 FROZEN_CLASS: dict[type[nn.Module], type[FrozenBatchNorm]] = {
     cls.stock: cls for cls in (FrozenBatchNorm1d, FrozenBatchNorm2d, FrozenBatchNorm3d, FrozenSyncBatchNorm)
 }
+_subclasses: dict[type[nn.Module], type[FrozenSubclass]] = {}
+
+# Subclasses whose forward is known to be BatchNorm and then these submodules, as far as they are there.
+_THEN = {"timm.layers.norm_act.BatchNormAct2d": ("drop", "act")}
+
+
+def frozen_class(kind: type[nn.Module]) -> type[FrozenNorm]:
+    """The frozen form of BatchNorm or of a subclass of it, the same one at every call.
+
+    Raises:
+        TypeError: no class can be derived from ``kind``.
+    """
+    if kind in FROZEN_CLASS:
+        return FROZEN_CLASS[kind]
+    if kind not in _subclasses:
+        then = _THEN.get(f"{kind.__module__}.{kind.__qualname__}")
+        names = {"__module__": kind.__module__, "__qualname__": f"Frozen{kind.__qualname__}", "stock": kind}
+        frozen = FrozenSubclass if then is None else FrozenThen
+        made = type(f"Frozen{kind.__name__}", (frozen, kind), names if then is None else {**names, "then": then})
+        _subclasses.setdefault(kind, made)  # of two threads the first one's
+    return _subclasses[kind]
 
 
 def freeze_bn(bn: nn.Module, lean: bool = False) -> None:
-    """Re-class a stock BatchNorm with running statistics to its frozen form, in place."""
-    mode = bn.training
-    bn.__class__ = FROZEN_CLASS[type(bn)]  # type: ignore[assignment]
-    bn.lean = lean  # type: ignore[assignment]
-    bn.train(mode)
+    """Re-class a BatchNorm for which :func:`why_not_frozen` knows no reason to its frozen form, in place."""
+    bn.__class__ = frozen_class(type(bn))  # type: ignore[assignment]
+    bn.lean, bn.mode_asked_for = lean, bn.training  # type: ignore[assignment]
+    bn.training = False
 
 
-def unfreeze_bn(bn: FrozenBatchNorm) -> None:
-    """Back to the stock class, in the training mode that was last asked for."""
+def unfreeze_bn(bn: FrozenNorm) -> None:
+    """Back to its own class, in the training mode that was last asked for."""
     mode = bn.mode_asked_for
     del bn.mode_asked_for, bn.lean
     bn.__class__ = bn.stock  # type: ignore[assignment]
-    bn.train(mode)
+    bn.training = mode
 
 
 def why_not_frozen(bn: nn.Module) -> str | None:
-    """Why a BatchNorm cannot be frozen (None if it can): a subclass, or one that has no running statistics."""
-    if type(bn) not in FROZEN_CLASS:
-        return f"{type(bn).__name__} is a subclass of BatchNorm, left alone"
+    """Why a BatchNorm cannot be frozen (None if it can): it has no running statistics, or :func:`why_it_moves`."""
     if bn.running_mean is None:
         return "BatchNorm without running statistics cannot be frozen, left alone"
-    return None
+    return why_it_moves(bn)
+
+
+def why_it_moves(bn: nn.Module) -> str | None:
+    """Why ``training = False`` does not freeze a BatchNorm with running statistics, None if it does.
+
+    Stock layers are known. A forward of its own is tried: see :func:`lora_edge.frozen_trial.why_evaluation_moves`.
+    """
+    if isinstance(bn, FrozenNorm) or (type(bn) in FROZEN_CLASS and "forward" not in bn.__dict__):
+        return None
+    try:
+        kind = frozen_class(type(bn))
+    except TypeError as error:
+        return f"no class can be derived from {type(bn).__name__} ({first_line(error)})"
+    return why_evaluation_moves(bn, kind)
+
+
+def unfreezable(model: nn.Module) -> dict[str, str]:
+    """Name of every BatchNorm whose running statistics would move or not be used though it is frozen, and why."""
+    found = {}
+    for name, module in model.named_modules():
+        if isinstance(module, _BatchNorm) and module.running_mean is not None and (why := why_it_moves(module)):
+            found[name] = why
+    return found

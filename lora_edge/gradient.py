@@ -113,6 +113,7 @@ def _gradients(
         attach(layer, suffix, cores[name], backend="torch" if wanted == "suffix" else backend)  # no kernel has that gradient
         layer.core.requires_grad_(wanted == "core")
         layer.suffix.requires_grad_(wanted == "suffix")
+        layer.trains_suffix = wanted == "suffix"
         layers[name] = layer
     for _, norm in calibration.batch_norms(twin):
         if frozen_bn.why_not_frozen(norm) is None:

@@ -23,6 +23,7 @@ from torch.autograd.function import once_differentiable
 from lora_edge.ops import tt_block
 from lora_edge.ops.activation import Activation, activate
 from lora_edge.ops.padding import pad
+from lora_edge.ops.transforms import plain_ops_only
 
 
 class LeanLayer(nn.Module):
@@ -40,12 +41,12 @@ class LeanActivation(LeanLayer):
         """The activation by name and numbers."""
         raise NotImplementedError
 
-    def forward(self, x: Tensor) -> Tensor:
-        if not (torch.is_grad_enabled() and x.requires_grad):
-            return self.stock.forward(self, x)
-        if self.inplace and x._is_view():  # autograd takes no custom in-place function on a view
-            return self.stock.forward(self, x)
-        return activate(x, self.activation(), self.inplace)
+    def forward(self, input: Tensor) -> Tensor:
+        if not (torch.is_grad_enabled() and input.requires_grad) or plain_ops_only():
+            return self.stock.forward(self, input)
+        if self.inplace and input._is_view():  # autograd takes no custom in-place function on a view
+            return self.stock.forward(self, input)
+        return activate(input, self.activation(), self.inplace)
 
 
 class LeanReLU(LeanActivation, nn.ReLU):
@@ -96,17 +97,17 @@ class LeanHardsigmoid(LeanActivation, nn.Hardsigmoid):
 class LeanMaxPool(LeanLayer):
     """A max-pool that saves the place in the window, one byte an element of its output."""
 
-    def forward(self, x: Tensor) -> Tensor:
-        if not (torch.is_grad_enabled() and x.requires_grad):
-            return self.stock.forward(self, x)
+    def forward(self, input: Tensor) -> Tensor:
+        if not (torch.is_grad_enabled() and input.requires_grad) or plain_ops_only():
+            return self.stock.forward(self, input)
         dims = int(self.stock.__name__[-2])
         kernel, stride, padding, dilation = (
             _each(n, dims) for n in (self.kernel_size, self.stride, self.padding, self.dilation)
         )
         window = _Window(kernel, stride, padding, dilation, bool(self.ceil_mode))
-        if x.dim() == dims + 1:
-            return _MaxPool.apply(x.unsqueeze(0), window).squeeze(0)
-        return _MaxPool.apply(x, window)
+        if input.dim() == dims + 1:
+            return _MaxPool.apply(input.unsqueeze(0), window).squeeze(0)
+        return _MaxPool.apply(input, window)
 
 
 class LeanMaxPool1d(LeanMaxPool, nn.MaxPool1d):
@@ -185,12 +186,12 @@ class LeanDropout(LeanLayer, nn.Dropout):
 
     stock = nn.Dropout
 
-    def forward(self, x: Tensor) -> Tensor:
-        wants_gradient = torch.is_grad_enabled() and x.requires_grad
-        is_captured = x.is_cuda and torch.cuda.is_current_stream_capturing()
-        if not self.training or self.p == 0.0 or not wants_gradient or is_captured:
-            return F.dropout(x, self.p, self.training, self.inplace)
-        return _Dropout.apply(x, self.p, int(torch.randint(2**62, ()).item()))
+    def forward(self, input: Tensor) -> Tensor:
+        wants_gradient = torch.is_grad_enabled() and input.requires_grad
+        is_captured = input.is_cuda and torch.cuda.is_current_stream_capturing()
+        if not self.training or self.p == 0.0 or not wants_gradient or is_captured or plain_ops_only():
+            return F.dropout(input, self.p, self.training, self.inplace)
+        return _Dropout.apply(input, self.p, int(torch.randint(2**62, ()).item()))
 
 
 class _Dropout(torch.autograd.Function):
@@ -218,20 +219,21 @@ class LeanConv(LeanLayer, nn.modules.conv._ConvNd):
 
     backend: str = "auto"  # what its op is called with
 
-    def forward(self, x: Tensor) -> Tensor:
+    def forward(self, input: Tensor) -> Tensor:
         if (
-            not (torch.is_grad_enabled() and x.requires_grad)
+            not (torch.is_grad_enabled() and input.requires_grad)
             or self.weight.requires_grad
-            or x.dim() != self.weight.dim()
-            or x.dtype != self.weight.dtype
-            or torch.is_autocast_enabled(x.device.type)
+            or input.dim() != self.weight.dim()
+            or input.dtype != self.weight.dtype
+            or torch.is_autocast_enabled(input.device.type)
+            or plain_ops_only()
         ):
-            return self.stock.forward(self, x)
+            return self.stock.forward(self, input)
         padding: Any = self.padding
         if self.padding_mode != "zeros":
-            x, padding = pad(x, self._reversed_padding_repeated_twice, self.padding_mode), 0
+            input, padding = pad(input, self._reversed_padding_repeated_twice, self.padding_mode), 0
         fixed = (self.stride, padding, self.dilation, self.groups)
-        return tt_block(x, self.weight, None, None, self.bias, *fixed, backend=self.backend)
+        return tt_block(input, self.weight, None, None, self.bias, *fixed, backend=self.backend)
 
 
 class LeanConv1d(LeanConv, nn.Conv1d):

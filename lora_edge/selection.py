@@ -15,14 +15,22 @@ from torch.nn.modules.conv import _ConvNd
 
 from lora_edge import lean
 from lora_edge.find import refuse_adapted
-from lora_edge.frozen_bn import why_not_frozen
+from lora_edge.frozen_bn import unfreezable, why_not_frozen
 from lora_edge.layers import ADAPTED_CLASS
 from lora_edge.samples import few_inputs
 from lora_edge.training_flags import in_evaluation
 
 
-def select(model: nn.Module, targets: Sequence[str] | str | None, exclude: Sequence[str] | str | None) -> list[str]:
-    """Names of the convolutions that ``targets`` and ``exclude`` choose, in registration order."""
+def select(
+    model: nn.Module,
+    targets: Sequence[str] | str | None,
+    exclude: Sequence[str] | str | None,
+    bn: str = "batch",
+) -> list[str]:
+    """Names of the convolutions that ``targets`` and ``exclude`` choose, in registration order.
+
+    With ``bn="frozen"`` a BatchNorm that cannot be frozen is refused unless ``exclude`` names it.
+    """
     if not isinstance(model, nn.Module):
         raise TypeError(f"adapt: model is a {type(model).__name__}; give a torch.nn.Module")
     refuse_adapted(model)
@@ -30,7 +38,11 @@ def select(model: nn.Module, targets: Sequence[str] | str | None, exclude: Seque
     if not names:
         raise ValueError("the model has no nn.Conv1d, nn.Conv2d or nn.Conv3d; there is nothing to adapt")
     chosen = names if targets is None else _match("targets", targets, names)
-    left_out = [] if exclude is None else _match("exclude", exclude, names)
+    loose = unfreezable(model) if bn == "frozen" else {}
+    left_out = [] if exclude is None else _match("exclude", exclude, [*names, *loose])
+    for name, why in loose.items():
+        if name not in left_out:
+            raise ValueError(f'{name}: {why}; put {name!r} in exclude to leave it as it is, or use bn="batch"')
     chosen = [name for name in chosen if name not in left_out]
     if not chosen:
         raise ValueError(f"exclude={exclude!r} leaves no convolution to adapt; exclude fewer")

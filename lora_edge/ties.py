@@ -57,7 +57,7 @@ def share(layers: list[LoRAEdgeConv]) -> None:
     """Let layers that hold one weight have the first one's core and suffix."""
     first = layers[0]
     for layer in layers[1:]:
-        layer.core, layer.suffix = first.core, first.suffix
+        layer._parameters.update(core=first.core, suffix=first.suffix)
 
 
 def _place(weight: Tensor) -> tuple[object, ...]:

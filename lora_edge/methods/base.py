@@ -61,7 +61,7 @@ def freeze_backbone(model: nn.Module) -> None:
 def unfreeze_backbone(model: nn.Module) -> nn.Module:
     """Undo :func:`freeze_backbone` on the BatchNorm layers, whose statistics stay; every parameter is trainable again."""
     for module in list(model.modules()):
-        if isinstance(module, frozen_bn.FrozenBatchNorm):
+        if isinstance(module, frozen_bn.FrozenNorm):
             calibration.forget_statistics(module)
             frozen_bn.unfreeze_bn(module)
     return model.requires_grad_(True)
@@ -135,7 +135,7 @@ def trained_state(model: nn.Module) -> dict[str, Tensor]:
         start = f"{prefix}." if prefix else ""
         if isinstance(module, LoRAEdgeConv):
             own.add(f"{start}suffix")
-        is_frozen = isinstance(module, frozen_bn.FrozenBatchNorm) and not calibration.base_statistics(module)
+        is_frozen = isinstance(module, frozen_bn.FrozenNorm) and not calibration.base_statistics(module)
         if isinstance(module, _BatchNorm) and not is_frozen:
             own.update(f"{start}{name}" for name in calibration.STATISTICS)
     return {name: value.detach().clone() for name, value in model.state_dict().items() if name in own}
