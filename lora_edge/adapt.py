@@ -26,7 +26,7 @@ from lora_edge.find import (
 )
 from lora_edge.finite import check_finite, check_variances
 from lora_edge.guarded import guard, unguard
-from lora_edge.idle import warn_of_idle_cores
+from lora_edge.idle import end_watch, warn_of_idle_cores, watch
 from lora_edge.layers import (
     ADAPTED_CLASS,
     LoRAEdgeConv,
@@ -251,6 +251,7 @@ def install(
     guard(model)
     state.load_hook = model.register_load_state_dict_post_hook(_after_load_state_dict)
     model._lora_edge = state  # type: ignore[assignment]
+    watch(model, state, adapted_layers(model))
     return model
 
 
@@ -297,6 +298,7 @@ def merge(model: nn.Module) -> nn.Module:
 def _merge(one: Adapted, updated: dict[LoRAEdgeConv, Tensor]) -> None:
     model, state = one.model, one.state
     unguard(model)
+    end_watch(model)
     bake(model)
     with torch.no_grad():
         set_weights(updated)  # type: ignore[arg-type]

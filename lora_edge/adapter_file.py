@@ -28,6 +28,7 @@ from torch import Tensor, nn
 from lora_edge import calibration
 from lora_edge.adapt import LayerPlan, install
 from lora_edge.base_state import (
+    back_to_base,
     base_state,
     changes,
     fingerprint,
@@ -209,7 +210,7 @@ def load_adapter(model: nn.Module, path: PathLike) -> nn.Module:
         )
         state.subspace = adapter.options.get("subspace", "weight")
         state.replaced = sorted({*state.replaced, *adapter.replaced()})
-        set_values(model, state.base_values)  # what another adapter moved
+        back_to_base(model, state)  # what another adapter moved
         with torch.no_grad():
             for name, layer in layers.items():
                 frozen = adapter.frozen(name)

@@ -8,6 +8,7 @@ trained may change and is saved with the adapter; a frozen weight that changes i
 
 from __future__ import annotations
 
+import ctypes
 import hashlib
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
@@ -69,9 +70,10 @@ def base_state(model: nn.Module) -> dict[str, Tensor]:
         for key, value in calibration.base_statistics(module).items():
             state[join(name, key)] = value
     adapted = adapt_state(model)
-    if adapted is not None:
-        state.update(adapted.base_values)
-    return state
+    if adapted is None:
+        return state
+    known = adapted.digests.keys() or state.keys()  # what came since, such as a buffer that was None, is not the base's
+    return {name: value for name, value in {**state, **adapted.base_values}.items() if name in known}
 
 
 def remember(model: nn.Module, state: AdaptState, keep: Iterable[str] = ()) -> None:
@@ -132,7 +134,11 @@ def changes(model: nn.Module, state: AdaptState) -> Changes:
         if not (may_move or name in trained or name in state.base_values):
             raise RuntimeError(f"{_how(name, value, was)}; keep it frozen, or merge and save the whole model")
         found.values[name] = value
-        if name not in state.base_values:
+        if name not in state.base_values and not (may_move and was is None):  # a buffer that the base did not have was None
+            found.unknown.append(name)
+    strange = {name.rpartition(".")[0] for name in found.unknown}  # modules that were put in since, or trained whole
+    for name in found.values:
+        if name not in found.unknown and name not in buffers and name.rpartition(".")[0] in strange:
             found.unknown.append(name)
     found.gone = [name for name in state.digests if name not in own]
     for name in found.gone:
@@ -151,9 +157,13 @@ def on_base_values(model: nn.Module, state: AdaptState) -> Iterator[None]:
     """
     _check_known(model, state)
     buffers: dict[tuple[int, str], tuple[nn.Module, Tensor | None]] = {}
+    absent = _absent_buffers(model, state)
     parameters: dict[int, tuple[nn.Parameter, Tensor]] = {}
     modules = dict(model.named_modules(remove_duplicate=False))
     try:
+        for module, key in absent:
+            buffers[id(module), key] = (module, module._buffers[key])
+            module._buffers[key] = None
         for name, base in state.base_values.items():
             prefix, _, key = name.rpartition(".")
             module = modules.get(prefix)
@@ -177,6 +187,13 @@ def on_base_values(model: nn.Module, state: AdaptState) -> Iterator[None]:
             module._buffers[key] = current
         for parameter, data in parameters.values():
             parameter.data = data
+
+
+def back_to_base(model: nn.Module, state: AdaptState) -> None:
+    """Give everything that moved its base value, as far as it is kept."""
+    for module, key in _absent_buffers(model, state):
+        module._buffers[key] = None
+    set_values(model, state.base_values)
 
 
 def set_values(model: nn.Module, values: dict[str, Tensor]) -> None:
@@ -252,6 +269,18 @@ def _owner_stays(model: nn.Module, name: str, state: AdaptState) -> bool:
     return prefix == "" or any(other.startswith(f"{prefix}.") for other in state.digests)
 
 
+def _absent_buffers(model: nn.Module, state: AdaptState) -> list[tuple[nn.Module, str]]:
+    """The buffers that were None in the base, whatever they are now."""
+    if not state.digests:
+        return []
+    return [
+        (module, key)
+        for prefix, module in model.named_modules()
+        for key in module._buffers
+        if key not in module._non_persistent_buffers_set and join(prefix, key) not in state.digests
+    ]
+
+
 def _check_known(model: nn.Module, state: AdaptState) -> None:
     """Raise RuntimeError if something moved whose base value is not kept; cheap where there are no large buffers."""
     cores = {id(m.core) for m in model.modules() if isinstance(m, LoRAEdgeConv)}
@@ -293,7 +322,8 @@ def _update(digest: hashlib._Hash, start: str, value: Tensor) -> None:
         value = value.to_dense()
     value = value.resolve_conj().resolve_neg().cpu().contiguous()
     digest.update(f"{start}{value.dtype} {tuple(value.shape)}\n".encode())
-    digest.update(value.flatten().view(torch.uint8).numpy())  # type: ignore[arg-type]
+    if value.numel():  # Tensor.numpy would make the storage one that cannot be resized, which observers do
+        digest.update((ctypes.c_char * value.nbytes).from_address(value.data_ptr()))
 
 
 def _equal(tensor: Tensor, base: Tensor) -> bool:

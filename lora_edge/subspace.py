@@ -44,7 +44,8 @@ def weight_suffix(weight: Tensor, rank: int, scaling: str = "balanced") -> list[
     if not bool(live.all()):
         cores = _filled(cores, live, rank)
     norm = common_norm(exact, cores[0].shape[0])
-    cores = balance(cores, norm, torch.ones_like(live) if scaling == "balanced" else ~live)
+    every = scaling == "balanced" or _is_zero(exact)
+    cores = balance(cores, norm, torch.ones_like(live) if every else ~live)
     dtype = torch.float64 if weight.dtype == torch.float64 else torch.float32
     return [core.to(dtype) for core in cores]
 
@@ -134,8 +135,12 @@ def common_norm(weight: Tensor, rank: int) -> float:
     subspace at ``|W|^2 / (2 O r1)`` of its rate, so there a rate does not carry over from layer to layer and rank to rank.
     """
     filter_norm = float(weight.norm()) / weight.shape[0] ** 0.5
-    is_zero = filter_norm < torch.finfo(torch.float32).eps * FRESH_NORM
-    return (FRESH_NORM if is_zero else filter_norm) / (2 * rank) ** 0.5
+    return (FRESH_NORM if _is_zero(weight) else filter_norm) / (2 * rank) ** 0.5
+
+
+def _is_zero(weight: Tensor) -> bool:
+    """Whether a kernel is zero to float32 precision, beside one that torch initialises."""
+    return float(weight.norm()) < torch.finfo(torch.float32).eps * FRESH_NORM * weight.shape[0] ** 0.5
 
 
 def balance(cores: list[Tensor], norm: float, which: Tensor) -> list[Tensor]:
