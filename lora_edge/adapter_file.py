@@ -325,7 +325,7 @@ def _check_ties(layers: dict[str, LoRAEdgeConv], adapter: Adapter, path: PathLik
     by_core: dict[int, str] = {}
     for name, layer in layers.items():
         first = by_core.setdefault(id(layer.core), name)
-        if not torch.equal(adapter.tensors[f"{first}.core"], adapter.tensors[f"{name}.core"]):
+        if first != name and not torch.equal(adapter.tensors[f"{first}.core"], adapter.tensors[f"{name}.core"]):
             raise ValueError(f"{path}: {first} and {name} share one weight in this model, but have an update each in the file")
 
 

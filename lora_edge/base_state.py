@@ -3,13 +3,15 @@
 Every tensor of the base's state dict has a digest. Those that may move in training have a copy on the CPU too, because
 ``disabled`` and the fingerprint need their base values: buffers of up to ``COPY_BYTES`` (statistics, counters, a spectral
 norm's vectors), one-dimensional parameters (BatchNorm's scale and shift, biases) and the trained head. What has a copy or is
-trained may change and is saved with the adapter; a frozen weight that changes is refused by name.
+trained may change and is saved with the adapter; a frozen weight that changes is refused by name, unless it moved by rounding
+alone (:mod:`lora_edge.sketch`), for which the base's value is right.
 """
 
 from __future__ import annotations
 
 import ctypes
 import hashlib
+import warnings
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
@@ -22,6 +24,7 @@ from lora_edge.find import AdaptState, adapt_state
 from lora_edge.frozen_bn import FrozenNorm
 from lora_edge.layers import LoRAEdgeConv
 from lora_edge.reparametrised import added_tensors
+from lora_edge.sketch import moved_by_rounding, sketch
 
 COPY_BYTES = 64 * 1024  # of a buffer; a larger one, such as a memory bank, has its digest alone
 
@@ -90,6 +93,11 @@ def remember(model: nn.Module, state: AdaptState, keep: Iterable[str] = ()) -> N
         for name, value in base.items()
         if name in keep or (value.nbytes <= COPY_BYTES if name in buffers else value.dim() <= 1)
     }
+    state.sketches = {
+        name: sketch(value)
+        for name, value in base.items()
+        if name not in buffers and name not in state.base_values and value.is_floating_point() and value.layout == torch.strided
+    }
     state.fingerprint = fingerprint_state(base)
 
 
@@ -123,6 +131,7 @@ def changes(model: nn.Module, state: AdaptState) -> Changes:
         RuntimeError: a frozen tensor was changed; says which. Only what may change is in the result.
     """
     found = Changes()
+    rounded: list[str] = []
     own = _own_state(model)
     trained = {name for name, p in model.named_parameters(remove_duplicate=False) if p.requires_grad}
     buffers = {name for name, _ in model.named_buffers(remove_duplicate=False)}
@@ -132,10 +141,20 @@ def changes(model: nn.Module, state: AdaptState) -> Changes:
             continue
         may_move = name in buffers and (was is not None or _owner_stays(model, name, state))
         if not (may_move or name in trained or name in state.base_values):
+            if was is not None and _is_rounding(value, was, state.sketches.get(name)):
+                rounded.append(name)  # the base's value stands for it
+                continue
             raise RuntimeError(f"{_how(name, value, was)}; keep it frozen, or merge and save the whole model")
         found.values[name] = value
         if name not in state.base_values and not (may_move and was is None):  # a buffer that the base did not have was None
             found.unknown.append(name)
+    if rounded:
+        warnings.warn(
+            f"{len(rounded)} frozen tensors, such as {rounded[0]}, moved by rounding, as in an average of the weights; the "
+            "adapter belongs to the base's own values",
+            UserWarning,
+            stacklevel=3,
+        )
     strange = {name.rpartition(".")[0] for name in found.unknown}  # modules that were put in since, or trained whole
     for name in found.values:
         if name not in found.unknown and name not in buffers and name.rpartition(".")[0] in strange:
@@ -161,9 +180,9 @@ def on_base_values(model: nn.Module, state: AdaptState) -> Iterator[None]:
     parameters: dict[int, tuple[nn.Parameter, Tensor]] = {}
     modules = dict(model.named_modules(remove_duplicate=False))
     try:
-        for module, key in absent:
-            buffers[id(module), key] = (module, module._buffers[key])
-            module._buffers[key] = None
+        for owner, key in absent:
+            buffers[id(owner), key] = (owner, owner._buffers[key])
+            owner._buffers[key] = None
         for name, base in state.base_values.items():
             prefix, _, key = name.rpartition(".")
             module = modules.get(prefix)
@@ -267,6 +286,11 @@ def _owner_stays(model: nn.Module, name: str, state: AdaptState) -> bool:
     """Whether a buffer that the base did not have belongs to a module of the base: it was None then."""
     prefix = name.rpartition(".")[0]
     return prefix == "" or any(other.startswith(f"{prefix}.") for other in state.digests)
+
+
+def _is_rounding(value: Tensor, was: str, sketched: Tensor | None) -> bool:
+    same_form = was.startswith(f"{value.dtype} {tuple(value.shape)} ")
+    return same_form and sketched is not None and moved_by_rounding(value, sketched)
 
 
 def _absent_buffers(model: nn.Module, state: AdaptState) -> list[tuple[nn.Module, str]]:

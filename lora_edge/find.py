@@ -20,8 +20,8 @@ from lora_edge.reparametrised import reparametrised_layers
 class AdaptState:
     """What ``adapt`` remembers on the model: plain data, so that it survives deepcopy and pickle.
 
-    ``digests`` has one entry per tensor of the base's state dict, ``base_values`` copies on the CPU of those that may move;
-    see :mod:`lora_edge.base_state`.
+    ``digests`` has one entry per tensor of the base's state dict, ``base_values`` copies on the CPU of those that may move,
+    ``sketches`` a few numbers of each of the others; see :mod:`lora_edge.base_state`.
     """
 
     bn: str
@@ -33,6 +33,7 @@ class AdaptState:
     subspace: str = "weight"
     base_values: dict[str, Tensor] = field(default_factory=dict)
     digests: dict[str, str] = field(default_factory=dict)
+    sketches: dict[str, Tensor] = field(default_factory=dict)
     replaced: list[str] = field(default_factory=list)
     frozen_norms: list[str] = field(default_factory=list)
     idle_was_said: bool = False

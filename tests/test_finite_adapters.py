@@ -22,9 +22,17 @@ def poison(tensor: torch.Tensor, value: float) -> None:
         tensor.reshape(-1)[0] = value
 
 
+def overflow(model: nn.Module) -> None:
+    model.depthwise.core.data.fill_(3e38)
+    model.depthwise.scale = 1e3
+
+
 BAD = {
     "core": (lambda m: poison(m.stem.core, float("nan")), r"stem\.(core|weight) holds NaN or infinity"),
-    "overflow": (lambda m: m.depthwise.core.data.fill_(3e38), r"depthwise\.(core|weight) holds NaN or infinity"),
+    "overflow": (
+        lambda m: [m.depthwise.core.data.fill_(3e38), setattr(m.depthwise, "scale", 1e3)],
+        r"depthwise\.(core|weight) holds NaN or infinity",
+    ),
     "head": (lambda m: poison(m.fc.bias, float("inf")), r"fc\.bias holds NaN or infinity"),
     "variance": (lambda m: poison(m.norm.running_var, -1.0), r"norm\.running_var holds a negative variance"),
     "mean": (lambda m: poison(m.bn.running_mean, float("nan")), r"(statistics|bn\.running_mean) holds NaN or infinity"),
@@ -90,7 +98,7 @@ def test_load_and_merge_state_refuse(tmp_path, key, value, text):
             lora_edge.load_adapter(target, tmp_path / "b")
         assert "\n" not in str(caught.value)
         assert_same(before, snapshot(target))
-    with pytest.raises(ValueError, match="holds NaN or infinity|negative variance") as caught:
+    with pytest.raises(ValueError, match=r"holds NaN or infinity|negative variance") as caught:
         merge_state(base.state_dict(), read_adapter(tmp_path / "b"), "b")
     assert "\n" not in str(caught.value)
 
