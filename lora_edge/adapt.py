@@ -166,7 +166,7 @@ def adapt(
             check_adaptable(model.get_submodule(name))  # type: ignore[arg-type]
     groups = tied_groups(model, names)
     if batches is not None:
-        batches = _few(batches)  # it may be an iterator, and is gone through more than once
+        batches = _few(batches, model)  # it may be an iterator, and is gone through more than once
     head: str | None = None
     if isinstance(train_head, str):
         head = named_head(model, train_head, names)
@@ -416,9 +416,12 @@ def _computed(one: Adapted) -> dict[str, Tensor]:
     return {f"{name}.weight": m.weight.detach() for name, m in one.model.named_modules() if m in convs}  # type: ignore[operator, union-attr]
 
 
-def _few(batches: Iterable[Any]) -> list[Any]:
+def _few(batches: Iterable[Any], model: nn.Module) -> list[Any]:
+    """The first few batches; what is drawn for them leaves torch's generator as it was."""
+    device = next(model.parameters()).device
     try:
-        return list(itertools.islice(iter(batches), MOST_BATCHES))
+        with torch.random.fork_rng([device] if device.type == "cuda" else []):
+            return list(itertools.islice(iter(batches), MOST_BATCHES))
     except TypeError as error:
         raise TypeError(f"batches is a {type(batches).__name__} ({error}); give an iterable of batches") from None
 
