@@ -188,7 +188,7 @@ def test_shared_module_is_adapted_once_and_keeps_both_names():
     assert set(lora_edge.merge(model).state_dict()) == keys
 
 
-def test_layers_that_share_a_weight_merge_into_a_weight_each():
+def test_layers_that_share_a_weight_share_it_after_merge_too():
     model = nn.Sequential(nn.Conv1d(4, 4, 3, padding=1), nn.ReLU(), nn.Conv1d(4, 4, 3, padding=1))
     model[2].weight = model[0].weight
     x = torch.randn(2, 4, 9)
@@ -196,6 +196,7 @@ def test_layers_that_share_a_weight_merge_into_a_weight_each():
     train(model, x, list(lora_edge.trainable_parameters(model)))
     y = output(model, x)
     torch.testing.assert_close(output(lora_edge.merge(model), x), y)
+    assert model[2].weight is model[0].weight
 
 
 def test_a_convolution_as_the_whole_model():
