@@ -17,6 +17,7 @@ from lora_edge import lean
 from lora_edge.find import refuse_adapted
 from lora_edge.frozen_bn import unfreezable, why_not_frozen
 from lora_edge.layers import ADAPTED_CLASS
+from lora_edge.nn.head import classifier
 from lora_edge.samples import few_inputs
 from lora_edge.training_flags import in_evaluation
 
@@ -50,11 +51,13 @@ def select(
 
 
 def find_head(model: nn.Module, batches: Iterable[Any] | None = None) -> str:
-    """Name of the classifier, as far as it can be told: the last ``nn.Linear``.
+    """Name of the classifier, as far as it can be told: the last ``nn.Linear`` on the forward's way to the output.
 
     Args:
-        batches: inputs, of which one runs through a copy of the model without gradients: the last linear layer that ran is
-            taken, of those whose output has the model's classes where there are any. Without them it is the last registered.
+        batches: inputs. The way is read off the forward's source where that can be followed; where it can't, one of the
+            batches runs through a copy of the model without gradients, and the last linear layer that ran is taken, of those
+            whose output has the model's classes where there are any. Where there are no batches either, it is the last
+            registered.
 
     Raises:
         ValueError: there is no ``nn.Linear``, or the model does not take the batch.
@@ -62,7 +65,12 @@ def find_head(model: nn.Module, batches: Iterable[Any] | None = None) -> str:
     linears = [name for name, module in model.named_modules() if _is_linear(module)]
     if not linears:
         raise ValueError("train_head=True, but the model has no nn.Linear; use train_head=False, or name the head")
-    if batches is None or len(linears) == 1:
+    if len(linears) == 1:
+        return linears[0]
+    dims = next((module.weight.dim() for module in model.modules() if isinstance(module, _ConvNd)), 2)
+    if (found := classifier(model, dims)) is not None:
+        return found
+    if batches is None:
         return linears[-1]
     return _last_that_ran(model, linears, batches) or linears[-1]
 
