@@ -11,6 +11,7 @@ from collections.abc import Callable
 from typing import Any, TypeVar
 
 import torch
+from torch.autograd import forward_ad as _forward_ad
 from torch.nn.modules import module as _module
 
 _Function = TypeVar("_Function", bound=Callable[..., Any])
@@ -27,6 +28,7 @@ _GLOBAL_HOOKS = (
 )
 
 _cudnn_conv: Any = getattr(torch.backends.cudnn, "conv", None)  # since torch 2.9
+_transforms_active: Callable[[], bool] = getattr(torch._C, "_are_functorch_transforms_active", lambda: False)
 
 
 def has_any_global_hook() -> bool:
@@ -46,6 +48,15 @@ def convolutions_run_in_tf32() -> bool:
     which newer versions refuse to read where the two disagree.
     """
     return bool(torch.backends.cudnn.allow_tf32) if _cudnn_conv is None else _cudnn_conv.fp32_precision == "tf32"
+
+
+def is_transformed() -> bool:
+    """Whether a transform of ``torch.func`` or forward-mode AD is active in this thread.
+
+    ``torch._C._are_functorch_transforms_active``, which ``torch.autograd.Function.apply`` asks itself, and
+    ``torch.autograd.forward_ad._current_level`` are 2.0 or older. Without them no transform is ever seen.
+    """
+    return _transforms_active() or getattr(_forward_ad, "_current_level", -1) >= 0
 
 
 def constant_when_traced(function: _Function) -> _Function:

@@ -209,6 +209,21 @@ def test_the_stream_is_asked_for_publicly_without_the_private_function(monkeypat
     assert torch_private.current_stream_reader()(1) == 8
 
 
+def test_transforms_are_seen():
+    def f(x):
+        seen.append(torch_private.is_transformed())
+        return x * x
+
+    seen, x = [], torch.ones(2)
+    torch.func.vmap(f)(x)
+    torch.func.grad(lambda x: f(x).sum())(x)
+    torch.func.jvp(f, (x,), (x,))
+    with torch.autograd.forward_ad.dual_level():
+        f(x)
+    f(x)
+    assert seen == [True, True, True, True, False]
+
+
 def test_constant_when_traced_is_what_torch_marks():
     def ours(): ...
     def theirs(): ...

@@ -4,8 +4,8 @@
     newest     the newest torch that pip installs here, in a virtual environment of its own (a CUDA build takes 5.5 GB)
     pinned     the torch of .venv, with the same tests
 
-What is installed lies in build/compat and is kept. The extension is compiled once per Python: it does not link torch. Writes
-a row each to benchmarks/results/compat.csv, in place of the last one of its name, and fails where a test does.
+What is installed lies in build/compat and is kept. The extension is compiled once per Python: it does not link torch. Writes a
+row each to benchmarks/results/compat.csv, in place of the last one of its name, and fails where a test does.
 """
 
 from __future__ import annotations
