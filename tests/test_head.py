@@ -143,3 +143,25 @@ def test_odd_heads_leave_the_model_as_it_was(head, options, error, text):
 def test_without_batches_it_is_the_last_one_registered():
     assert lora_edge.summary(lora_edge.adapt(network("2-D")[0], 2, train_head=True)).heads == ["fc"]
     assert lora_edge.summary(lora_edge.adapt(network("2-D")[0], 2)).heads == []
+
+
+class Gated(nn.Module):
+    """A classifier and a gate that is registered behind it."""
+
+    def __init__(self, form: str) -> None:
+        super().__init__()
+        self.conv, self.fc, self.gate, self.form = nn.Conv1d(3, 8, 3), nn.Linear(8, 4), nn.Linear(8, 4), form
+
+    def forward(self, x):
+        features = self.conv(x).relu().mean(-1)
+        if self.form == "before":
+            return self.fc(features * torch.sigmoid(self.gate(features)).repeat(1, 2))
+        gate = torch.sigmoid(self.gate(features))
+        return self.fc(features) * gate if self.form == "right" else gate * self.fc(features)
+
+
+@pytest.mark.parametrize("form", ["before", "right", "left"])
+def test_a_gate_registered_behind_the_classifier_is_passed_by(form):
+    model = lora_edge.adapt(Gated(form), 2, train_head=True)
+    assert model.fc.weight.requires_grad
+    assert not model.gate.weight.requires_grad
