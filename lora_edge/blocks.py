@@ -351,7 +351,7 @@ def _finish(module: nn.Module, evaluator: Evaluator) -> Plan:
     Layout(evaluator.graph, modules, fused_block).run()
     evaluator.graph.lint()
     code = evaluator.graph.python_code("self")
-    scope = dict(code.globals)
+    scope = {**code.globals, "__name__": __name__}
     exec(code.src, scope)
     layer = next((m for m in module.modules() if isinstance(m, LoRAEdgeConv)), None)
     return Plan(scope["forward"], evaluator.guards.fix(), blocks, reasons, fuser.activations, layer)

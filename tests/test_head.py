@@ -145,7 +145,7 @@ def test_without_batches_it_is_the_last_one_registered():
     assert lora_edge.summary(lora_edge.adapt(network("2-D")[0], 2)).heads == []
 
 
-class Gated(nn.Module):
+class GatedBehind(nn.Module):
     """A classifier and a gate that is registered behind it."""
 
     def __init__(self, form: str) -> None:
@@ -162,6 +162,6 @@ class Gated(nn.Module):
 
 @pytest.mark.parametrize("form", ["before", "right", "left"])
 def test_a_gate_registered_behind_the_classifier_is_passed_by(form):
-    model = lora_edge.adapt(Gated(form), 2, train_head=True)
+    model = lora_edge.adapt(GatedBehind(form), 2, train_head=True)
     assert model.fc.weight.requires_grad
     assert not model.gate.weight.requires_grad
