@@ -1,4 +1,4 @@
-"""Tensors as compiled code takes them: near enough to count in 32 bits, parameters dense, addresses and strides as ints."""
+"""Tensors as compiled code takes them: near enough to count in 32 bits, parameters dense, places and strides as ints."""
 
 from __future__ import annotations
 
@@ -25,9 +25,22 @@ def channels_last(x: Tensor) -> Tensor:
     return x if x.shape[1] == 1 or x.stride(1) == 1 else x.movedim(1, -1).contiguous().movedim(-1, 1)
 
 
-def address(tensor: Tensor | None) -> int:
-    """Where the data begin, 0 for None."""
-    return 0 if tensor is None else tensor.data_ptr()
+Place = tuple[int, int]
+NOWHERE: Place = (0, 0)  # of None
+
+
+def place(tensor: Tensor | None) -> Place:
+    """Where the data of a dense tensor begin and their bytes, zeros for None."""
+    return NOWHERE if tensor is None else (tensor.data_ptr(), tensor.nbytes)
+
+
+def place_of_view(tensor: Tensor | None) -> Place:
+    """Where the data of a tensor of any strides begin, and the bytes from there to the end of its storage; zeros for None."""
+    if tensor is None:
+        return NOWHERE
+    begin = tensor.data_ptr()
+    storage = tensor.untyped_storage()
+    return begin, storage.data_ptr() + storage.nbytes() - begin
 
 
 def strides(tensor: Tensor | None) -> tuple[int, ...]:
