@@ -1,6 +1,6 @@
 # `make demo` runs the main job, `make test` the tests, `make test-all` every case in Triton's interpreter too, `make check` the
 # linters, `make mutate` the test of the kernels' tests, `make sanitize` the CPU engine's tests under the address and
-# undefined-behaviour sanitizers, `make results` writes the README's results from the study's rows. Each does its own set-up.
+# undefined-behaviour sanitizers, `make test-isa` the numerics on every instruction set of this processor, `make results` writes the README's results from the study's rows. Each does its own set-up.
 #
 # The virtual environment reuses a torch that python3 already has (as on a Jetson) and never replaces it; without one it
 # installs $(TORCH).
@@ -15,7 +15,7 @@ export LORA_EDGE_CUDA ?= $(if $(wildcard /dev/nvidiactl /dev/nvmap /dev/dxg),,0)
 BIN := $(VENV)/bin
 PIP := $(BIN)/python -m pip --disable-pip-version-check -q
 
-.PHONY: demo test test-all check mutate sanitize results clean
+.PHONY: demo test test-all test-isa check mutate sanitize results clean
 .DELETE_ON_ERROR:
 
 demo: $(VENV)/har
@@ -26,6 +26,11 @@ test: $(VENV)/test
 
 test-all: $(VENV)/test
 	LORA_EDGE_TEST_ALL=1 $(BIN)/python -m pytest
+
+# The whole suite instead of what computes: make test-isa TESTS=tests
+TESTS ?=
+test-isa: $(VENV)/test
+	$(BIN)/python tests/isa.py $(TESTS)
 
 check: $(VENV)/check
 	$(BIN)/ruff check .

@@ -66,7 +66,7 @@ def fields():
     ],
 )
 def test_a_plan_names_the_size_that_is_too_large(fields, change, text):
-    with pytest.raises(ValueError, match="^Plan: ") as raised:
+    with pytest.raises(ValueError, match=r"^Plan: ") as raised:
         _extension.load().Plan(**fields | change)
     assert str(raised.value).startswith(f"Plan: {text}")
     assert "\n" not in str(raised.value)

@@ -182,7 +182,11 @@ def test_a_wide_layer_whose_inputs_have_a_low_rank():
     values, vectors = torch.linalg.eigh(covariances(model, mixed)["0"])
     torch.testing.assert_close(found[:3].square().sum(dim=1), values.flip(0)[:3])
     assert largest_angle(vectors.flip(1)[:, :3].T, right_directions(found, 3)) <= 1e-8
-    assert float(found[3:].abs().max()) <= 1e-4
+    # The sums are rounded about zero, n terms of the raw moments' size; a row beyond the rank is that noise over the root of
+    # the sketch's shift, eps times what is left about the mean (`_Sketch.eigenvectors`).
+    eps, positions = torch.finfo(mixed.dtype).eps, len(mixed) * mixed.shape[2]
+    noise = eps * positions**0.5 * float(mixed.square().sum())
+    assert float(found[3:].norm(dim=1).max()) <= noise / (eps * float(values.sum())) ** 0.5
 
 
 def test_a_layer_whose_input_does_not_vary_keeps_the_weights_directions():

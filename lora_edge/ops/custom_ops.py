@@ -81,7 +81,7 @@ def _engine(kernels: str, device: torch.device, op: str) -> Engine:
     return engine(kernels)
 
 
-def _check_dims(op: str, weight: Tensor | None, factors: Sequence[Tensor | None], **maps: Tensor | None) -> None:
+def _check_dims(op: str, weight: Tensor, factors: Sequence[Tensor], **maps: Tensor) -> None:
     """Check that what must be tensors is, and that maps have a weight's dimensions, which everything after takes for granted.
 
     An operator's schema lets a missing tensor through.
@@ -89,12 +89,11 @@ def _check_dims(op: str, weight: Tensor | None, factors: Sequence[Tensor | None]
     for name, tensor in (("weight", weight), *maps.items(), *(("factors", factor) for factor in factors)):
         if tensor is None:
             raise TypeError(f"lora_edge::{op}: {name} is None; give a tensor")
-    check_weight_sizes(weight.shape, f"lora_edge::{op}")  # type: ignore[union-attr]
+    check_weight_sizes(weight.shape, f"lora_edge::{op}")
     for name, tensor in maps.items():
-        if tensor.dim() != weight.dim():  # type: ignore[union-attr]
-            raise ValueError(
-                f"lora_edge::{op}: {name} has shape {tuple(tensor.shape)}; for this weight give {weight.dim()} dimensions"
-            )  # type: ignore[union-attr]
+        if tensor.dim() != weight.dim():
+            shape = tuple(tensor.shape)
+            raise ValueError(f"lora_edge::{op}: {name} has shape {shape}; for this weight give {weight.dim()} dimensions")
 
 
 def block(

@@ -19,6 +19,8 @@ from lora_edge.ops.conv_args import ConvArgs
 if TYPE_CHECKING:
     from lora_edge.ops.plan import BlockPlan, FusePlan, Sizes
 
+_Wanted = tuple[str, Tensor | None, Sequence[int] | None, torch.dtype | None]  # a tensor's name, shape and dtype
+
 
 def check_sizes(sizes: Sizes, args: ConvArgs, op: str) -> None:
     """Check the sizes of a plan against each other.
@@ -136,15 +138,15 @@ def check_backward(
 def check_fuse(plan: FusePlan, weight: Tensor, core: Tensor, factors: Sequence[Tensor], name: str = "weight") -> None:
     """Check the tensors of ``tt_fuse`` or, ``name`` "dout", of its backward; raises as :func:`check_forward`."""
     device = weight.device
-    shapes = [("core", core, (plan.weight_shape[0], plan.factor_shapes[0][0]), core.dtype)]
+    core_shape = (plan.weight_shape[0], plan.factor_shapes[0][0])
+    shapes: list[_Wanted] = [("core", core, core_shape, core.dtype)]
     shapes += [("suffix", t, shape, t.dtype) for t, shape in zip(factors, plan.factor_shapes, strict=True)]
-    if weight.shape != plan.weight_shape or any(t.shape != shape or t.device != device for _, t, shape, _ in shapes):
+    good = weight.shape == plan.weight_shape and core.shape == core_shape and core.device == device
+    if not good or any(t.shape != shape or t.device != device for t, shape in zip(factors, plan.factor_shapes, strict=True)):
         _refuse((name, weight, plan.weight_shape, weight.dtype), *shapes, device=device, op="tt_fuse")
 
 
-def _refuse(
-    *wanted: tuple[str, Tensor | None, Sequence[int] | None, torch.dtype | None], device: torch.device, op: str = "tt_block"
-) -> NoReturn:
+def _refuse(*wanted: _Wanted, device: torch.device, op: str = "tt_block") -> NoReturn:
     """Name the tensor that is not what the plan takes."""
     for name, tensor, shape, dtype in wanted:
         if tensor is None:
