@@ -142,23 +142,25 @@ class TupleReader {
  public:
   TupleReader(const char* op, PyObject* values, Place* places) : op_(op), values_(values), place_(places) {}
 
-  void operator()(const char* name, int64_t& field) {
-    PyObject* value = PyTuple_GET_ITEM(values_, index_);
-    if (!read_number(value, field)) {
-      refuse_number(std::string(op_) + ": args[" + std::to_string(index_) + "] (" + name + ")", value);
-    }
-    ++index_;
-  }
+  void operator()(const char* name, int64_t& field) { read(name, "", field); }
 
   template <class Element>
   void operator()(const char* name, Element*& field) {
     place_->name = name;
-    (*this)(name, place_->address), (*this)(name, place_->bytes);
+    read(name, "", place_->address), read(name, "_bytes", place_->bytes);
     field = reinterpret_cast<Element*>(static_cast<uintptr_t>(place_->address));
     ++place_;
   }
 
  private:
+  void read(const char* name, const char* ending, int64_t& number) {
+    PyObject* value = PyTuple_GET_ITEM(values_, index_);
+    if (!read_number(value, number)) {
+      refuse_number(std::string(op_) + ": args[" + std::to_string(index_) + "] (" + name + ending + ")", value);
+    }
+    ++index_;
+  }
+
   const char* op_;
   PyObject* values_;
   Place* place_;

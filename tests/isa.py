@@ -2,7 +2,7 @@
 
     python tests/isa.py [tests ...]
 
-torch's own kernels, oneDNN's and the CPU engine's are held to the same set. A tolerance that only holds on one machine shows here.
+torch's kernels, oneDNN's and the CPU engine's are held to the same set. A tolerance that one machine alone keeps shows here.
 A set that the processor does not have is named and left out. Without arguments the files of ``NUMERICS`` run; the others build,
 emulate or read files. Exit status 1: something failed.
 """

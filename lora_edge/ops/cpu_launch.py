@@ -14,7 +14,7 @@ from torch import Tensor
 
 from lora_edge.ops import cpu_machine
 from lora_edge.ops.launch_checks import check_backward, check_forward
-from lora_edge.ops.memory_layout import NOWHERE, Place, channels_last, dense, near, place, place_of_view, strides
+from lora_edge.ops.memory_layout import NOWHERE, Place, channels_last, dense_places, near, place, place_of_view, strides
 from lora_edge.ops.outputs import new_gradients, new_outputs, saved_parts
 from lora_edge.ops.plan import BlockPlan, FusePlan
 from lora_edge.tt import contracted
@@ -37,12 +37,14 @@ def block_forward(
 ) -> tuple[Tensor, Tensor | None]:
     """``y``, and what backward needs as one buffer of bytes, None where it needs nothing."""
     check_forward(plan, x, weight, core, bias, residual, factors, (a, b, residual_a, residual_b))
-    x, residual = channels_last(near(x)), None if residual is None else channels_last(near(residual))
+    x, residual = (
+        channels_last(near(x, plan.dx_stride)),
+        None if residual is None else channels_last(near(residual, plan.y_stride)),
+    )
     y, saved = new_outputs(plan, x, plan.overwrites and x.stride() == plan.y_stride)
     if plan.y_shape[0] == 0:
         return y, saved
-    held = [dense(t) for t in (weight, core, _suffix(factors), bias, a, b, residual_a, residual_b)]
-    at_weight, at_core, at_suffix, at_bias, at_a, at_b, at_residual_a, at_residual_b = map(place, held)
+    _held, at = dense_places([weight, core, _suffix(factors), bias, a, b, residual_a, residual_b])
     packed = x.new_empty(plan.packed_forward, dtype=torch.uint8)
     at_h, at_bits, kept = _saved(plan, saved)
     if kept is not None:
@@ -50,9 +52,8 @@ def block_forward(
         at_h = place(h)
     plan.native.run.cpu_block_forward(
         (
-            *at_weight, *at_core, *at_suffix, *_NO_CORES,
-            *place_of_view(x), *strides(x), *at_bias, *at_a, *at_b,
-            *place_of_view(residual), *strides(residual), *at_residual_a, *at_residual_b,
+            *at[:6], *_NO_CORES, *place_of_view(x), *strides(x), *at[6:12],
+            *place_of_view(residual), *strides(residual), *at[12:],
             *place(y), *strides(y), *at_h, *at_bits, *place(packed),
         ),
         torch.get_num_threads(),
@@ -78,9 +79,8 @@ def block_backward(
     dx, dcore, dbias, dresidual = new_gradients(plan, dy, core, needs)
     if plan.y_shape[0] == 0:
         return dx, dcore, dbias, dresidual
-    dy = channels_last(near(dy))
-    held = [dense(t) for t in (weight, core, _suffix(factors), a, residual_a)]
-    at_weight, at_core, at_suffix, at_a, at_residual_a = map(place, held)
+    dy = channels_last(near(dy, plan.y_stride))
+    _held, at = dense_places([weight, core, _suffix(factors), a, residual_a])
     packed = dy.new_empty(plan.packed_backward if dx is not None else 0, dtype=torch.uint8)
     at_h, at_bits, kept = _saved(plan, saved)
     if kept is not None:
@@ -88,8 +88,8 @@ def block_backward(
         at_h = place(h)
     plan.native.run.cpu_block_backward(
         (
-            *at_weight, *at_core, *at_suffix, *_NO_CORES,
-            *place_of_view(dy), *strides(dy), *(at_h if dcore is not None else NOWHERE), *at_bits, *at_a, *at_residual_a,
+            *at[:6], *_NO_CORES,
+            *place_of_view(dy), *strides(dy), *(at_h if dcore is not None else NOWHERE), *at_bits, *at[6:],
             *place(dx), *strides(dx), *place(dresidual), *strides(dresidual),
             *place(dcore), *place(dbias), *place(packed), *NOWHERE,
         ),

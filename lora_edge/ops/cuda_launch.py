@@ -14,7 +14,7 @@ from torch import Tensor
 
 from lora_edge.ops import extension
 from lora_edge.ops.launch_checks import check_backward, check_forward, check_fuse
-from lora_edge.ops.memory_layout import NOWHERE, Place, dense, near, place, place_of_view, strides
+from lora_edge.ops.memory_layout import NOWHERE, Place, dense_places, near, place, place_of_view, strides
 from lora_edge.ops.outputs import new_gradients, new_outputs
 from lora_edge.ops.plan import BlockPlan, FusePlan
 
@@ -40,17 +40,15 @@ def block_forward(
     if plan.y_shape[0] == 0:
         return y, saved
     x, residual = near(x), None if residual is None else near(residual)
-    held = [dense(t) for t in (weight, core, bias, a, b, residual_a, residual_b)]
-    at_weight, at_core, at_bias, at_a, at_b, at_residual_a, at_residual_b = map(place, held)
+    _held, at = dense_places([weight, core, bias, a, b, residual_a, residual_b])
     factors = [t.contiguous() for t in factors]
     packed = x.new_empty(plan.packed_forward, dtype=torch.uint8)
     at_h, at_bits = _saved(plan, saved)
     found, index = extension.machine(), x.device.index or 0
     plan.native.tt_block_forward(
         (
-            *at_weight, *at_core, *_places(factors),
-            *place_of_view(x), *strides(x), *at_bias, *at_a, *at_b,
-            *place_of_view(residual), *strides(residual), *at_residual_a, *at_residual_b,
+            *at[:4], *_places(factors), *place_of_view(x), *strides(x), *at[4:10],
+            *place_of_view(residual), *strides(residual), *at[10:],
             *place(y), *strides(y), *at_h, *at_bits, *place(packed),
         ),
         index,
@@ -76,8 +74,7 @@ def block_backward(
     if plan.y_shape[0] == 0:
         return dx, dcore, dbias, dresidual
     dy = near(dy)
-    held = [dense(t) for t in (weight, core, a, residual_a)]
-    at_weight, at_core, at_a, at_residual_a = map(place, held)
+    _held, at = dense_places([weight, core, a, residual_a])
     factors = [t.contiguous() for t in factors]
     packed_bytes = plan.packed_backward if dx is not None else 0
     partial_bytes = plan.partial if dcore is not None or dbias is not None else 0
@@ -88,8 +85,7 @@ def block_backward(
     found, index = extension.machine(), dy.device.index or 0
     plan.native.tt_block_backward(
         (
-            *at_weight, *at_core, *_places(factors),
-            *place_of_view(dy), *strides(dy), *at_h, *at_bits, *at_a, *at_residual_a,
+            *at[:4], *_places(factors), *place_of_view(dy), *strides(dy), *at_h, *at_bits, *at[4:],
             *place(dx), *strides(dx), *place(dresidual), *strides(dresidual),
             *place(dcore), *place(dbias), *at_packed, *at_partial,
         ),

@@ -7,9 +7,12 @@ from torch import Tensor
 _MOST_APART = 2**31 - 1
 
 
-def near(tensor: Tensor) -> Tensor:
-    """``tensor``, or a dense copy of a view whose elements lie further apart than the kernels count: 32 bits."""
-    if tensor.is_contiguous():
+def near(tensor: Tensor, dense_stride: tuple[int, ...] | None = None) -> Tensor:
+    """``tensor``, or a dense copy of a view whose elements lie further apart than the kernels count: 32 bits.
+
+    ``dense_stride`` is one that is known to be near, and quick to compare with.
+    """
+    if tensor.stride() == dense_stride or tensor.is_contiguous():
         return tensor
     span = sum([(size - 1) * stride for size, stride in zip(tensor.shape, tensor.stride(), strict=True)])
     return tensor if span <= _MOST_APART else tensor.contiguous()
@@ -32,6 +35,12 @@ NOWHERE: Place = (0, 0)  # of None
 def place(tensor: Tensor | None) -> Place:
     """Where the data of a dense tensor begin and their bytes, zeros for None."""
     return NOWHERE if tensor is None else (tensor.data_ptr(), tensor.nbytes)
+
+
+def dense_places(tensors: list[Tensor | None]) -> tuple[list[Tensor | None], list[int]]:
+    """The tensors made contiguous, to be held until the launch is done, and their places, flat."""
+    held = [t if t is None or t.is_contiguous() else t.contiguous() for t in tensors]
+    return held, [number for t in held for number in (NOWHERE if t is None else (t.data_ptr(), t.nbytes))]
 
 
 def place_of_view(tensor: Tensor | None) -> Place:

@@ -10,7 +10,7 @@ from collections.abc import Sequence
 
 from torch import Tensor
 
-from lora_edge.ops.launch_checks import check_backward, check_forward, check_fuse
+from lora_edge.ops.launch_checks import check_all_backward, check_all_forward, check_backward, check_fuse
 from lora_edge.ops.memory_layout import dense, near
 from lora_edge.ops.outputs import new_gradients, new_outputs, saved_parts
 from lora_edge.ops.plan import BlockPlan, FusePlan
@@ -38,7 +38,7 @@ def block_forward(
     residual_b: Tensor | None,
 ) -> tuple[Tensor, Tensor | None]:
     """``y``, and what backward needs as one buffer of bytes, None where it needs nothing."""
-    check_forward(plan, x, weight, core, bias, residual, factors, (a, b, residual_a, residual_b))
+    check_all_forward(plan, x, weight, core, bias, residual, factors, (a, b, residual_a, residual_b))
     y, saved = new_outputs(plan, x)
     if plan.y_shape[0] == 0:
         return y, saved
@@ -69,6 +69,7 @@ def block_backward(
 ) -> tuple[Tensor | None, Tensor | None, Tensor | None, Tensor | None]:
     """Gradients of x, core, bias and residual, each None where ``needs`` says so. ``dy`` may have any strides."""
     check_backward(plan, dy, saved, weight, core, factors, a, residual_a, needs)
+    check_all_backward(plan, dy, saved, weight, core, factors, a, residual_a)
     dx, dcore, dbias, dresidual = new_gradients(plan, dy, core, needs)
     if plan.y_shape[0] and any(t is not None for t in (dx, dcore, dbias, dresidual)):
         h, bits = saved_parts(plan, saved)
