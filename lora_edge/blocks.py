@@ -38,7 +38,8 @@ from lora_edge.ops.padding import pad
 from lora_edge.ops.tt_block import run_block
 
 OVERWRITE_BYTES = 4 << 20  # smaller maps are not worth the copy of each slice
-MOST_PLANS = 8  # a module keeps: for its modes, shapes of arguments and flags
+MOST_PLANS = 8  # that a module keeps: for its modes, kinds of arguments and flags
+MOST_MADE = 64  # that are ever made for a module: each takes as long as some steps
 _CALL = nn.Module.__call__  # where somebody patched it, as torch.fx does while it traces, no plan runs
 _lock = threading.RLock()
 
@@ -134,11 +135,11 @@ class LeanModule(nn.Module):
         getstate = getattr(self.base_class, "__getstate__", None)
         state = dict(self.__dict__) if getstate is None else getstate(self)
         if isinstance(state, dict):
-            state = {key: value for key, value in state.items() if key != _PLANS}
+            state = {key: value for key, value in state.items() if key not in (_PLANS, _PLANS_MADE)}
         return _rebuild, (self.base_class,), state
 
 
-_PLANS = "_lean_plans"
+_PLANS, _PLANS_MADE = "_lean_plans", "_lean_plans_made"
 _lean_classes: dict[type[nn.Module], type[LeanModule]] = {}
 
 
@@ -169,7 +170,8 @@ def unfuse(model: nn.Module) -> None:
     """Undo :func:`fuse`."""
     for module in model.modules():
         if isinstance(module, LeanModule):
-            module.__dict__.pop(_PLANS, None)
+            for name in (_PLANS, _PLANS_MADE):
+                module.__dict__.pop(name, None)
             module.__class__ = module.base_class  # type: ignore[assignment]
 
 
@@ -299,10 +301,14 @@ def current_plan(module: nn.Module, kinds: Kinds) -> Plan | Pieces | NoPlan:
     for made_for, plan in entries:
         if made_for == kinds and plan.guards.hold(module):
             return plan
+    made = module.__dict__.get(_PLANS_MADE, 0)
+    if made >= MOST_MADE:
+        return NoPlan("what it reads changes too often", Guards(module).fix())
     plan = make_plan(module, kinds)
     with _lock:
         entries = module.__dict__.get(_PLANS, ())
         module.__dict__[_PLANS] = ((kinds, plan), *entries)[:MOST_PLANS]
+        module.__dict__[_PLANS_MADE] = made + 1
     return plan
 
 
@@ -317,14 +323,10 @@ def make_plan(module: nn.Module, kinds: Kinds, training: bool | None = None) -> 
     evaluator = Evaluator(module, training)
     try:
         evaluator.run([kind[:2] for kind in kinds[0]], {name: kind[:2] for name, kind in kinds[1]})
-    except Refused as refusal:
-        why = NoPlan(
-            f"{refusal} ({place})" if (place := getattr(refusal, "place", None)) else str(refusal), evaluator.guards.fix()
-        )
-        is_sequence = (
-            static(type(module), "__iter__") is nn.Sequential.__iter__ and base_forward(module) is nn.Sequential.forward
-        )
-        if is_sequence and len(kinds[0]) == 1 and not kinds[1]:
+    except (Refused, RecursionError) as refusal:
+        why = NoPlan(str(refusal), evaluator.guards.fix())
+        iterates = static(type(module), "__iter__") is nn.Sequential.__iter__
+        if iterates and base_forward(module) is nn.Sequential.forward and len(kinds[0]) == 1 and not kinds[1]:
             return _make_pieces(module, training) or why
         return why
     return _finish(module, evaluator)

@@ -382,7 +382,7 @@ class Calls:
             if value.meta["kind"] != pure.TENSOR or any(c is not Tensor and c not in plain for c in classes):
                 refuse("it asks for the type of a tensor or a size")
             return Tensor in classes
-        if any("__instancecheck__" in type(c).__dict__ and c is not Tensor for c in classes):
+        if any(type(c).__instancecheck__ is not type.__instancecheck__ and c is not Tensor for c in classes):
             refuse("it asks for a class that decides itself what belongs to it")
         if isinstance(value, Module):
             return isinstance(value.module, tuple(c for c in classes if c is not Tensor))

@@ -134,7 +134,7 @@ class Fuser:
         if not isinstance(other, fx.Node) or other is mine:
             return None
         in_place = add.target in (operator.iadd, "add_")
-        if in_place and left is not mine and len(other.users) != 1:
+        if in_place and left is not mine:  # it writes into the shortcut, which may be somebody's input
             return None
         bn = self.frozen_bn(other)
         if bn is not None and len(other.users) == 1 and other not in self.claimed and isinstance(other.args[0], fx.Node):

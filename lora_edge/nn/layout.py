@@ -26,7 +26,11 @@ _INDIFFERENT_LAYERS = (
     nn.ReLU, nn.ReLU6, nn.SiLU, nn.GELU, nn.Hardswish, nn.Hardsigmoid, nn.Sigmoid, nn.Tanh, nn.ELU, nn.SELU, nn.CELU, nn.Mish,
     nn.LeakyReLU, nn.Hardtanh, nn.Softplus,
 )  # fmt: skip
-_INDIFFERENT_NAMES = ["relu", "relu6", "hardtanh", "leaky_relu", "hardsigmoid", "hardswish", "silu", "gelu", "elu", "selu", "celu", "mish", "sigmoid", "tanh", "softplus", "relu_", "sigmoid_", "tanh_", "clamp", "clamp_", "exp", "sqrt", "abs", "neg", "square", "add", "sub", "mul", "div", "add_", "sub_", "mul_", "div_", "mean", "sum", "amax", "amin", "cat", "concat", "avg_pool1d", "avg_pool2d", "avg_pool3d", "adaptive_avg_pool1d", "adaptive_avg_pool2d", "adaptive_avg_pool3d", "interpolate", "pad", "addcmul", "maximum", "minimum"]
+_NAMES = """relu relu6 hardtanh leaky_relu hardsigmoid hardswish silu gelu elu selu celu mish sigmoid tanh softplus relu_
+sigmoid_ tanh_ clamp clamp_ exp sqrt abs neg square add sub mul div add_ sub_ mul_ div_ mean sum amax amin cat
+concat avg_pool1d avg_pool2d avg_pool3d adaptive_avg_pool1d adaptive_avg_pool2d adaptive_avg_pool3d interpolate
+pad addcmul maximum minimum"""
+_INDIFFERENT_NAMES = set(_NAMES.split())
 _INDIFFERENT = {
     activate,
     *(getattr(owner, name) for owner in (torch, F) for name in _INDIFFERENT_NAMES if hasattr(owner, name)),

@@ -6,14 +6,16 @@ Attribute look-up follows Python's own order. Where a class changes that order, 
 from __future__ import annotations
 
 from collections.abc import Callable
-from types import FunctionType, ModuleType
+from types import FunctionType, ModuleType, SimpleNamespace
 from typing import Any
 
 from torch import Tensor, fx, nn
 
 from lora_edge.nn.guards import MISSING, Guards, static
 from lora_edge.nn.pure import SCALARS
-from lora_edge.nn.values import Bound, Container, Module, Object, Refused, Submodules, Super, refuse
+from lora_edge.nn.values import Bound, Container, Module, Object, Submodules, Super, refuse
+
+_PLAIN_LOOK_UP = (object.__getattribute__, SimpleNamespace.__getattribute__)
 
 
 class Reader:
@@ -168,7 +170,7 @@ class Reader:
         if isinstance(value, type):
             return self._of_type(value, name)
         cls = type(value)
-        if name.startswith("__") or static(cls, "__getattribute__") is not object.__getattribute__:
+        if name.startswith("__") or static(cls, "__getattribute__") not in _PLAIN_LOOK_UP:
             refuse(f"it reads .{name} of a {cls.__name__}")
         if not isinstance(getattr(value, "__dict__", None), dict):
             refuse(f"it reads .{name} of a {cls.__name__}")
@@ -256,6 +258,3 @@ class Reader:
                 refuse("it reads a dictionary whose keys are objects")
             return {key: self.lift_global(item, what) for key, item in value.items()}
         return [self.lift_global(item, what) for item in value]
-
-
-__all__ = ["Reader", "Refused"]

@@ -5,6 +5,7 @@ compiled again: a function's tree counts only where the compiled code equals the
 """
 
 from __future__ import annotations
+import __future__
 
 import ast
 import functools
@@ -12,13 +13,14 @@ import linecache
 from collections.abc import Iterator
 from types import CodeType
 
+_FUTURE = functools.reduce(int.__or__, (getattr(__future__, name).compiler_flag for name in __future__.all_feature_names))
 Function = ast.FunctionDef | ast.Lambda
 
 
 @functools.lru_cache(maxsize=4096)
 def source_of(code: CodeType) -> Function | None:
     """The syntax tree that ``code`` was compiled from, None where there is none or it cannot be proven."""
-    found = _index(code.co_filename, tuple(linecache.getlines(code.co_filename)))
+    found = _index(code.co_filename, tuple(linecache.getlines(code.co_filename)), code.co_flags & _FUTURE)
     if found is None or code not in found[0]:
         return None
     nodes = [node for node in found[1] if _name(node) == code.co_name and _first_line(node) == code.co_firstlineno]
@@ -30,12 +32,12 @@ def source_of(code: CodeType) -> Function | None:
 
 
 @functools.lru_cache(maxsize=256)
-def _index(filename: str, lines: tuple[str, ...]) -> tuple[set[CodeType], list[Function]] | None:
+def _index(filename: str, lines: tuple[str, ...], future: int) -> tuple[set[CodeType], list[Function]] | None:
     """Every code object of a file, and every function's node."""
     text = "".join(lines)
     try:
         tree = ast.parse(text, filename)
-        module = compile(text, filename, "exec", dont_inherit=True)
+        module = compile(text, filename, "exec", flags=future, dont_inherit=True)
     except (SyntaxError, ValueError):
         return None
     nodes = [node for node in ast.walk(tree) if isinstance(node, (ast.FunctionDef, ast.Lambda))]
