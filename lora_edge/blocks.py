@@ -131,6 +131,9 @@ class LeanModule(nn.Module):
 
     base_class: type[nn.Module]
 
+    def __init_subclass__(cls, **kwargs: Any) -> None:
+        """Not that of the user's class, which might register each of its subclasses."""
+
     def __reduce_ex__(self, protocol: Any) -> Any:
         getstate = getattr(self.base_class, "__getstate__", None)
         state = dict(self.__dict__) if getstate is None else getstate(self)
@@ -191,6 +194,7 @@ def fused_block(
     activation: Activation | None = None,
     padding: tuple[int, ...] | None = None,
     overwrite: bool = False,
+    adds_in_place: bool = False,
 ) -> Tensor:
     """One block on live modules: as one op where that is exact, else step by step.
 
@@ -202,6 +206,7 @@ def fused_block(
         activation: the activation at the end.
         padding: amounts of an ``F.pad`` with zeros in front, last dimension first.
         overwrite: nobody else needs ``x``, so the output may take its place in memory.
+        adds_in_place: the addition is ``y += residual``, which keeps the shape and dtype of ``y``.
     """
     weight = conv.weight
     norms = [norm for norm in (bn, residual_bn) if norm is not None]
@@ -209,17 +214,18 @@ def fused_block(
         x.dim() != weight.dim()
         or x.dtype != weight.dtype
         or torch.is_autocast_enabled(x.device.type)
+        or (isinstance(conv, LoRAEdgeConv) and not conv.enabled)
         or not all(norm.is_lean() and norm.running_var is not None for norm in norms)
         or any(norm.running_var.dtype != weight.dtype for norm in norms)  # type: ignore[union-attr]
     ):
-        return _step_by_step(conv, x, bn, residual, residual_bn, activation, padding)
+        return _step_by_step(conv, x, bn, residual, residual_bn, activation, padding, adds_in_place)
     args = layer_args(conv, padding)
     if conv.padding_mode != "zeros":
         x = pad(x, conv._reversed_padding_repeated_twice, conv.padding_mode)
     if residual is not None:
         shape = (x.shape[0], weight.shape[0], *args.output_size(x.shape[2:], weight.shape[2:]))
         if not isinstance(residual, Tensor) or residual.shape != shape or residual.dtype != x.dtype:
-            return _step_by_step(conv, x, bn, residual, residual_bn, activation, padding)
+            return _step_by_step(conv, x, bn, residual, residual_bn, activation, padding, adds_in_place)
     core, suffix, scale, saved_dtype = None, None, 1.0, None
     if isinstance(conv, LoRAEdgeConv):
         core, suffix, scale, saved_dtype = conv.core, conv.suffix, conv.scale, conv.saved_dtype
@@ -240,11 +246,13 @@ def _step_by_step(
     residual_bn: nn.Module | None,
     activation: Activation | None,
     padding: tuple[int, ...] | None,
+    adds_in_place: bool,
 ) -> Tensor:
     y = conv(x if padding is None else F.pad(x, padding))
     y = y if bn is None else bn(y)
     if residual is not None:
-        y = y + (residual if residual_bn is None else residual_bn(residual))
+        shortcut = residual if residual_bn is None else residual_bn(residual)
+        y = y.add_(shortcut) if adds_in_place else y + shortcut
     return y if activation is None else activate(y, activation)
 
 
@@ -373,9 +381,9 @@ def _run_of(module: nn.Module, names: list[str], training: bool | None) -> Plan 
     try:
         x = evaluator.argument(("tensor", None))
         for name in names:
-            x = evaluator.calls.enter(children[name], [x], {})
+            x = evaluator.follow(lambda child=children[name], x=x: evaluator.calls.enter(child, [x], {}))
         evaluator.finish(x)
-    except (Refused, AttributeError):
+    except (Refused, RecursionError):
         return None
     return _finish(module, evaluator)
 

@@ -8,19 +8,24 @@ from typing import Any
 
 import torch
 import torch.nn.functional as F
-from torch import fx, nn
+from torch import Tensor, fx, nn
 
 from lora_edge.layers import LoRAEdgeConv
 from lora_edge.lean import FrozenBatchNorm, LeanActivation, LeanConv
 from lora_edge.nn import pure
 from lora_edge.nn.guards import Guards
-from lora_edge.ops.activation import Activation, activate
+from lora_edge.ops.activation import Activation, activate, apply
 
 _ADD = {operator.add, operator.iadd, torch.add, "add", "add_"}
 _FUNCTIONAL: dict[Any, str] = {
     F.relu: "relu", torch.relu: "relu", "relu": "relu", F.relu_: "relu", torch.relu_: "relu", "relu_": "relu",
     F.relu6: "relu6", F.hardtanh: "hardtanh", F.leaky_relu: "leaky_relu", F.hardsigmoid: "hardsigmoid",
 }  # fmt: skip
+
+
+def activate_(x: Tensor, activation: Activation) -> Tensor:
+    """:func:`activate` in place; on a view torch's own, since autograd takes no custom in-place function there."""
+    return apply(x, activation, True) if x._is_view() else activate(x, activation, True)
 
 
 def is_conv(module: nn.Module | None) -> bool:
@@ -86,6 +91,8 @@ class Fuser:
         add = self.next(tail)
         if add is not None and (other := self.other_operand(add, tail)) is not None:
             call["residual"], call["residual_bn"], branch = other
+            if add.target in (operator.iadd, "add_"):
+                call["adds_in_place"] = True
             chain += [add, *branch]
             what.append("bn of the shortcut + add" if branch else "add")
             tail = add
@@ -97,12 +104,12 @@ class Fuser:
             tail = last
         if len(what) == 1 and not isinstance(conv, LoRAEdgeConv):
             return "", "nothing behind it can be fused" + self.why_next(tail)
-        if self.written_between(node, tail, chain):
+        if amounts is not None:
+            chain.append(source)
+        if self.written_between(min(chain, key=self.order.__getitem__), tail, chain):
             return "", "something is written in place between its parts"
         inner = source.args[0] if amounts is not None else source
         assert isinstance(inner, fx.Node)
-        if amounts is not None:
-            chain.append(source)
         self.claimed.update(chain)
         self.activations[str(node.target)] = call.get("activation")
         self.replace(chain, inner, call)
@@ -237,8 +244,10 @@ class Fuser:
     def make_functional_activation_lean(self, node: fx.Node) -> None:
         if node.op == "call_module" or node in self.claimed or (activation := self.activation(node)) is None:
             return
+        if len(node.args) == 0:
+            return
         with self.graph.inserting_before(node):
-            lean = self.graph.call_function(activate, (node.args[0], activation, self.writes(node)))
+            lean = self.graph.call_function(activate_ if self.writes(node) else activate, (node.args[0], activation))
         lean.meta["kind"] = pure.TENSOR
         node.replace_all_uses_with(lean)
         self.graph.erase_node(node)

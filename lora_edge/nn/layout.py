@@ -76,8 +76,8 @@ class Layout:
     def writes(self, node: fx.Node) -> bool:
         if node.op == "call_module":
             return bool(getattr(self.modules[str(node.target)], "inplace", False))
-        moves_statistics = node.target in (F.batch_norm, F.instance_norm)
-        is_call = node.op in ("call_function", "call_method") and not moves_statistics
+        into_others = node.target in (F.batch_norm, F.instance_norm, torch.batch_norm) or "out" in node.kwargs
+        is_call = node.op in ("call_function", "call_method") and not into_others
         return is_call and pure.writes(node.target, node.kwargs)
 
     def is_block(self, node: fx.Node) -> bool:
