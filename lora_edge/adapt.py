@@ -15,11 +15,21 @@ from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _BatchNorm
 from torch.nn.modules.conv import _ConvNd
 
-from lora_edge import blocks, calibration, lean
+from lora_edge import blocks, calibration, frozen_bn, lean
 from lora_edge.budget import MOST_RANK, parse_budget, spread_ranks
 from lora_edge.gradient import captured_energies, leading_gradients
+from lora_edge.guarded import guard, unguard
 from lora_edge.inputs import leading_inputs
-from lora_edge.layers import ADAPTED_CLASS, LoRAEdgeConv, attach, check_adaptable, check_suffix, detach, set_weights
+from lora_edge.layers import (
+    ADAPTED_CLASS,
+    LoRAEdgeConv,
+    attach,
+    check_adaptable,
+    check_suffix,
+    detach,
+    refuse_computed,
+    set_weights,
+)
 from lora_edge.ops import tt_fuse
 from lora_edge.ops.backends import require_backend
 from lora_edge.reparametrised import Reparametrisation, bake, reparametrised_layers
@@ -82,7 +92,7 @@ def adapt(
         model: any module; its ``nn.Conv1d/2d/3d`` are adapted, subclasses of them are left alone.
         rank: cap of every TT bond, at least 1; without meaning where ``params`` is given.
         targets: dotted names or globs of the convolutions to adapt; None takes all.
-        exclude: dotted names or globs to leave out.
+        exclude: dotted names or globs to leave out; also of a BatchNorm subclass that cannot be frozen, which is refused else.
         params: a budget of trained parameters in the place of one rank: a share of the model's parameters as "0.5%", the cores'
             bytes as "20kB", or their number. It is spread over the layers as ranks from 1 to 16, by the energy that a further
             rank catches of the gradient where ``batches`` are given, by the weight's squared singular values where not. A
@@ -128,7 +138,7 @@ def adapt(
         subspace = "weight"
     elif subspace == "weight" and batches is not None and params is None:
         raise ValueError('batches is given, but subspace="weight" uses it with params only; leave it out, or give one of them')
-    names = select(model, targets, exclude)
+    names = select(model, targets, exclude, bn)
     budget = None if params is None else parse_budget(params, model)
     head = find_head(model) if train_head else None
     weights: dict[str, Tensor] = {}
@@ -233,8 +243,8 @@ def install(
         conv.__class__ = ADAPTED_CLASS[type(conv)]
         attach(conv, plan.frozen, plan.core, plan.scale, plan.bond_cap, scaling, saved_dtype, backend, subspace)  # type: ignore[arg-type]
     for _, norm in calibration.batch_norms(model):
-        if bn == "frozen" and lean.why_not_frozen(norm) is None:
-            lean.freeze_bn(norm, lean_layers)
+        if bn == "frozen" and frozen_bn.why_not_frozen(norm) is None:
+            frozen_bn.freeze_bn(norm, lean_layers)
         else:
             calibration.remember_statistics(norm)
     if head is not None:
@@ -245,6 +255,7 @@ def install(
         state.left_alone.update(lean.make_lean(model, backend))
         fused = blocks.fuse(model)
         state.blocks, state.not_fused = fused.blocks, fused.reasons
+    guard(model)
     model._lora_edge = state  # type: ignore[assignment]
     return model
 
@@ -260,9 +271,12 @@ def merge(model: nn.Module) -> nn.Module:
         The model.
 
     Raises:
-        RuntimeError: the model is not adapted.
+        RuntimeError: the model is not adapted, or a layer's weight is computed from other tensors since ``adapt``. Both before
+            anything is changed.
     """
     model, state, layers = require_adapted(model)
+    refuse_computed(layers)
+    unguard(model)
     bake(model)
     with torch.no_grad():
         set_weights({m: tt_fuse(m.weight, m.core, m.suffix, m.scale, backend="torch") for m in layers.values()})
@@ -272,8 +286,8 @@ def merge(model: nn.Module) -> nn.Module:
             layer.requires_grad_(True)
     for _, norm in calibration.batch_norms(model):
         calibration.forget_statistics(norm)
-        if isinstance(norm, lean.FrozenBatchNorm):
-            lean.unfreeze_bn(norm)
+        if isinstance(norm, frozen_bn.FrozenNorm):
+            frozen_bn.unfreeze_bn(norm)
     blocks.unfuse(model)
     lean.make_stock(model)
     if state is not None:
@@ -386,8 +400,16 @@ def fingerprint_state(state: dict[str, Tensor]) -> str:
     return digest.hexdigest()
 
 
-def select(model: nn.Module, targets: Sequence[str] | str | None, exclude: Sequence[str] | str | None) -> list[str]:
-    """Names of the convolutions that ``targets`` and ``exclude`` choose, in registration order."""
+def select(
+    model: nn.Module,
+    targets: Sequence[str] | str | None,
+    exclude: Sequence[str] | str | None,
+    bn: str = "batch",
+) -> list[str]:
+    """Names of the convolutions that ``targets`` and ``exclude`` choose, in registration order.
+
+    With ``bn="frozen"`` a BatchNorm that cannot be frozen is refused unless ``exclude`` names it.
+    """
     if not isinstance(model, nn.Module):
         raise TypeError(f"adapt: model is a {type(model).__name__}; give a torch.nn.Module")
     if adapt_state(model) is not None or adapted_layers(model):
@@ -396,7 +418,11 @@ def select(model: nn.Module, targets: Sequence[str] | str | None, exclude: Seque
     if not names:
         raise ValueError("the model has no nn.Conv1d, nn.Conv2d or nn.Conv3d; there is nothing to adapt")
     chosen = names if targets is None else _match("targets", targets, names)
-    left_out = [] if exclude is None else _match("exclude", exclude, names)
+    loose = frozen_bn.unfreezable(model) if bn == "frozen" else {}
+    left_out = [] if exclude is None else _match("exclude", exclude, [*names, *loose])
+    for name, why in loose.items():
+        if name not in left_out:
+            raise ValueError(f'{name}: {why}; put {name!r} in exclude to leave it as it is, or use bn="batch"')
     chosen = [name for name in chosen if name not in left_out]
     if not chosen:
         raise ValueError(f"exclude={exclude!r} leaves no convolution to adapt; exclude fewer")
@@ -432,7 +458,7 @@ def _left_alone(model: nn.Module, bn: str) -> dict[str, str]:
             reasons[name] = f"{type(module).__name__} is not exactly nn.Conv1d, nn.Conv2d or nn.Conv3d, left alone"
         elif type(module) in ADAPTED_CLASS and "weight" not in module._parameters:
             reasons[name] = lean.COMPUTED_WEIGHT
-        elif isinstance(module, _BatchNorm) and bn == "frozen" and (why := lean.why_not_frozen(module)):
+        elif isinstance(module, _BatchNorm) and bn == "frozen" and (why := frozen_bn.why_not_frozen(module)):
             reasons[name] = why
     return reasons
 

@@ -24,8 +24,9 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from lora_edge import inference
+from lora_edge.frozen_bn import FrozenBatchNorm, FrozenThen
 from lora_edge.layers import LoRAEdgeConv
-from lora_edge.lean import FrozenBatchNorm, LeanConv
+from lora_edge.lean import LeanConv
 from lora_edge.nn.evaluator import Evaluator
 from lora_edge.nn.fuser import Fuser, is_conv
 from lora_edge.nn.guards import Guards, static
@@ -35,6 +36,7 @@ from lora_edge.nn.values import Module, Refused
 from lora_edge.ops.activation import Activation, activate
 from lora_edge.ops.conv_args import ConvArgs, conv_args
 from lora_edge.ops.padding import pad
+from lora_edge.ops.transforms import plain_ops_only
 from lora_edge.ops.tt_block import run_block
 
 OVERWRITE_BYTES = 4 << 20  # smaller maps are not worth the copy of each slice
@@ -228,7 +230,7 @@ def fused_block(
             return _step_by_step(conv, x, bn, residual, residual_bn, activation, padding, adds_in_place)
     core, suffix, scale, saved_dtype = None, None, 1.0, None
     if isinstance(conv, LoRAEdgeConv):
-        core, suffix, scale, saved_dtype = conv.core, conv.suffix, conv.scale, conv.saved_dtype
+        core, suffix, scale, saved_dtype = conv.core, conv.frozen_suffix(), conv.scale, conv.saved_dtype
         inference.drop(conv)
     return run_block(
         x, weight, core, suffix, conv.bias, args, scale, None if bn is None else bn.scale_and_shift(), residual,
@@ -249,11 +251,15 @@ def _step_by_step(
     adds_in_place: bool,
 ) -> Tensor:
     y = conv(x if padding is None else F.pad(x, padding))
-    y = y if bn is None else bn(y)
+    y = y if bn is None else _normalized(bn, y)
     if residual is not None:
-        shortcut = residual if residual_bn is None else residual_bn(residual)
+        shortcut = residual if residual_bn is None else _normalized(residual_bn, residual)
         y = y.add_(shortcut) if adds_in_place else y + shortcut
     return y if activation is None else activate(y, activation)
+
+
+def _normalized(bn: nn.Module, x: Tensor) -> Tensor:
+    return bn.normalized(x) if isinstance(bn, FrozenThen) else bn(x)
 
 
 def layer_args(conv: nn.modules.conv._ConvNd, padding: tuple[int, ...] | None = None) -> ConvArgs:
@@ -391,7 +397,7 @@ def _run_of(module: nn.Module, names: list[str], training: bool | None) -> Plan 
 def _wanted() -> bool:
     if not torch.is_grad_enabled():
         return False
-    traced = torch.compiler.is_compiling() or torch.jit.is_tracing()
+    traced = torch.compiler.is_compiling() or plain_ops_only()
     return not traced and nn.Module.__call__ is _CALL and not nn.modules.module._has_any_global_hook()
 
 

@@ -21,7 +21,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from lora_edge import blocks, calibration, lean
+from lora_edge import blocks, calibration, frozen_bn, lean
 from lora_edge.inputs import whole_rows
 from lora_edge.layers import ADAPTED_CLASS, LoRAEdgeConv, attach
 from lora_edge.samples import Sample
@@ -113,10 +113,11 @@ def _gradients(
         attach(layer, suffix, cores[name], backend="torch" if wanted == "suffix" else backend)  # no kernel has that gradient
         layer.core.requires_grad_(wanted == "core")
         layer.suffix.requires_grad_(wanted == "suffix")
+        layer.trains_suffix = wanted == "suffix"
         layers[name] = layer
     for _, norm in calibration.batch_norms(twin):
-        if lean.why_not_frozen(norm) is None:
-            lean.freeze_bn(norm, lean=True)
+        if frozen_bn.why_not_frozen(norm) is None:
+            frozen_bn.freeze_bn(norm, lean=True)
     lean.make_lean(twin, backend)
     blocks.fuse(twin)
     count = sum(len(x) for x, _ in samples)

@@ -15,15 +15,21 @@ from typing import Any, ClassVar, TypeVar
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+from torch.nn.utils import parametrize
 
 from lora_edge import inference
-from lora_edge.ops import tt_conv, tt_fuse
+from lora_edge.ops import reference, tt_conv, tt_fuse
 from lora_edge.ops.checks import DTYPES, check_conv
 from lora_edge.ops.padding import pad
+from lora_edge.ops.transforms import plain_ops_only
 from lora_edge.subspace import weight_suffix
 from lora_edge.tt import attainable_ranks, check_rank, contract_suffix
 
 _Layer = TypeVar("_Layer", bound="LoRAEdgeConv")
+_GUARDED = ("weight", "core", "suffix")
+_MERGE_FIRST = (
+    "of an adapted convolution cannot be removed, pruned, normalized or parametrized; call lora_edge.merge(model) first"
+)
 
 
 class LoRAEdgeConv(nn.modules.conv._ConvNd):
@@ -42,6 +48,8 @@ class LoRAEdgeConv(nn.modules.conv._ConvNd):
     enabled: bool  # False inside lora_edge.disabled: the base convolution
     frozen_cores: list[Tensor] | None  # [G2, ..., Gd] on the CPU, None where the suffix did not come as cores
     base_replaced: bool  # load_state_dict brought another base weight since adapt
+    trains_suffix: bool = False  # whether a suffix that requires a gradient gets one
+    _may_replace: bool = False  # inside load_state_dict, which assigns parameters with assign=True
 
     def __init__(self, *args: Any, rank: int = 4, **kwargs: Any) -> None:
         check_rank(rank)
@@ -86,28 +94,60 @@ class LoRAEdgeConv(nn.modules.conv._ConvNd):
         """``W' = W + scale * core @ suffix``, shape and dtype of the weight."""
         return tt_fuse(self.weight, self.core, self.suffix, self.scale, backend=self.backend)
 
-    def forward(self, x: Tensor) -> Tensor:
+    def frozen_suffix(self) -> Tensor:
+        """The suffix, detached where something made it require a gradient: no trainer trains it by accident."""
+        suffix = self.suffix
+        return suffix.detach() if suffix.requires_grad and not self.trains_suffix else suffix
+
+    def forward(self, input: Tensor) -> Tensor:
         if not self.enabled:
-            return self.stock.forward(self, x)  # type: ignore[misc, arg-type]
-        if not torch.is_grad_enabled() and x.is_cpu and not torch.compiler.is_compiling():
+            return self.stock.forward(self, input)  # type: ignore[misc, arg-type]
+        if plain_ops_only():
+            fused = reference.tt_fuse(self.weight, self.core, self.frozen_suffix(), self.scale)
+            return self._conv_forward(input, fused, self.bias)
+        if not torch.is_grad_enabled() and input.is_cpu and not torch.compiler.is_compiling():
             weight = inference.inference_weight(self)
             if weight is not None:
                 try:
                     if self.padding_mode == "zeros":  # what _conv_forward does there, a call and a module attribute shorter
                         return self.convolve(
-                            x, weight, self._parameters["bias"], self.stride, self.padding, self.dilation, self.groups
+                            input, weight, self._parameters["bias"], self.stride, self.padding, self.dilation, self.groups
                         )
-                    return self._conv_forward(x, weight, self.bias)
+                    return self._conv_forward(input, weight, self.bias)
                 except RuntimeError:  # of two reasons the one that names the argument
-                    check_conv(x, weight, self.bias, self.groups, "tt_conv")
+                    check_conv(input, weight, self.bias, self.groups, "tt_conv")
                     raise
         padding = self.padding
         if self.padding_mode != "zeros":
-            x, padding = pad(x, self._reversed_padding_repeated_twice, self.padding_mode), 0  # type: ignore[assignment]
+            input, padding = pad(input, self._reversed_padding_repeated_twice, self.padding_mode), 0  # type: ignore[assignment]
         return tt_conv(
-            x, self.weight, self.core, self.suffix, self.bias, self.stride, padding, self.dilation, self.groups, self.scale,
-            saved_dtype=self.saved_dtype, backend=self.backend,
+            input, self.weight, self.core, self.frozen_suffix(), self.bias, self.stride, padding, self.dilation, self.groups,
+            self.scale, saved_dtype=self.saved_dtype, backend=self.backend,
         )  # fmt: skip
+
+    def __setattr__(self, name: str, value: Any) -> None:
+        if name in _GUARDED and not self._may_replace:
+            own = self._parameters.get(name)
+            if own is not None and own is not value:
+                raise RuntimeError(
+                    f"{name} of an adapted convolution cannot be replaced, its update would be lost; "
+                    f"call lora_edge.merge(model) first, or write into the tensor: {name}.data.copy_(...)"
+                )
+        super().__setattr__(name, value)
+
+    def __delattr__(self, name: str) -> None:
+        if name in _GUARDED and name in self._parameters:
+            raise RuntimeError(f"{name} {_MERGE_FIRST}")
+        super().__delattr__(name)
+
+    def register_parameter(self, name: str, param: nn.Parameter | None) -> None:
+        tensor = name.rpartition("_")[0]  # torch.nn.utils.prune registers weight_orig before it takes weight away
+        if tensor in _GUARDED and tensor in self._parameters:
+            raise RuntimeError(f"{tensor} {_MERGE_FIRST}")
+        super().register_parameter(name, param)
+
+    def __prepare_scriptable__(self) -> nn.Module:
+        raise RuntimeError("torch.jit.script cannot compile an adapted convolution; call lora_edge.merge(model) first")
 
     def _apply(self: _Layer, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> _Layer:
         inference.drop(self)  # it holds the memory that the layer moves away from
@@ -146,7 +186,11 @@ class LoRAEdgeConv(nn.modules.conv._ConvNd):
                 "merge, load it, and adapt again with batches, or load a matching suffix too"
             )
             return
-        super()._load_from_state_dict(state_dict, prefix, local_metadata, strict, missing_keys, unexpected_keys, error_msgs)  # type: ignore[no-untyped-call]
+        self._may_replace = True
+        try:
+            super()._load_from_state_dict(state_dict, prefix, local_metadata, strict, missing_keys, unexpected_keys, error_msgs)  # type: ignore[no-untyped-call]
+        finally:
+            self.__dict__.pop("_may_replace", None)
         if own["core"] not in state_dict and own["suffix"] not in state_dict:
             for name in ("core", "suffix"):
                 if own[name] in missing_keys:
@@ -253,12 +297,36 @@ def attach(
 def detach(layer: LoRAEdgeConv) -> None:
     """Undo :func:`attach` and re-class to the stock convolution; the weight stays as it is."""
     for name in ("core", "suffix"):
-        delattr(layer, name)
+        del layer._parameters[name]
+    for name in [name for name in layer._parameters if name != "weight"]:  # behind a weight that was computed in between
+        layer._parameters[name] = layer._parameters.pop(name)
     for name in ("frozen_cores", "scale", "bond_cap", "scaling", "saved_dtype", "enabled", "base_replaced"):
         delattr(layer, name)
-    for name in ("backend", "subspace"):
+    for name in ("backend", "subspace", "trains_suffix"):
         layer.__dict__.pop(name, None)
     layer.__class__ = layer.stock  # type: ignore[assignment]
+
+
+def refuse_computed(layers: Mapping[str, LoRAEdgeConv]) -> None:
+    """Refuse to merge adapted layers whose tensors are computed from others since ``adapt``; by dotted name.
+
+    Raises:
+        RuntimeError: a layer's weight, core or suffix is computed, or the layer is parametrized; says how to end that.
+    """
+    for name, layer in layers.items():
+        computed = [key for key in _GUARDED if layer._parameters.get(key) is None]
+        if parametrize.is_parametrized(layer):
+            computed = computed or list(layer.parametrizations)  # type: ignore[arg-type]
+            remedy = f"torch.nn.utils.parametrize.remove_parametrizations(layer, {computed[0]!r})"
+        elif not computed:
+            continue
+        elif f"{computed[0]}_mask" in layer._buffers:
+            remedy = f"torch.nn.utils.prune.remove(layer, {computed[0]!r})"
+        elif f"{computed[0]}_g" in layer._parameters:
+            remedy = f"torch.nn.utils.remove_weight_norm(layer, {computed[0]!r})"
+        else:
+            remedy = f"torch.nn.utils.remove_spectral_norm(layer, {computed[0]!r}) or what else computes it"
+        raise RuntimeError(f"{name or 'model'}.{computed[0]} is computed since adapt; call {remedy}, then merge")
 
 
 def set_weights(weights: Mapping[nn.modules.conv._ConvNd, Tensor]) -> None:
@@ -268,7 +336,7 @@ def set_weights(weights: Mapping[nn.modules.conv._ConvNd, Tensor]) -> None:
         if uses[id(conv.weight)] == 1:
             conv.weight.copy_(weight)
         else:  # two layers with one weight learned two updates, so they need a weight each from now on
-            conv.weight = nn.Parameter(weight, conv.weight.requires_grad)
+            conv._parameters["weight"] = nn.Parameter(weight, conv.weight.requires_grad)
 
 
 def _equal(a: Tensor, b: Tensor) -> bool:

@@ -235,7 +235,8 @@ CHANGES = {
     "global function": ("helper", lambda m: globals().__setitem__("_helper", lambda x, *a, **k: x)),
     "its defaults": ("defaults", lambda m: setattr(_helper, "__defaults__", (5,))),
     "its code": ("helper", lambda m: setattr(_helper, "__code__", (lambda x, times=2, *more, scale=1.0, **rest: x).__code__)),
-    "a child goes": ("comprehension", lambda m: delattr(m, "b")),
+    "a child more": ("comprehension", lambda m: m.add_module("third", nn.ReLU())),
+    "another child": ("method", lambda m: setattr(m, "relu", nn.Tanh())),
 }
 
 

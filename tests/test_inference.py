@@ -14,7 +14,7 @@ from torch.nn.utils import parametrize
 
 import lora_edge
 from lora_edge import LoRAEdgeConv2d, inference
-from lora_edge.lean import FrozenBatchNorm2d, freeze_bn
+from lora_edge.frozen_bn import FrozenBatchNorm2d, freeze_bn
 from lora_edge.ops import reference
 from lora_edge.ops.backends import VARIABLE, use_backend
 

@@ -9,7 +9,8 @@ import torch
 from torch import nn
 
 import lora_edge
-from lora_edge.lean import LEAN_CLASS, freeze_bn, make_lean, make_stock
+from lora_edge.frozen_bn import freeze_bn
+from lora_edge.lean import LEAN_CLASS, make_lean, make_stock
 from lora_edge.memory import saved_bytes
 from networks import network
 

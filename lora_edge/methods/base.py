@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _BatchNorm
 from torch.nn.modules.conv import _ConvNd
 
-from lora_edge import calibration, lean
+from lora_edge import calibration, frozen_bn
 from lora_edge.adapt import AdaptState, adapt, fingerprint, select, trainable_parameters
 from lora_edge.layers import LoRAEdgeConv, check_adaptable
 from lora_edge.reparametrised import Reparametrisation, added_tensors, attach
@@ -54,16 +54,16 @@ def freeze_backbone(model: nn.Module) -> None:
     """No parameter is trained and BatchNorm stays on its running statistics."""
     model.requires_grad_(False)
     for _, norm in calibration.batch_norms(model):
-        if lean.why_not_frozen(norm) is None:
-            lean.freeze_bn(norm)
+        if frozen_bn.why_not_frozen(norm) is None:
+            frozen_bn.freeze_bn(norm)
 
 
 def unfreeze_backbone(model: nn.Module) -> nn.Module:
     """Undo :func:`freeze_backbone` on the BatchNorm layers, whose statistics stay; every parameter is trainable again."""
     for module in list(model.modules()):
-        if isinstance(module, lean.FrozenBatchNorm):
+        if isinstance(module, frozen_bn.FrozenNorm):
             calibration.forget_statistics(module)
-            lean.unfreeze_bn(module)
+            frozen_bn.unfreeze_bn(module)
     return model.requires_grad_(True)
 
 
@@ -135,7 +135,7 @@ def trained_state(model: nn.Module) -> dict[str, Tensor]:
         start = f"{prefix}." if prefix else ""
         if isinstance(module, LoRAEdgeConv):
             own.add(f"{start}suffix")
-        is_frozen = isinstance(module, lean.FrozenBatchNorm) and not calibration.base_statistics(module)
+        is_frozen = isinstance(module, frozen_bn.FrozenNorm) and not calibration.base_statistics(module)
         if isinstance(module, _BatchNorm) and not is_frozen:
             own.update(f"{start}{name}" for name in calibration.STATISTICS)
     return {name: value.detach().clone() for name, value in model.state_dict().items() if name in own}

@@ -9,8 +9,9 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor, fx, nn
 
+from lora_edge.frozen_bn import FrozenBatchNorm, FrozenThen
 from lora_edge.layers import LoRAEdgeConv
-from lora_edge.lean import FrozenBatchNorm, LeanLayer
+from lora_edge.lean import LeanLayer
 from lora_edge.nn import pure
 from lora_edge.nn.guards import MISSING, has_hooks, static
 from lora_edge.nn.values import Bound, Container, Lookup, Method, Module, Object, Once, Refused, Submodules, Super, View, refuse
@@ -52,7 +53,7 @@ def is_leaf(module: nn.Module) -> bool:
     if isinstance(module, (LoRAEdgeConv, LeanLayer)):
         return cls.__module__.startswith("lora_edge.")
     if isinstance(module, FrozenBatchNorm):
-        return getattr(module, "plain", True)
+        return True
     return cls in pure.LAYERS and cls.forward is pure.LAYERS[cls]
 
 
@@ -87,6 +88,8 @@ class Calls:
             refuse(f"{cls.__name__} has a _call_impl of its own")
         if leaf:
             return self._leaf(module, args, kwargs)
+        if isinstance(own, FrozenThen):
+            return self._frozen_then(module, args, kwargs)
         if static(cls, "__getattr__") is not nn.Module.__getattr__:
             refuse(f"{cls.__name__} has a __getattr__ of its own")
         forward = static(cls, "forward")
@@ -120,6 +123,18 @@ class Calls:
         node = self.evaluator.graph.call_module(module.path, values, {name: as_argument(v) for name, v in kwargs.items()})
         node.meta["kind"] = pure.layer_kind(own)
         return node
+
+    def _frozen_then(self, module: Module, args: list[Any], kwargs: dict[str, Any]) -> Any:
+        """A frozen BatchNorm and then its submodules."""
+        if len(args) != 1 or kwargs:
+            refuse(f"{module.path} is called with other arguments than one input")
+        bn = self.evaluator.graph.get_attr(module.path)
+        value = self.evaluator.emit(normalized, (bn, args[0]), {}, pure.TENSOR)
+        for name in module.module.then:  # type: ignore[union-attr]
+            child = self.evaluator.reader.child(module, name)
+            if isinstance(child, Module):
+                value = self.enter(child, [value], {})
+        return value
 
     def children_of(self, module: Module) -> list[Any]:
         """What iterating over a module gives."""
@@ -548,6 +563,11 @@ class Calls:
                         refuse("it makes a dictionary with keys that are no names")
                     found[key] = value
         return {**found, **kwargs}
+
+
+def normalized(bn: FrozenThen, x: Tensor) -> Tensor:
+    """The BatchNorm of a layer that does more after it."""
+    return bn.normalized(x)
 
 
 class _Constant:

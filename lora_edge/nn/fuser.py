@@ -10,9 +10,11 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, fx, nn
 
+from lora_edge.frozen_bn import FrozenBatchNorm
 from lora_edge.layers import LoRAEdgeConv
-from lora_edge.lean import FrozenBatchNorm, LeanActivation, LeanConv
+from lora_edge.lean import LeanActivation, LeanConv
 from lora_edge.nn import pure
+from lora_edge.nn.calls import normalized
 from lora_edge.nn.guards import Guards
 from lora_edge.ops.activation import Activation, activate, apply
 
@@ -128,9 +130,16 @@ class Fuser:
         return f": {user.target} follows"
 
     def frozen_bn(self, node: fx.Node) -> str | None:
-        """Name of the lean frozen BatchNorm that a node calls."""
+        """Name of the lean frozen BatchNorm that a node applies."""
+        if node.op == "call_function" and node.target is normalized:
+            name = str(node.all_input_nodes[0].target)
+            return name if self.modules[name].is_lean() else None  # type: ignore[operator]
         bn = self.called(node)
-        return str(node.target) if isinstance(bn, FrozenBatchNorm) and bn.is_lean() and getattr(bn, "plain", True) else None
+        return str(node.target) if isinstance(bn, FrozenBatchNorm) and bn.is_lean() else None
+
+    def normalizes(self, node: fx.Node) -> Any:
+        """What a node that applies a BatchNorm applies it to."""
+        return node.args[1] if node.op == "call_function" else node.args[0]
 
     def other_operand(self, add: fx.Node, mine: fx.Node) -> tuple[fx.Node, str | None, list[fx.Node]] | None:
         """The residual of an addition, the BatchNorm on it, and the nodes of that branch that the block takes in."""
@@ -144,8 +153,9 @@ class Fuser:
         if in_place and left is not mine:  # it writes into the shortcut, which may be somebody's input
             return None
         bn = self.frozen_bn(other)
-        if bn is not None and len(other.users) == 1 and other not in self.claimed and isinstance(other.args[0], fx.Node):
-            return other.args[0], bn, [other]
+        inner = None if bn is None else self.normalizes(other)
+        if bn is not None and len(other.users) == 1 and other not in self.claimed and isinstance(inner, fx.Node):
+            return inner, bn, [other]
         return other, None, []
 
     def activation(self, node: fx.Node) -> Activation | None:

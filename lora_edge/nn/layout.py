@@ -14,8 +14,10 @@ import torch
 import torch.nn.functional as F
 from torch import fx, nn
 
-from lora_edge.lean import FrozenBatchNorm, LeanActivation, LeanConv, LeanMaxPool
+from lora_edge.frozen_bn import FrozenBatchNorm
+from lora_edge.lean import LeanActivation, LeanConv, LeanMaxPool
 from lora_edge.nn import pure
+from lora_edge.nn.calls import normalized
 from lora_edge.ops.activation import activate
 from lora_edge.ops.strides import in_stock_strides, laid_out
 
@@ -32,7 +34,7 @@ concat avg_pool1d avg_pool2d avg_pool3d adaptive_avg_pool1d adaptive_avg_pool2d 
 pad addcmul maximum minimum"""
 _INDIFFERENT_NAMES = set(_NAMES.split())
 _INDIFFERENT = {
-    activate,
+    *(activate, normalized),
     *(getattr(owner, name) for owner in (torch, F) for name in _INDIFFERENT_NAMES if hasattr(owner, name)),
     *(operator.add, operator.sub, operator.mul, operator.truediv, operator.neg, operator.pow),
     *(operator.iadd, operator.isub, operator.imul, operator.itruediv),

@@ -11,9 +11,9 @@ from typing import Any, NamedTuple
 import torch
 import torch.nn.functional as F
 from torch import Tensor
-from torch.autograd.function import once_differentiable
 
 from lora_edge.ops.bits import memory_format, pack, unpack
+from lora_edge.ops.once import linear_once_differentiable
 
 
 class Activation(NamedTuple):
@@ -104,7 +104,7 @@ class _Activate(torch.autograd.Function):
         return apply(x, activation, inplace)
 
     @staticmethod
-    @once_differentiable
+    @linear_once_differentiable
     def backward(ctx: Any, dy: Tensor) -> tuple[Tensor | None, ...]:  # type: ignore[override]
         mask = unpack(ctx.saved_tensors[0], ctx.shape, ctx.format)
         return masked(dy, mask, ctx.activation), None, None

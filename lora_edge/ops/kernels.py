@@ -11,13 +11,13 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from torch.autograd.function import once_differentiable
 
 from lora_edge.ops import custom_ops, plan
 from lora_edge.ops.backends import choose_backend, requested
 from lora_edge.ops.conv_args import ConvArgs
 from lora_edge.ops.engines import chosen, engine, reason
 from lora_edge.ops.memory_layout import channels_last
+from lora_edge.ops.once import once_differentiable
 from lora_edge.ops.plan import BlockPlan, Epilogue, FusePlan, Saves
 
 REFUSED = "does not take this call"  # what a backend says that was asked for by name and leaves the call to torch

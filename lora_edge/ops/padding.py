@@ -11,7 +11,8 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 from torch import Tensor
-from torch.autograd.function import once_differentiable
+
+from lora_edge.ops.once import linear_once_differentiable
 
 
 def pad(x: Tensor, amounts: Sequence[int], mode: str) -> Tensor:
@@ -32,7 +33,7 @@ class _Pad(torch.autograd.Function):
         return F.pad(x, amounts, mode)
 
     @staticmethod
-    @once_differentiable
+    @linear_once_differentiable
     def backward(ctx: Any, dy: Tensor) -> tuple[Tensor | None, ...]:  # type: ignore[override]
         dx = dy
         for k in range(len(ctx.amounts) // 2):

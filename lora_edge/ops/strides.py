@@ -6,9 +6,9 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from torch.autograd.function import once_differentiable
 
 from lora_edge.ops.kernels import channels_last_for_the_cpu
+from lora_edge.ops.once import linear_once_differentiable
 from lora_edge.ops.plan import dense_stride
 
 
@@ -18,10 +18,10 @@ class _LaidOut(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, x: Tensor, copy: list[Tensor]) -> Tensor:
         ctx.stride = dense_stride(x.shape, False)
-        return copy[0]  # a list hides it from autograd, which would make a view of an input that is returned
+        return no_view(copy[0])  # a list hides it from autograd, which would make a view of an input that is returned
 
     @staticmethod
-    @once_differentiable
+    @linear_once_differentiable
     def backward(ctx: Any, dy: Tensor) -> tuple[Tensor | None, ...]:  # type: ignore[override]
         return (dy if dy.stride() == ctx.stride else dy.new_empty_strided(dy.shape, ctx.stride).copy_(dy)), None
 
@@ -34,7 +34,7 @@ class _StockStrides(torch.autograd.Function):
         return y.new_empty_strided(y.shape, stride).copy_(y)
 
     @staticmethod
-    @once_differentiable
+    @linear_once_differentiable
     def backward(ctx: Any, dy: Tensor) -> tuple[Tensor | None, ...]:  # type: ignore[override]
         return dy, None
 
@@ -52,7 +52,7 @@ def laid_out(x: Tensor) -> Tensor:
 def in_stock_strides(y: Tensor, inputs: tuple[Tensor, ...] = (), weights: tuple[Tensor, ...] = ()) -> Tensor:
     """``y`` in the strides that stock layers give: channels-last where an input or a kernel is, else contiguous."""
     if any(map(_is_channels_last, (*inputs, *weights))):
-        if y.dim() not in (3, 4) or _is_channels_last(y):
+        if y.dim() != 4 or _is_channels_last(y):
             return y
         stride = dense_stride(y.shape, True)
     else:
@@ -69,5 +69,13 @@ def stock_strides_on_the_cpu(y: Tensor, x: Tensor, weight: Tensor) -> Tensor:
     return in_stock_strides(y, (x,), (weight,))
 
 
+def no_view(y: Tensor) -> Tensor:
+    """``y`` as no view of another tensor, on the same memory: autograd lets nobody write to a view that a Function returns."""
+    if not y._is_view() or torch.compiler.is_compiling():
+        return y
+    return y.new_empty(0).set_(y.untyped_storage(), y.storage_offset(), y.shape, y.stride())
+
+
 def _is_channels_last(x: Tensor) -> bool:
-    return x.dim() in (3, 4) and x.shape[1] > 1 and x.stride(1) == 1 and not x.is_contiguous()
+    """What decides in torch whether a convolution's output is; a 1-D one's is always contiguous."""
+    return x.dim() == 4 and not x.is_contiguous() and x.is_contiguous(memory_format=torch.channels_last)

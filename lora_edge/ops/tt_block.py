@@ -15,7 +15,6 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from torch.autograd.function import once_differentiable
 
 from lora_edge.ops import kernels, reference
 from lora_edge.ops.activation import Activation, apply, check_activation, inside, masked
@@ -30,6 +29,7 @@ from lora_edge.ops.checks import (
     check_weight,
 )
 from lora_edge.ops.conv_args import ConvArgs, conv, conv_args, conv_input_grad, conv_weight_grad, symmetric
+from lora_edge.ops.once import once_differentiable
 from lora_edge.ops.plan import Epilogue
 from lora_edge.ops.route import choose_route
 from lora_edge.ops.strides import stock_strides_on_the_cpu

@@ -7,10 +7,10 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from torch.autograd.function import once_differentiable
 
 from lora_edge.ops import kernels, reference
 from lora_edge.ops.checks import check_factors
+from lora_edge.ops.once import once_differentiable
 from lora_edge.tt import contracted
 
 

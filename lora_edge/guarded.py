@@ -1,0 +1,130 @@
+"""While a model is adapted, no tool can take an adapted layer out of it without a word.
+
+Tools that fuse, re-parameterize or convert layers (timm's ``reparameterize_model``, ultralytics' ``fuse``,
+``convert_sync_batchnorm``, code that writes ``parent._modules[name]``) read a layer's base weight, put another layer in its
+place, and its update is lost. So :func:`guard` watches the submodules of every module that holds adapted layers, at the one
+dictionary that all of these write to; :func:`unguard` ends it. A module that *contains* the layer it replaces, as a wrapper
+does, is welcome.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from typing import Any, NoReturn
+
+from torch import nn
+from torch.nn.modules.conv import _ConvNd
+
+from lora_edge.frozen_bn import FrozenNorm
+from lora_edge.layers import LoRAEdgeConv
+
+
+class GuardedModules(dict[str, Any]):
+    """The submodules of one module, of which none that holds adapted layers can be lost.
+
+    Raises:
+        RuntimeError: at a call that would replace or remove such a submodule, or put a new convolution beside it.
+    """
+
+    def __init__(self, modules: Any, kind: type = dict) -> None:
+        super().__init__(modules)
+        self.kind = kind  # the dictionary's class outside
+
+    def __setitem__(self, name: str, module: nn.Module | None) -> None:
+        old = self.get(name)
+        if old is not None and old is not module:
+            _check(f"replace {name}", old, set() if module is None else set(module.modules()))
+        if old is None and isinstance(module, _ConvNd) and any(map(_update_in, self.values())):
+            raise RuntimeError(
+                f"{name} is a new convolution beside adapted ones, which read as the base's; "
+                "call lora_edge.merge(model) before layers are fused or added"
+            )
+        super().__setitem__(name, module)
+
+    def __delitem__(self, name: str) -> None:
+        if name in self:
+            _check(f"remove {name}", self[name])
+        super().__delitem__(name)
+
+    def pop(self, name: str, *default: Any) -> Any:
+        if name in self:
+            _check(f"remove {name}", self[name])
+        return super().pop(name, *default)
+
+    def popitem(self) -> tuple[str, Any]:
+        for name in reversed(self):
+            return name, self.pop(name)
+        return super().popitem()
+
+    def clear(self) -> None:
+        for name, module in self.items():
+            _check(f"remove {name}", module)
+        super().clear()
+
+    def update(self, *others: Any, **more: Any) -> None:
+        for name, module in dict(*others, **more).items():
+            self[name] = module
+
+    def __ior__(self, other: Any) -> GuardedModules:  # type: ignore[override, misc]
+        self.update(other)
+        return self
+
+    def __reduce__(self) -> tuple[Any, ...]:  # whole, where a copy item by item would be taken for new layers
+        return GuardedModules, (dict(self), self.kind)
+
+
+def guard(model: nn.Module) -> None:
+    """Watch every module of an adapted model that has a submodule with an adapted convolution or a frozen BatchNorm.
+
+    A model with ``save_pretrained``, which would write the base's weights and an update that nobody loads, raises there.
+    """
+    for module in model.modules():
+        children = module._modules
+        if not isinstance(children, GuardedModules) and any(_kept(child) for child in children.values()):
+            module.__dict__["_modules"] = GuardedModules(children, type(children))
+        if callable(getattr(type(module), "save_pretrained", None)):
+            module.__dict__["save_pretrained"] = refuse_save_pretrained
+
+
+def unguard(model: nn.Module) -> None:
+    """Undo :func:`guard`."""
+    for module in model.modules():
+        children = module._modules
+        if isinstance(children, GuardedModules):
+            module.__dict__["_modules"] = children.kind(children)
+        if module.__dict__.get("save_pretrained") is refuse_save_pretrained:
+            del module.__dict__["save_pretrained"]
+
+
+def refuse_save_pretrained(*_: Any, **__: Any) -> NoReturn:
+    """What ``save_pretrained`` is while the model is adapted.
+
+    Raises:
+        RuntimeError: always.
+    """
+    raise RuntimeError(
+        "save_pretrained would save the base's weights without the update; call lora_edge.merge(model) first, "
+        "or save the update with lora_edge.save_adapter"
+    )
+
+
+def _kept(module: nn.Module | None) -> list[nn.Module]:
+    """The layers in a module that must not be lost."""
+    return [] if module is None else [m for m in module.modules() if isinstance(m, (LoRAEdgeConv, FrozenNorm))]
+
+
+def _update_in(module: nn.Module | None) -> bool:
+    return any(isinstance(m, LoRAEdgeConv) for m in _kept(module))
+
+
+def _check(what: str, old: nn.Module | None, new: Iterable[nn.Module] = ()) -> None:
+    lost = [m for m in _kept(old) if m not in new]
+    if any(isinstance(m, LoRAEdgeConv) for m in lost):
+        raise RuntimeError(
+            f"cannot {what}: it holds an adapted convolution, whose update would be lost; call lora_edge.merge(model) first"
+        )
+    if lost:
+        raise RuntimeError(
+            f"cannot {what}: it holds a BatchNorm that adapt froze, which needs no synchronizing or fusing while it is "
+            "frozen; do it before lora_edge.adapt, or call lora_edge.merge(model) first"
+        )
