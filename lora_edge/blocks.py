@@ -32,6 +32,7 @@ from lora_edge.nn.fuser import Fuser, is_conv
 from lora_edge.nn.guards import Guards, static
 from lora_edge.nn.layout import Layout
 from lora_edge.nn.pure import SCALARS
+from lora_edge.nn.source import asks_for_its_class
 from lora_edge.nn.values import Module, Refused
 from lora_edge.ops.activation import Activation, activate
 from lora_edge.ops.conv_args import ConvArgs, conv_args
@@ -423,7 +424,11 @@ def _fuse(module: nn.Module, name: str, found: Fused, covered: bool) -> None:
     has_convs = any(is_conv(m) for m in module.modules())
     if not has_convs or is_conv(module) or isinstance(module, LeanModule):
         return
-    if covered:
+    if asks_for_its_class(type(module)):
+        reason = f"{type(module).__name__} asks for its own class, so it keeps that"
+        if not covered:
+            found.reasons.update({_join(name, n): reason for n, child in module.named_children() if is_conv(child)})
+    elif covered:
         module.__class__ = _lean_class(type(module))  # type: ignore[assignment]
     else:
         plan = _likely_plan(module)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import keyword
 import operator
 from types import FunctionType
 from typing import TYPE_CHECKING, Any
@@ -45,6 +46,14 @@ def first_argument(layer: nn.Module) -> str:
     """What a layer's forward calls its first argument."""
     names = getattr(static(getattr(layer, "stock", type(layer)), "forward"), "__code__", None)
     return "" if names is None or names.co_argcount < 2 else names.co_varnames[1]
+
+
+def readable(path: str) -> str:
+    """A dotted name as a graph's code can write it."""
+    for part in path.split("."):
+        if keyword.iskeyword(part):
+            refuse(f"a submodule is called {part}, which is a keyword of Python")
+    return path
 
 
 def is_leaf(module: nn.Module) -> bool:
@@ -120,7 +129,7 @@ class Calls:
             refuse(f"{module.path} is called with other arguments than it takes")
         as_argument = self.evaluator.as_argument
         values = tuple(as_argument(arg) for arg in args)
-        node = self.evaluator.graph.call_module(module.path, values, {name: as_argument(v) for name, v in kwargs.items()})
+        node = self.evaluator.graph.call_module(readable(module.path), values, {name: as_argument(v) for name, v in kwargs.items()})
         node.meta["kind"] = pure.layer_kind(own)
         return node
 
@@ -128,7 +137,7 @@ class Calls:
         """A frozen BatchNorm and then its submodules."""
         if len(args) != 1 or kwargs:
             refuse(f"{module.path} is called with other arguments than one input")
-        bn = self.evaluator.graph.get_attr(module.path)
+        bn = self.evaluator.graph.get_attr(readable(module.path))
         value = self.evaluator.emit(normalized, (bn, args[0]), {}, pure.TENSOR)
         for name in module.module.then:  # type: ignore[union-attr]
             child = self.evaluator.reader.child(module, name)

@@ -17,7 +17,7 @@ from typing import Any
 from torch import fx, nn
 
 from lora_edge.nn import pure
-from lora_edge.nn.calls import Calls
+from lora_edge.nn.calls import Calls, readable
 from lora_edge.nn.guards import Guards
 from lora_edge.nn.reading import Reader
 from lora_edge.nn.source import source_of
@@ -137,7 +137,7 @@ class Evaluator:
 
     def parameter(self, path: str) -> fx.Node:
         """The symbol of a parameter or buffer."""
-        node = self.graph.get_attr(path)
+        node = self.graph.get_attr(readable(path))
         node.meta["kind"] = pure.TENSOR
         return node
 

@@ -52,6 +52,10 @@ class Fuser:
     def __init__(self, graph: fx.Graph, modules: dict[str, nn.Module], guards: Guards, block: Callable[..., Any]) -> None:
         self.graph, self.modules, self.guards, self.block = graph, modules, guards, block
         self.order = {node: k for k, node in enumerate(graph.nodes)}
+        copies: dict[fx.Node, fx.Node] = {}
+        fx.Graph().graph_copy(graph, copies)
+        for node, copy in copies.items():
+            node.meta["original"] = copy
         self.claimed: set[fx.Node] = set()
         self.activations: dict[str, Activation | None] = {}
 
@@ -236,7 +240,7 @@ class Fuser:
             modules = {k: self.graph.get_attr(call[k]) for k in ("bn", "residual_bn") if call.get(k)}
             kwargs = {k: v for k, v in {**call, **modules}.items() if v is not None}
             block = self.graph.call_function(self.block, (self.graph.get_attr(str(conv.target)), x), kwargs)
-        block.meta["kind"] = pure.TENSOR
+        block.meta.update(kind=pure.TENSOR, original=chain[-1].meta["original"])
         chain[-1].replace_all_uses_with(block)
         self.order[block] = self.order[chain[-1]]
         self.claimed.add(block)
@@ -258,6 +262,6 @@ class Fuser:
             return
         with self.graph.inserting_before(node):
             lean = self.graph.call_function(activate_ if self.writes(node) else activate, (node.args[0], activation))
-        lean.meta["kind"] = pure.TENSOR
+        lean.meta.update(kind=pure.TENSOR, original=node.meta["original"])
         node.replace_all_uses_with(lean)
         self.graph.erase_node(node)

@@ -8,10 +8,11 @@ from __future__ import annotations
 import __future__
 
 import ast
+import copy
 import functools
 import linecache
 from collections.abc import Iterator
-from types import CodeType
+from types import CodeType, FunctionType
 
 _FUTURE = functools.reduce(int.__or__, (getattr(__future__, name).compiler_flag for name in __future__.all_feature_names))
 Function = ast.FunctionDef | ast.Lambda
@@ -73,3 +74,35 @@ def _within(code: CodeType, node: Function) -> bool:
         if (line, column) != (end_line, end_column)
     ]
     return bool(spans) and all(first <= start and end <= last for start, end in spans)
+
+
+@functools.lru_cache(maxsize=1024)
+def asks_for_its_class(cls: type) -> bool:
+    """Whether a method of a module's class uses ``type(self)`` or ``self.__class__``, other than for the class's name."""
+    for base in cls.__mro__:
+        if base.__module__.partition(".")[0] in ("torch", "lora_edge", "builtins"):
+            continue
+        for name, value in vars(base).items():
+            function = value.fget if isinstance(value, property) else getattr(value, "__func__", value)
+            if name != "__init__" and isinstance(function, FunctionType) and _uses_its_class(function.__code__):
+                return True
+    return False
+
+
+def _uses_its_class(code: CodeType) -> bool:
+    found = source_of(code) if code.co_argcount else None
+    tree = copy.deepcopy(found)  # it is shared
+    if tree is None:
+        return False
+    own = code.co_varnames[0]
+    for part in ast.walk(tree):
+        if isinstance(part, ast.Attribute) and part.attr in ("__name__", "__qualname__"):
+            part.value = ast.Name(own)  # only its name: blocks.fuse keeps that
+    return any(_is_class_of(part, own) for part in ast.walk(tree))
+
+
+def _is_class_of(node: ast.AST, own: str) -> bool:
+    if isinstance(node, ast.Attribute):
+        return node.attr == "__class__" and isinstance(node.value, ast.Name) and node.value.id == own
+    is_type = isinstance(node, ast.Call) and isinstance(node.func, ast.Name) and node.func.id == "type"
+    return is_type and any(isinstance(arg, ast.Name) and arg.id == own for arg in node.args)  # type: ignore[attr-defined]
