@@ -8,7 +8,6 @@ from __future__ import annotations
 import __future__
 
 import ast
-import copy
 import functools
 import linecache
 from collections.abc import Iterator
@@ -76,7 +75,6 @@ def _within(code: CodeType, node: Function) -> bool:
     return bool(spans) and all(first <= start and end <= last for start, end in spans)
 
 
-@functools.lru_cache(maxsize=1024)
 def asks_for_its_class(cls: type) -> bool:
     """Whether a method of a module's class uses ``type(self)`` or ``self.__class__``, other than for the class's name."""
     for base in cls.__mro__:
@@ -89,16 +87,20 @@ def asks_for_its_class(cls: type) -> bool:
     return False
 
 
+@functools.lru_cache(maxsize=4096)
 def _uses_its_class(code: CodeType) -> bool:
-    found = source_of(code) if code.co_argcount else None
-    tree = copy.deepcopy(found)  # it is shared
+    if not code.co_argcount or not {"type", "__class__"} & {*code.co_names}:
+        return False
+    tree = source_of(code)
     if tree is None:
         return False
     own = code.co_varnames[0]
-    for part in ast.walk(tree):
-        if isinstance(part, ast.Attribute) and part.attr in ("__name__", "__qualname__"):
-            part.value = ast.Name(own)  # only its name: blocks.fuse keeps that
-    return any(_is_class_of(part, own) for part in ast.walk(tree))
+    asks = [part for part in ast.walk(tree) if _is_class_of(part, own)]
+    for_its_name = [part.value for part in ast.walk(tree) if isinstance(part, ast.Attribute) and part.attr in _NAMES]
+    return any(part not in for_its_name for part in asks)
+
+
+_NAMES = ("__name__", "__qualname__")  # the same for the class that blocks.fuse makes
 
 
 def _is_class_of(node: ast.AST, own: str) -> bool:
