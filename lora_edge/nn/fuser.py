@@ -24,6 +24,9 @@ _FUNCTIONAL: dict[Any, str] = {
     F.relu6: "relu6", F.hardtanh: "hardtanh", F.leaky_relu: "leaky_relu", F.hardsigmoid: "hardsigmoid",
 }  # fmt: skip
 
+_OUTSIDE = "outside"
+_MAKE_NEW = (nn.modules.conv._ConvNd, nn.modules.batchnorm._BatchNorm)  # their result lies in memory of its own
+
 
 def activate_(x: Tensor, activation: Activation) -> Tensor:
     """:func:`activate` in place; on a view torch's own, since autograd takes no custom in-place function there."""
@@ -58,6 +61,8 @@ class Fuser:
             node.meta["original"] = copy
         self.claimed: set[fx.Node] = set()
         self.activations: dict[str, Activation | None] = {}
+        self.memory: dict[fx.Node, set[Any]] = {}
+        self.find_memory()
 
     def run(self) -> tuple[dict[str, str], dict[str, str]]:
         blocks: dict[str, str] = {}
@@ -112,7 +117,7 @@ class Fuser:
             return "", "nothing behind it can be fused" + self.why_next(tail)
         if amounts is not None:
             chain.append(source)
-        if self.written_between(min(chain, key=self.order.__getitem__), tail, chain):
+        if self.written_between(chain):
             return "", "something is written in place between its parts"
         inner = source.args[0] if amounts is not None else source
         assert isinstance(inner, fx.Node)
@@ -213,13 +218,28 @@ class Fuser:
         self.depends_on(conv, "padding", "padding_mode", "dilation")
         return tuple(amounts) if own_is_even and all(u % d == 0 for u, d in zip(uneven, dilation, strict=True)) else None
 
-    def written_between(self, first: fx.Node, last: fx.Node, chain: list[fx.Node]) -> bool:
-        """Whether a node outside the block writes in place while the block would be delayed to its last node."""
-        return any(
-            self.order[first] < self.order.get(node, -1) < self.order[last] and node not in chain and node not in self.claimed
-            for node in self.graph.nodes
-            if self.writes(node)
-        )
+    def written_between(self, chain: list[fx.Node]) -> bool:
+        """Whether something that a block reads may be written in place before the block's place, which is its last node's."""
+        last = max(self.order[node] for node in chain)
+        writing = [n for n in self.graph.nodes if self.order.get(n, last) < last and n not in chain and self.writes(n)]
+        for node in chain:
+            read = {_OUTSIDE}  # its parameters and buffers
+            for source in node.all_input_nodes:
+                if source not in chain:
+                    read |= self.memory[source]
+            if any(self.order[n] > self.order[node] and read & self.memory[n] for n in writing):
+                return True
+        return False
+
+    def find_memory(self) -> None:
+        """Whose memory each value may lie in: that of nodes which made it, or of inputs, parameters and buffers."""
+        for node in self.graph.nodes:
+            if node.op in ("placeholder", "get_attr"):
+                self.memory[node] = {_OUTSIDE}
+            elif isinstance(self.called(node), _MAKE_NEW):
+                self.memory[node] = {node}
+            else:
+                self.memory[node] = set().union(*(self.memory[source] for source in node.all_input_nodes))
 
     def writes(self, node: fx.Node) -> bool:
         if node.op == "call_module":
@@ -242,7 +262,7 @@ class Fuser:
             block = self.graph.call_function(self.block, (self.graph.get_attr(str(conv.target)), x), kwargs)
         block.meta.update(kind=pure.TENSOR, original=chain[-1].meta["original"])
         chain[-1].replace_all_uses_with(block)
-        self.order[block] = self.order[chain[-1]]
+        self.order[block], self.memory[block] = self.order[chain[-1]], self.memory[chain[-1]]
         self.claimed.add(block)
         for node in reversed(chain):
             self.graph.erase_node(node)
