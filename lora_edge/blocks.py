@@ -32,6 +32,7 @@ from lora_edge.nn.fuser import Fuser, is_conv
 from lora_edge.nn.guards import Guards, static
 from lora_edge.nn.layout import Layout
 from lora_edge.nn.pure import SCALARS
+from lora_edge.nn.source import asks_for_its_class
 from lora_edge.nn.values import Module, Refused
 from lora_edge.ops.activation import Activation, activate
 from lora_edge.ops.conv_args import ConvArgs, conv_args
@@ -134,6 +135,9 @@ class LeanModule(nn.Module):
 
     base_class: type[nn.Module]
 
+    def __init_subclass__(cls, **kwargs: Any) -> None:
+        """Not that of the user's class, which might register each of its subclasses."""
+
     def __reduce_ex__(self, protocol: Any) -> Any:
         getstate = getattr(self.base_class, "__getstate__", None)
         state = dict(self.__dict__) if getstate is None else getstate(self)
@@ -194,6 +198,7 @@ def fused_block(
     activation: Activation | None = None,
     padding: tuple[int, ...] | None = None,
     overwrite: bool = False,
+    adds_in_place: bool = False,
 ) -> Tensor:
     """One block on live modules: as one op where that is exact, else step by step.
 
@@ -205,6 +210,7 @@ def fused_block(
         activation: the activation at the end.
         padding: amounts of an ``F.pad`` with zeros in front, last dimension first.
         overwrite: nobody else needs ``x``, so the output may take its place in memory.
+        adds_in_place: the addition is ``y += residual``, which keeps the shape and dtype of ``y``.
     """
     weight = conv.weight
     norms = [norm for norm in (bn, residual_bn) if norm is not None]
@@ -212,17 +218,18 @@ def fused_block(
         x.dim() != weight.dim()
         or x.dtype != weight.dtype
         or torch.is_autocast_enabled(x.device.type)
+        or (isinstance(conv, LoRAEdgeConv) and not conv.enabled)
         or not all(norm.is_lean() and norm.running_var is not None for norm in norms)
         or any(norm.running_var.dtype != weight.dtype for norm in norms)  # type: ignore[union-attr]
     ):
-        return _step_by_step(conv, x, bn, residual, residual_bn, activation, padding)
+        return _step_by_step(conv, x, bn, residual, residual_bn, activation, padding, adds_in_place)
     args = layer_args(conv, padding)
     if conv.padding_mode != "zeros":
         x = pad(x, conv._reversed_padding_repeated_twice, conv.padding_mode)
     if residual is not None:
         shape = (x.shape[0], weight.shape[0], *args.output_size(x.shape[2:], weight.shape[2:]))
         if not isinstance(residual, Tensor) or residual.shape != shape or residual.dtype != x.dtype:
-            return _step_by_step(conv, x, bn, residual, residual_bn, activation, padding)
+            return _step_by_step(conv, x, bn, residual, residual_bn, activation, padding, adds_in_place)
     core, suffix, scale, saved_dtype = None, None, 1.0, None
     if isinstance(conv, LoRAEdgeConv):
         core, suffix, scale, saved_dtype = conv.core, conv.frozen_suffix(), conv.scale, conv.saved_dtype
@@ -243,11 +250,13 @@ def _step_by_step(
     residual_bn: nn.Module | None,
     activation: Activation | None,
     padding: tuple[int, ...] | None,
+    adds_in_place: bool,
 ) -> Tensor:
     y = conv(x if padding is None else F.pad(x, padding))
     y = y if bn is None else _normalized(bn, y)
     if residual is not None:
-        y = y + (residual if residual_bn is None else _normalized(residual_bn, residual))
+        shortcut = residual if residual_bn is None else _normalized(residual_bn, residual)
+        y = y.add_(shortcut) if adds_in_place else y + shortcut
     return y if activation is None else activate(y, activation)
 
 
@@ -380,9 +389,9 @@ def _run_of(module: nn.Module, names: list[str], training: bool | None) -> Plan 
     try:
         x = evaluator.argument(("tensor", None))
         for name in names:
-            x = evaluator.calls.enter(children[name], [x], {})
+            x = evaluator.follow(lambda child=children[name], x=x: evaluator.calls.enter(child, [x], {}))
         evaluator.finish(x)
-    except (Refused, AttributeError):
+    except (Refused, RecursionError):
         return None
     return _finish(module, evaluator)
 
@@ -416,7 +425,11 @@ def _fuse(module: nn.Module, name: str, found: Fused, covered: bool) -> None:
     has_convs = any(is_conv(m) for m in module.modules())
     if not has_convs or is_conv(module) or isinstance(module, LeanModule):
         return
-    if covered:
+    if asks_for_its_class(type(module)):
+        reason = f"{type(module).__name__} asks for its own class, so it keeps that"
+        if not covered:
+            found.reasons.update({_join(name, n): reason for n, child in module.named_children() if is_conv(child)})
+    elif covered:
         module.__class__ = _lean_class(type(module))  # type: ignore[assignment]
     else:
         plan = _likely_plan(module)
