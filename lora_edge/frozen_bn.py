@@ -5,6 +5,7 @@
 
 from __future__ import annotations
 
+import warnings
 from typing import Any, ClassVar, NamedTuple
 
 import torch
@@ -48,14 +49,11 @@ class FrozenNorm(_BatchNorm):
         return self
 
     def reset_running_stats(self) -> None:
-        """What ``torch.optim.swa_utils.update_bn`` begins with, after which a frozen layer would stay at mean 0.
-
-        Raises:
-            RuntimeError: always.
-        """
-        raise RuntimeError(
-            "the statistics of a frozen BatchNorm are not estimated in training; "
-            'call lora_edge.calibrate_bn(model, batches), or adapt with bn="batch"'
+        """Keeps the statistics; ``torch.optim.swa_utils.update_bn`` begins with it, and a frozen layer estimates none."""
+        warnings.warn(
+            "the statistics of a frozen BatchNorm stay as they are; to move them call lora_edge.calibrate_bn(model, batches), "
+            'or adapt with bn="batch"',
+            stacklevel=2,
         )
 
     def is_lean(self) -> bool:
