@@ -237,6 +237,14 @@ def freeze_bn(bn: nn.Module, lean: bool = False) -> None:
     bn.training = False
 
 
+def freeze_as(bn: nn.Module, frozen: FrozenNorm) -> None:
+    """Freeze a BatchNorm that takes the place of a frozen one, with what is known of that."""
+    freeze_bn(bn, frozen.lean)
+    bn.mode_asked_for = frozen.mode_asked_for  # type: ignore[assignment]
+    if "_base_statistics" in frozen.__dict__:
+        bn.__dict__["_base_statistics"] = frozen.__dict__["_base_statistics"]
+
+
 def unfreeze_bn(bn: FrozenNorm) -> None:
     """Back to its own class, in the training mode that was last asked for."""
     mode = bn.mode_asked_for
