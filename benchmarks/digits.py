@@ -27,8 +27,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from lora_edge.har.adaptation import load_weights
 from lora_edge.har.data import Split, Windows, installed_file
+from lora_edge.har.source import load_weights
 from lora_edge.har.study import Run, add_options, run_problem
 
 MEAN, STD = (0.4377, 0.4438, 0.4728), (0.1980, 0.2010, 0.1970)  # SVHN's, which the weights were trained with

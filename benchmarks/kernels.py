@@ -11,7 +11,6 @@ A backend is timed only where it agrees with torch; a call that it leaves to tor
 
 from __future__ import annotations
 
-import argparse
 import sys
 import time
 from collections.abc import Callable, Sequence
@@ -23,13 +22,16 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from lora_edge.har.adaptation import machine
+from lora_edge.cli import OneLineParser
+from lora_edge.error_text import first_line
+from lora_edge.machine import machine
 from lora_edge.ops import engines, tt_fuse
 from lora_edge.ops.activation import Activation
 from lora_edge.ops.backends import AVAILABLE, state
 from lora_edge.ops.conv_args import ConvArgs
 from lora_edge.ops.kernels import REFUSED
 from lora_edge.ops.tt_block import run_block
+from lora_edge.output import check_file, make_folder
 
 from . import write_rows
 from .device import results_folder, title
@@ -206,7 +208,7 @@ FIELDS = (
 
 def main(arguments: Sequence[str] | None = None) -> int:
     """Measure and write the table; 1 where a backend does not agree with torch."""
-    parser = argparse.ArgumentParser(prog="lora-edge bench", description=__doc__)
+    parser = OneLineParser(prog="lora-edge bench", description=__doc__)
     parser.add_argument("--workload", nargs="+", choices=list(WORKLOADS), default=list(WORKLOADS))
     parser.add_argument("--precision", nargs="+", choices=list(DTYPES), default=list(DTYPES))
     parser.add_argument("--layout", nargs="+", choices=list(LAYOUTS), default=["channels-last"])
@@ -217,7 +219,19 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser.add_argument("--size", type=int, default=4096, help="of the matrices that measure the device's rates")
     parser.add_argument("--out", type=Path, help="the table; default results/<device>/kernels.csv")
     options = parser.parse_args(arguments)
-    device = torch.device(options.device)
+    if min(options.rounds, options.size) < 1:
+        raise ValueError(f"--rounds is {options.rounds} and --size {options.size}; give integers of at least 1")
+    try:
+        device = torch.device(options.device)
+        torch.empty(0, device=device)
+    except (RuntimeError, AssertionError) as error:  # torch's own, where it is built without CUDA
+        raise ValueError(f"--device is {options.device!r}; give one that is here, such as cpu ({first_line(error)})") from None
+    known = {name for workload in options.workload for name in layers_of(workload)} if options.layer else set()
+    if unknown := set(options.layer or ()) - known:
+        raise ValueError(f"--layer {min(unknown)!r} is not in {', '.join(options.workload)}; give some of {', '.join(known)}")
+    path = options.out or results_folder(device) / "kernels.csv"
+    make_folder(path.parent)
+    check_file(path)
     timer = Timer(device)
     names = ["torch", *(b for b in options.backend if state(b) == AVAILABLE and engines.device_type(b) == device.type)]
     about = {"device": title(device), **{key: machine()[key] for key in ("lora_edge", "torch", "date")}}
@@ -240,7 +254,6 @@ def main(arguments: Sequence[str] | None = None) -> int:
                                 f"{r['backend']} {r.get('us_p50', r.get('refused', 'wrong'))}" for r in rows[-len(names) :]
                             )
                             print(*found, workload, name, op)
-    path = options.out or results_folder(device) / "kernels.csv"
     write_rows(path, FIELDS, rows)
     print(f"{len(rows)} rows in {path}")
     return 0 if all(row.get("agrees", True) for row in rows) else 1

@@ -27,7 +27,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 import lora_edge
-from lora_edge.har.adaptation import machine
+from lora_edge.machine import machine
 from lora_edge.ops import cpu_launch
 
 from . import write_rows

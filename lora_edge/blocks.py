@@ -40,6 +40,7 @@ from lora_edge.ops.conv_args import ConvArgs, conv_args
 from lora_edge.ops.padding import pad
 from lora_edge.ops.transforms import plain_ops_only
 from lora_edge.ops.tt_block import run_block
+from lora_edge.torch_private import has_any_global_hook
 
 OVERWRITE_BYTES = 4 << 20  # smaller maps are not worth the copy of each slice
 MOST_PLANS = 8  # that a module keeps: for its modes, kinds of arguments and flags
@@ -360,7 +361,7 @@ def _finish(module: nn.Module, evaluator: Evaluator) -> Plan:
     Layout(evaluator.graph, modules, fused_block).run()
     evaluator.graph.lint()
     code = evaluator.graph.python_code("self")
-    scope = dict(code.globals)
+    scope = {**code.globals, "__name__": __name__}
     exec(code.src, scope)
     layer = next((m for m in module.modules() if isinstance(m, LoRAEdgeConv)), None)
     return Plan(scope["forward"], evaluator.guards.fix(), blocks, reasons, fuser.activations, layer)
@@ -403,7 +404,7 @@ def _wanted() -> bool:
     if not torch.is_grad_enabled():
         return False
     traced = torch.compiler.is_compiling() or plain_ops_only()
-    return not traced and nn.Module.__call__ is _CALL and not nn.modules.module._has_any_global_hook()
+    return not traced and nn.Module.__call__ is _CALL and not has_any_global_hook()
 
 
 def _rebuild(base_class: type[nn.Module]) -> nn.Module:

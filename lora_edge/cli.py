@@ -11,9 +11,11 @@ from pathlib import Path
 from typing import Any, NoReturn
 
 import lora_edge
+from lora_edge.error_text import first_line
+from lora_edge.extras import require
 
 
-class _OneLineParser(argparse.ArgumentParser):
+class OneLineParser(argparse.ArgumentParser):
     """argparse, but an error is one line on standard error; the exit code stays 2."""
 
     def error(self, message: str) -> NoReturn:
@@ -30,9 +32,8 @@ def main(arguments: list[str] | None = None) -> int:
     warnings.filterwarnings("ignore", message="Using padding='same' with even kernel")
     try:
         code = options.run(options)
-    except (ValueError, TypeError, RuntimeError, KeyError, OSError) as error:
-        text = str(error.args[0]) if isinstance(error, KeyError) and error.args else str(error)
-        print(f"lora-edge: error: {text.splitlines()[0] if text else type(error).__name__}", file=sys.stderr)
+    except (ValueError, TypeError, RuntimeError, KeyError, OSError, ImportError) as error:
+        print(f"lora-edge: error: {first_line(error)}", file=sys.stderr)
         return 2
     except KeyboardInterrupt:
         print("lora-edge: interrupted; files written so far are whole", file=sys.stderr)
@@ -41,9 +42,9 @@ def main(arguments: list[str] | None = None) -> int:
 
 
 def _parser() -> argparse.ArgumentParser:
-    parser = _OneLineParser(prog="lora-edge", description="LoRA-Edge: adapt a pre-trained CNN by its TT cores.")
+    parser = OneLineParser(prog="lora-edge", description="LoRA-Edge: adapt a pre-trained CNN by its TT cores.")
     parser.add_argument("--version", action="version", version=f"lora_edge {lora_edge.__version__}")
-    commands = parser.add_subparsers(required=True, metavar="COMMAND", parser_class=_OneLineParser)
+    commands = parser.add_subparsers(required=True, metavar="COMMAND", parser_class=OneLineParser)
 
     adapt = commands.add_parser("adapt", help="adapt a source model to one person and compare with the other methods")
     adapt.add_argument("--data", required=True, help='an .npz (see lora_edge/har/data.py), or "watch"')
@@ -86,13 +87,16 @@ def _parser() -> argparse.ArgumentParser:
 
 
 def _adapt(options: argparse.Namespace) -> None:
+    from lora_edge.har.train import LARGEST_RATE
+
     _positive(options, "steps", "epochs")
-    if options.lr is not None and not options.lr > 0:
-        raise ValueError(f"--lr is {options.lr}; give a number above 0")
+    if options.lr is not None and not 0 < options.lr <= LARGEST_RATE:
+        raise ValueError(f"--lr is {options.lr}; give a number above 0, at most {LARGEST_RATE:g}")
+    require("lora-edge adapt")
     from rich.progress import BarColumn, MofNCompleteColumn, Progress, TaskID, TextColumn, TimeRemainingColumn
 
-    from lora_edge.har.adaptation import Settings, run
-    from lora_edge.har.report import draw, print_table
+    from lora_edge.har.adaptation import FILES, Settings, run
+    from lora_edge.har.report import print_table
 
     fields = {name: value for name, value in vars(options).items() if name not in ("run", "rest")}
     columns: list[Any] = [TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn()]
@@ -106,8 +110,7 @@ def _adapt(options: argparse.Namespace) -> None:
 
         report = run(Settings(**fields), progress)
     print_table(report)
-    draw(report, options.out / "f1_over_time.png")
-    for name in ("adapter.safetensors", "merged.safetensors", "results.json", "f1_over_time.png"):
+    for name in FILES:
         print(f"{options.out / name}  {(options.out / name).stat().st_size / 1e3:,.1f} kB")
 
 

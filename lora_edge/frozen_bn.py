@@ -47,6 +47,17 @@ class FrozenNorm(_BatchNorm):
         self.training = False
         return self
 
+    def reset_running_stats(self) -> None:
+        """What ``torch.optim.swa_utils.update_bn`` begins with, after which a frozen layer would stay at mean 0.
+
+        Raises:
+            RuntimeError: always.
+        """
+        raise RuntimeError(
+            "the statistics of a frozen BatchNorm are not estimated in training; "
+            'call lora_edge.calibrate_bn(model, batches), or adapt with bn="batch"'
+        )
+
     def is_lean(self) -> bool:
         """Whether the layer is a fixed scale and shift: not where these are trained, or an instance has its own forward."""
         affine = (self.weight, self.bias)

@@ -4,12 +4,11 @@ Tools that fuse, re-parameterize or convert layers (timm's ``reparameterize_mode
 ``convert_sync_batchnorm``, code that writes ``parent._modules[name]``) read a layer's base weight, put another layer in its
 place, and its update is lost. So :func:`guard` watches the submodules of every module that holds adapted layers, at the one
 dictionary that all of these write to; :func:`unguard` ends it. A module that *contains* the layer it replaces, as a wrapper
-does, is welcome.
+does, is allowed, and so is a copy of an adapted layer in its place.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterable
 from typing import Any, NoReturn
 
 from torch import nn
@@ -26,15 +25,18 @@ class GuardedModules(dict[str, Any]):
         RuntimeError: at a call that would replace or remove such a submodule, or put a new convolution beside it.
     """
 
-    def __init__(self, modules: Any, kind: type = dict) -> None:
+    def __init__(self, modules: Any, kind: type = dict, empty: frozenset[str] = frozenset()) -> None:
         super().__init__(modules)
         self.kind = kind  # the dictionary's class outside
+        self.empty = empty  # names of the module's attributes that are None
 
     def __setitem__(self, name: str, module: nn.Module | None) -> None:
         old = self.get(name)
         if old is not None and old is not module:
-            _check(f"replace {name}", old, set() if module is None else set(module.modules()))
-        if old is None and isinstance(module, _ConvNd) and any(map(_update_in, self.values())):
+            _check(f"replace {name}", old, module)
+        if isinstance(module, _ConvNd) and not isinstance(old, _ConvNd) and any(map(_updates, self.values())):
+            if name in self.empty:  # nn.Module has taken the None away already
+                super().__setitem__(name, None)
             raise RuntimeError(
                 f"{name} is a new convolution beside adapted ones, which read as the base's; "
                 "call lora_edge.merge(model) before layers are fused or added"
@@ -70,7 +72,7 @@ class GuardedModules(dict[str, Any]):
         return self
 
     def __reduce__(self) -> tuple[Any, ...]:  # whole, where a copy item by item would be taken for new layers
-        return GuardedModules, (dict(self), self.kind)
+        return GuardedModules, (dict(self), self.kind, self.empty)
 
 
 def guard(model: nn.Module) -> None:
@@ -81,7 +83,8 @@ def guard(model: nn.Module) -> None:
     for module in model.modules():
         children = module._modules
         if not isinstance(children, GuardedModules) and any(_kept(child) for child in children.values()):
-            module.__dict__["_modules"] = GuardedModules(children, type(children))
+            empty = frozenset(name for name, value in vars(module).items() if value is None)
+            module.__dict__["_modules"] = GuardedModules(children, type(children), empty)
         if callable(getattr(type(module), "save_pretrained", None)):
             module.__dict__["save_pretrained"] = refuse_save_pretrained
 
@@ -113,17 +116,18 @@ def _kept(module: nn.Module | None) -> list[nn.Module]:
     return [] if module is None else [m for m in module.modules() if isinstance(m, (LoRAEdgeConv, FrozenNorm))]
 
 
-def _update_in(module: nn.Module | None) -> bool:
-    return any(isinstance(m, LoRAEdgeConv) for m in _kept(module))
+def _updates(module: nn.Module | None) -> int:
+    """How many adapted convolutions a module holds."""
+    return sum(isinstance(m, LoRAEdgeConv) for m in _kept(module))
 
 
-def _check(what: str, old: nn.Module | None, new: Iterable[nn.Module] = ()) -> None:
-    lost = [m for m in _kept(old) if m not in new]
-    if any(isinstance(m, LoRAEdgeConv) for m in lost):
+def _check(what: str, old: nn.Module | None, new: nn.Module | None = None) -> None:
+    """Refuse what leaves fewer layers than there were; another adapted layer may take the place of one."""
+    if _updates(new) < _updates(old):
         raise RuntimeError(
             f"cannot {what}: it holds an adapted convolution, whose update would be lost; call lora_edge.merge(model) first"
         )
-    if lost:
+    if len(_kept(new)) < len(_kept(old)):
         raise RuntimeError(
             f"cannot {what}: it holds a BatchNorm that adapt froze, which needs no synchronizing or fusing while it is "
             "frozen; do it before lora_edge.adapt, or call lora_edge.merge(model) first"

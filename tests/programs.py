@@ -329,7 +329,9 @@ class Writer:
 
     def s_residual(self) -> list[str]:
         y = self.new()
-        add = self.pick(f"{y} + x", f"x + {y}", f"{y}.add(x)", f"torch.add({y}, x)", f"torch.add({y}, x, alpha=2)", f"{y} + x * 2")
+        add = self.pick(
+            f"{y} + x", f"x + {y}", f"{y}.add(x)", f"torch.add({y}, x)", f"torch.add({y}, x, alpha=2)", f"{y} + x * 2"
+        )
         body = [f"{y} = {self.bn()}({self.conv()}(x))"]
         if self.pick(0, 1):
             body.append(f"x = {self.bn()}({self.conv()}(x))" if self.pick(0, 1) else f"x = {self.bn()}(x)")
@@ -372,7 +374,13 @@ class Writer:
         )
 
     def s_sequential(self) -> list[str]:
-        pure = [self.conv_text(), self.bn_text(), "nn.ReLU()", f"Block({self.conv_text()}, {self.bn_text()})", "nn.Dropout(0.5)"]
+        pure = [
+            self.conv_text(),
+            self.bn_text(),
+            "nn.ReLU()",
+            f"Block({self.conv_text()}, {self.bn_text()})",
+            "nn.Dropout(0.5)",
+        ]
         inner = f"nn.Sequential({self.conv_text()}, {self.pick('Noisy()', 'Caught()', 'nn.ReLU()')})"
         parts = [self.pick(*pure, "Noisy()", "Caught()", inner) for _ in range(4)]
         name = self.layer(f"nn.Sequential({self.conv_text()}, {self.bn_text()}, {', '.join(parts)})", "q")
@@ -463,7 +471,9 @@ class Writer:
         )
 
     def s_write(self) -> list[str]:
-        self.init.append("self.register_buffer('seen', torch.zeros(()))") if not any("'seen'" in line for line in self.init) else None
+        self.init.append("self.register_buffer('seen', torch.zeros(()))") if not any(
+            "'seen'" in line for line in self.init
+        ) else None
         return self.pick(
             ["x = x * 1", "x.relu_()"], ["x = x * 1", "x += 0.5"], ["x = x * 1", "x[:, 0] = 0.5"], ["x = x * 1", "x[:, 1] *= 2"],
             ["x += 1.0"], ["x.mul_(2.0)"], ["self.seen.add_(1)", "x = x + self.seen"], ["self.seen += 1", "x = x * self.seen"],
@@ -539,13 +549,13 @@ class Writer:
             ["k = 0.5", "ks = [k for k in (1.0, 2.0)]", f"x = F.relu({conv}(x)) * k"],
             ["__k = 0.5", f"x = F.relu({conv}(x)) * __k"],
             [f"x = F.relu({conv}(x)) * self.__private"],
-            [f"name = 'h{{}}'.format(x.shape[0])", f"x = F.relu({conv}(x)) * getattr(self, name, 0.5)"],
+            ["name = 'h{}'.format(x.shape[0])", f"x = F.relu({conv}(x)) * getattr(self, name, 0.5)"],
             ["found = {}", f"found[len(found)] = F.relu({conv}(x))", "x = found.pop(0)"],
-            [f"for k in range(2):", f"    if k == 1 and self.flag:", "        continue", f"    x = F.relu({conv}(x))", "else:", "    x = x * 0.5"],
+            ["for k in range(2):", "    if k == 1 and self.flag:", "        continue", f"    x = F.relu({conv}(x))", "else:", "    x = x * 0.5"],
             ["s = x.shape", "t = s", "t += (1,)", f"x = F.relu({conv}(x)).view(t).squeeze(-1)"],
             [f"x = (F.relu({conv}(x)) if self.flag else x) if self.training else {conv}(x)"],
-            ["y = x", f"y = y @ torch.ones(x.shape[-1], x.shape[-1], dtype=x.dtype)", f"x = F.relu({conv}(x)) + y"],
-            ["y = x * 1", "z = y", f"z @= torch.ones(x.shape[-1], x.shape[-1], dtype=x.dtype)", f"x = F.relu({conv}(y)) + z"],
+            ["y = x", "y = y @ torch.ones(x.shape[-1], x.shape[-1], dtype=x.dtype)", f"x = F.relu({conv}(x)) + y"],
+            ["y = x * 1", "z = y", "z @= torch.ones(x.shape[-1], x.shape[-1], dtype=x.dtype)", f"x = F.relu({conv}(y)) + z"],
             [f"x = F.relu({conv}(x))", "del y if False else None"][:1],
         )  # fmt: skip
 

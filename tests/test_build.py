@@ -22,16 +22,14 @@ import re
 import shutil
 import subprocess
 import sys
-import tarfile
-import zipfile
 from email import message_from_string
 from pathlib import Path
 
 import pytest
 
+from builds import ROOT, python
 from lora_edge import _extension
 
-ROOT = Path(__file__).resolve().parents[1]
 LAUNCHES = ("tt_fuse_forward", "tt_fuse_backward", "tt_block_forward", "tt_block_backward")
 MISSING = [name for name in ("setuptools", "pybind11", "build") if importlib.util.find_spec(name) is None]
 pytestmark = pytest.mark.skipif(bool(MISSING), reason=f'{MISSING} not installed: pip install "lora_edge[test]"')
@@ -55,62 +53,9 @@ def load_from(path: Path, name: str):
     return module
 
 
-def python(*arguments: object, cwd: Path, **environment: str) -> subprocess.CompletedProcess[str]:
-    """Run this Python; what it says on either channel comes back."""
-    clean = {key: value for key, value in os.environ.items() if key not in ("MAX_JOBS", "TORCH_CUDA_ARCH_LIST", "PYTHONPATH")}
-    return subprocess.run(
-        [sys.executable, *map(str, arguments)],
-        cwd=cwd,
-        env=clean | {"OMP_NUM_THREADS": "1"} | environment,
-        stdout=subprocess.PIPE,
-        stderr=subprocess.STDOUT,
-        text=True,
-    )
-
-
 @pytest.fixture(scope="session")
 def setup_py():
     return load_from(ROOT / "setup.py", "lora_edge_setup")
-
-
-@pytest.fixture(scope="session")
-def poison(tmp_path_factory) -> Path:
-    """A folder for PYTHONPATH with a torch that raises when a build imports it."""
-    folder = tmp_path_factory.mktemp("poison")
-    (folder / "torch.py").write_text("raise RuntimeError('the build has imported torch')\n")
-    return folder
-
-
-@pytest.fixture(scope="session")
-def copy(tmp_path_factory) -> Path:
-    """The sources as a fresh clone has them."""
-    made = ("build", "dist", "demo", "*.egg-info", "*.so", "__pycache__", ".*")
-    return shutil.copytree(ROOT, tmp_path_factory.mktemp("copy") / "lora edge", ignore=shutil.ignore_patterns(*made))
-
-
-@pytest.fixture(scope="session")
-def unpacked(copy, poison, tmp_path_factory) -> Path:
-    """The sdist of the copy, unpacked."""
-    out = tmp_path_factory.mktemp("sdist")
-    done = python("-m", "build", "--sdist", "--no-isolation", "--outdir", out, cwd=copy, PYTHONPATH=str(poison))
-    assert done.returncode == 0, done.stdout
-    with tarfile.open(next(out.glob("*.tar.gz"))) as archive:
-        archive.extractall(out, filter="data")
-    return next(path for path in out.iterdir() if path.is_dir())
-
-
-@pytest.fixture(scope="session")
-def wheel(unpacked, poison, tmp_path_factory) -> Path:
-    """The wheel without CUDA of the unpacked sdist, itself unpacked; torch cannot be imported while it is built."""
-    out = tmp_path_factory.mktemp("wheel")
-    done = python(
-        *("-m", "build", "--wheel", "--no-isolation", "--outdir", out), cwd=unpacked, PYTHONPATH=str(poison), LORA_EDGE_CUDA="0"
-    )
-    assert done.returncode == 0, done.stdout
-    assert "warning: " not in done.stdout.split("building 'lora_edge._C' extension")[1].split("creating build/bdist")[0]
-    with zipfile.ZipFile(next(out.glob("*.whl"))) as archive:
-        archive.extractall(out)
-    return out
 
 
 @pytest.fixture(scope="session")

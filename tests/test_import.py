@@ -10,6 +10,7 @@ import pytest
 from lora_edge._torch_version import check_torch_version
 
 
+@pytest.mark.other_python
 def test_import_is_light():
     heavy = ["triton", "lora_edge._C", "matplotlib", "sklearn", "rich", "seglearn", "scipy", "safetensors.numpy"]
     code = (

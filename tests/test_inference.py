@@ -69,14 +69,14 @@ def other_data(name: str):
 def replaced(name: str):
     def change(layer: nn.Module) -> None:
         old = layer.get_parameter(name)
-        setattr(layer, name, nn.Parameter(torch.randn_like(old), old.requires_grad))
+        layer._parameters[name] = nn.Parameter(torch.randn_like(old), old.requires_grad)  # as load_state_dict(assign=True)
 
     return change
 
 
 def replaced_on_its_memory(name: str):
     def change(layer: nn.Module) -> None:
-        setattr(layer, name, nn.Parameter(layer.get_parameter(name).data.mul_(1.5), requires_grad=False))
+        layer._parameters[name] = nn.Parameter(layer.get_parameter(name).data.mul_(1.5), requires_grad=False)
 
     return change
 

@@ -124,7 +124,9 @@ def one_thread_each():
 
 
 def test_eight_threads_adapt_train_infer_save_and_merge(tmp_path, one_thread_each):
-    patched = {name: getattr(nn.Module, name) for name in ("__call__", "__getattr__", "__setattr__", "forward", "register_module")}
+    patched = {
+        name: getattr(nn.Module, name) for name in ("__call__", "__getattr__", "__setattr__", "forward", "register_module")
+    }
     numbers = range(10)
     models = [base(k) for k in numbers]
     x, target = torch.randn(4, 3, 16, dtype=torch.float64), torch.randn(4, 4, dtype=torch.float64)

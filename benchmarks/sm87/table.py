@@ -23,7 +23,8 @@ from multiprocessing import get_context
 from pathlib import Path
 from typing import Any
 
-from lora_edge.har.adaptation import machine, write_text
+from lora_edge.machine import machine
+from lora_edge.output import write_text
 
 from .. import RESULTS, write_rows
 from ..layers import Layer, layers_of

@@ -22,8 +22,9 @@ from unittest import mock
 import torch
 from torch._subclasses.fake_tensor import FakeTensorMode
 
-from lora_edge.har.adaptation import machine, write_text
+from lora_edge.machine import machine
 from lora_edge.ops import triton_machine, tt_fuse
+from lora_edge.output import write_text
 
 from .. import RESULTS, write_rows
 from ..kernels import DTYPES, calls

@@ -2,14 +2,14 @@
 
 Own data is one ``.npz`` with
 
-    X          (windows, channels, time) float   sensor windows, in the order in which they were recorded
+    X          (windows, channels, time) float   sensor windows, in the order in which they were recorded; finite, below 1e18
     y          (windows,) int                    class, 0 .. C-1
     subject    (windows,) int                    who
     domain     (windows,) int                    optional: which wrist, device or place; 0 if missing
     recording  (windows,) int                    optional: which recording; a run of one subject, domain and class if missing
     session    (windows,) int                    optional: which repetition; a subject's repetitions in a domain are then one
                                                  recording, which is only split between them
-    classes, channels, domains   (names,) str    optional names
+    classes, channels, domains   (names,) str    optional names; channels has one of its own for each channel of X
 
 Windows of one recording are split by time, never shuffled: the first 30 % adapt, the last 50 % test, the gap between is not
 used, so that overlapping windows never stand on both sides.
@@ -27,10 +27,13 @@ from pathlib import Path
 
 import numpy as np
 
+from lora_edge.file_kind import NPZ, kind_of, require_file
+
 WATCH_SHA256 = "eb122f23cdf06ef6bd6c6c5312958ec5cf9d038e2e6d457b8081662c75a42537"
 WATCH_RATE_HZ = 50
 WATCH_WINDOW, WATCH_STEP = 100, 50  # samples: 2 s with half overlap
 ADAPT_SHARE, TEST_SHARE = 0.3, 0.5
+LARGEST = 1e18  # of a window's values: beyond it the squares, added up, leave float32
 
 
 @dataclass(frozen=True)
@@ -143,10 +146,12 @@ def load_npz(path: str | os.PathLike[str]) -> Windows:
 
     Raises:
         OSError: the file cannot be read.
-        ValueError: it is no ``.npz``, a key is missing, sizes differ, a label is out of range, or a window holds NaN or Inf.
+        ValueError: it is no ``.npz``, a key is missing, sizes or names do not fit, a label is out of range, or a window holds
+            NaN, infinity or a value of 1e18 or more.
     """
-    if not Path(path).is_file():
-        raise FileNotFoundError(f'{path}: no such file; give an .npz, or "watch" for the data that come with seglearn')
+    require_file(path, 'give an .npz, or "watch" for the data that come with seglearn')
+    if (kind := kind_of(path)) != NPZ:
+        raise ValueError(f"{path}: not a readable .npz, but {kind}; give one with X, y and subject, saved by numpy.savez")
     try:
         with np.load(path, allow_pickle=False) as file:
             data = {key: file[key] for key in file.files}
@@ -166,33 +171,62 @@ def load_npz(path: str | os.PathLike[str]) -> Windows:
         if column.shape != (len(x),) or not np.issubdtype(column.dtype, np.integer):
             raise ValueError(f"{path}: {key} is {column.dtype} {column.shape}; give integers of shape ({len(x)},)")
         columns[key] = column.astype(np.int64)
-    classes = _names(data, "classes", int(columns["y"].max(initial=0)) + 1)
-    domains = _names(data, "domains", int(columns["domain"].max(initial=0)) + 1)
+    channels = _names(data, "channels", x.shape[1], path)
+    _check_channels(channels, x.shape, path)
+    _check_values(x, channels, str(path))  # before float32, in which a large value is infinite
     windows = Windows(
         x=x.astype(np.float32),
         y=columns["y"],
         subject=columns["subject"],
         domain=columns["domain"],
         position=_positions(columns, {"recording", "session"} & set(data)),
-        classes=classes,
-        channels=_names(data, "channels", x.shape[1]),
-        domains=domains,
+        classes=_names(data, "classes", int(columns["y"].max(initial=0)) + 1, path),
+        channels=channels,
+        domains=_names(data, "domains", int(columns["domain"].max(initial=0)) + 1, path),
     )
     check_windows(windows, str(path))
     return windows
 
 
 def check_windows(windows: Windows, name: str) -> None:
-    """Raise ValueError where labels or domains are out of range or a window holds NaN or Inf."""
+    """Raise ValueError where labels or domains are out of range, or a window holds NaN, infinity or a huge value."""
     if len(windows) == 0:
         raise ValueError(f"{name}: holds no windows; give at least one")
     for what, values, names in (("y", windows.y, windows.classes), ("domain", windows.domain, windows.domains)):
         if values.min() < 0 or values.max() >= len(names):
             odd = values[(values < 0) | (values >= len(names))][0]
             raise ValueError(f"{name}: {what} holds {odd}; labels run from 0 to {len(names) - 1}")
-    finite = np.isfinite(windows.x).all(axis=(1, 2))
+    _check_values(windows.x, windows.channels, name)
+
+
+def _check_values(x: np.ndarray, channels: list[str], name: str, scaled: str = "") -> None:
+    """Raise ValueError for the first window that training cannot take; ``scaled`` says what was done to the values before."""
+    finite = np.isfinite(x).all(axis=(1, 2))
     if not finite.all():
         raise ValueError(f"{name}: window {int(np.argmin(finite))} holds NaN or Inf ({(~finite).sum()} do); clean or drop them")
+    size = np.abs(x).max(axis=2, initial=0)
+    if size.size and size.max() >= LARGEST:
+        row, channel = np.unravel_index(int(np.argmax(size >= LARGEST)), size.shape)
+        raise ValueError(
+            f"{name}: window {row} holds {size[row, channel]:.3g} in channel {channels[channel]}{scaled} "
+            f"({(size >= LARGEST).any(axis=1).sum()} windows are like it); values must be below {LARGEST:g}, clean or drop them"
+        )
+
+
+def _check_channels(channels: list[str], shape: tuple[int, ...], path: str | os.PathLike[str]) -> None:
+    """Raise ValueError where the names do not fit X, or it has no channels or no samples."""
+    if 0 in shape[1:]:
+        raise ValueError(f"{path}: X has shape {shape}; give at least one channel and one sample of time")
+    if len(channels) != shape[1]:
+        swapped = len(channels) == shape[2]
+        remedy = "swap its axes by X.transpose(0, 2, 1)" if swapped else "name each channel once"
+        raise ValueError(
+            f"{path}: channels has {len(channels)} names, but X of shape {shape} has {shape[1]} channels (its second axis); "
+            f"{remedy}"
+        )
+    for place, name in enumerate(channels):
+        if name in channels[:place]:
+            raise ValueError(f"{path}: channels names {name!r} twice; give each channel a name of its own")
 
 
 def split(windows: Windows, target: int, protocol: str = "A", target_domain: str | int | None = None) -> Split:
@@ -206,7 +240,7 @@ def split(windows: Windows, target: int, protocol: str = "A", target_domain: str
         target_domain: name or number, for "B"; the watch data's is "left".
 
     Raises:
-        ValueError: the subject or the domain is not there, or a part of the split is empty.
+        ValueError: the subject or the domain is not there, a part of the split is empty, or normalised it is out of range.
     """
     people = np.unique(windows.subject)
     if target not in people:
@@ -235,17 +269,23 @@ def split(windows: Windows, target: int, protocol: str = "A", target_domain: str
     std = parts["source"].x.std(axis=(0, 2), dtype=np.float64)
     std[std == 0] = 1.0
     normalised = {name: _normalise(part, mean, std) for name, part in parts.items()}
+    for name, part in normalised.items():  # a channel that is all but constant in the source can be far from it in the target
+        _check_values(part.x, part.channels, f"subject {target}, {name} windows", " after division by the source's deviation")
     return Split(**normalised, mean=mean, std=std, protocol=protocol, target=target)
 
 
 def _normalise(part: Windows, mean: np.ndarray, std: np.ndarray) -> Windows:
-    return replace(part, x=((part.x - mean[:, None]) / std[:, None]).astype(np.float32))
+    with np.errstate(over="ignore"):  # said by the check of the values
+        return replace(part, x=((part.x - mean[:, None]) / std[:, None]).astype(np.float32))
 
 
-def _names(data: dict[str, np.ndarray], key: str, count: int) -> list[str]:
+def _names(data: dict[str, np.ndarray], key: str, count: int, path: str | os.PathLike[str]) -> list[str]:
     if key not in data:
         return [str(k) for k in range(count)]
-    return [str(name) for name in data[key]]
+    names = data[key]
+    if names.ndim != 1 or names.dtype.kind not in "USiu":
+        raise ValueError(f"{path}: {key} is {names.dtype} {names.shape}; give one name for each, an array (names,) of str")
+    return [name.decode(errors="replace") if isinstance(name, bytes) else str(name) for name in names.tolist()]
 
 
 def _positions(columns: dict[str, np.ndarray], given: set[str]) -> np.ndarray:

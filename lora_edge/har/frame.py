@@ -24,6 +24,7 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
+from lora_edge.batch_statistics import has_statistics
 from lora_edge.calibration import on_batch_statistics
 from lora_edge.har.data import Split, Windows
 
@@ -66,13 +67,16 @@ def find_turn(model: nn.Module, task: Split) -> np.ndarray:
 
     Args:
         model: the source model, which is left as it is.
-        task: normalised windows of the person to adapt to.
+        task: normalised windows of the person to adapt to. Where there is only one, and a BatchNorm gets a single value per
+            channel from it, nothing can be told: as worn.
     """
     as_worn, *others = turns(task.adapt.channels)
     if not others:
         return as_worn
     evidence = math.log(len(others))
     spread = np.linspace(0, len(task.adapt) - 1, min(len(task.adapt), SAMPLES)).round().astype(int)
+    if len(spread) == 1 and not has_statistics(model, torch.from_numpy(task.adapt.x)):
+        return as_worn
     with torch.no_grad(), on_batch_statistics(model):
 
         def cost(turn: np.ndarray, windows: np.ndarray) -> float:
@@ -86,7 +90,8 @@ def find_turn(model: nn.Module, task: Split) -> np.ndarray:
             if least <= evidence:
                 break
             for step in (4, 2, 1):
-                costs = [cost(turn, spread[::step]) for turn in found]
+                few = spread[::step] if len(spread) > step else spread[:2]  # one window may have no statistics
+                costs = [cost(turn, few) for turn in found]
                 order = np.argsort(costs)[: math.ceil(len(found) / 4)]
                 found = [found[k] for k in order]
             if costs[order[0]] < least:

@@ -4,11 +4,14 @@ from __future__ import annotations
 
 from pathlib import Path
 
-from lora_edge.har.adaptation import Report
+from lora_edge.extras import require
+from lora_edge.har.job import Report
+from lora_edge.output import whole_file
 
 
 def print_table(report: Report) -> None:
-    """Print the table of a run."""
+    """Print the table of a run; below it what the rows remark."""
+    require("the table")
     from rich.console import Console
     from rich.table import Table
 
@@ -17,7 +20,9 @@ def print_table(report: Report) -> None:
     for column in ("method", "macro-F1", "trainable", "share", "saved for backward", f"seconds to F1 {target}"):
         table.add_column(column, justify="left" if column == "method" else "right")
     for row in report.rows:
-        if row.curve is None:
+        if row.f1 is None:
+            cells = ["-"] * 5
+        elif row.curve is None:
             cells = [f"{row.f1:.3f}", "0", "-", "-", "-"]
         else:
             to_target = "not reached" if row.seconds_to_target is None else f"{row.seconds_to_target:.2f}"
@@ -26,6 +31,10 @@ def print_table(report: Report) -> None:
         table.add_row(row.title, *cells)
     console = Console(width=None if Console().is_terminal else 110)
     console.print(table)
+    for row in report.rows:
+        if row.remark is not None:
+            why = row.remark.removeprefix(f"{row.title}: ")
+            console.print(f"{row.title}{' does not apply' if row.f1 is None else ''}: {why}", markup=False)
     if any(row.name == "mirrored" for row in report.rows):
         console.print(
             "Mirrored input: the left wrist is mostly a mirror of the right, so negating (ax, wy, wz) alone recovers much of "
@@ -37,7 +46,8 @@ def print_table(report: Report) -> None:
 
 
 def draw(report: Report, path: Path) -> None:
-    """Write the PNG: macro-F1 on the test windows against seconds of set-up and training, a line a method."""
+    """Write the PNG: macro-F1 on the test windows against seconds of set-up and training, a line for each method."""
+    require("the picture")
     import matplotlib
 
     matplotlib.use("Agg")
@@ -46,6 +56,8 @@ def draw(report: Report, path: Path) -> None:
     figure, axes = plt.subplots(figsize=(7.5, 4.6), layout="constrained")
     colours = plt.get_cmap("tab10")
     for k, row in enumerate(report.rows):
+        if row.f1 is None:
+            continue
         if row.curve is None:
             axes.axhline(
                 row.f1, color="0.55", linestyle=":" if row.name == "zero_shot" else "-.", linewidth=1.2, label=row.title
@@ -64,8 +76,11 @@ def draw(report: Report, path: Path) -> None:
     axes.set_xlim(left=0)
     axes.grid(alpha=0.25)
     axes.legend(fontsize=8, loc="lower right")
-    figure.savefig(path, dpi=150)
-    plt.close(figure)
+    try:
+        with whole_file(path) as temporary:
+            figure.savefig(temporary, dpi=150)
+    finally:
+        plt.close(figure)
 
 
 def _title(report: Report) -> str:

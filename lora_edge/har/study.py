@@ -11,8 +11,9 @@ Stages, each a value of the column ``stage``:
     speed     seconds of what a method does before the first step and of a step, all methods in turn in each of some rounds
 
 A person's rate is the one with the best mean F1 of two *other* people (1 and 2; for these two, 3 and 4), so it never depends
-on that person's test windows. Only the stage ``speed`` is timed: the others may run beside other work. Rows go to
-``results/<device>/study_<data>_<protocol>.csv`` one by one; what is there already is not run again.
+on that person's test windows. A run whose loss or weights become NaN counts as an F1 of 0. A method that has nothing to train
+in the network, as BN only without a BatchNorm, is named and left out. Only the stage ``speed`` is timed: the others may run
+beside other work. Rows go to ``results/<device>/study_<data>_<protocol>.csv`` one by one; what is there is not run again.
 ``lora_edge.har.study_report`` makes the table and the picture from them.
 """
 
@@ -34,12 +35,18 @@ import numpy as np
 import torch
 from torch import nn
 
-from lora_edge.har.adaptation import Settings, machine, source
+from lora_edge.error_text import first_line
+from lora_edge.extras import require
+from lora_edge.finite import NotFiniteError
 from lora_edge.har.data import Split
 from lora_edge.har.frame import find_turn, mirrored, turned
+from lora_edge.har.job import Settings
+from lora_edge.har.source import source
 from lora_edge.har.train import macro_f1, one_batch, tensors, train_target, training_step
+from lora_edge.machine import machine
 from lora_edge.memory import saved_bytes
 from lora_edge.methods import Method, methods
+from lora_edge.methods.base import NotApplicableError
 
 STEPS, LONG_STEPS = 50, 500
 SHARES = (0.01, 0.02, 0.05, 0.10)
@@ -146,14 +153,15 @@ class Study:
     rank: int = 2
     methods: Sequence[str] = ()
     stages: Sequence[str] = STAGES
+    refused: Sequence[str] = ()  # methods that do not apply to the problem's network
 
     def chosen(self) -> list[Method]:
-        """The methods asked for, all of them by default."""
+        """The methods asked for, all of them by default, without those that do not apply."""
         found = methods()
         for name in self.methods:
             if name not in found:
                 raise ValueError(f"there is no method {name!r}; give some of {', '.join(found)}")
-        return [found[name] for name in self.methods or found]
+        return [found[name] for name in self.methods or found if name not in self.refused]
 
 
 def rates(method: Method) -> list[float]:
@@ -175,7 +183,7 @@ def chosen_rate(rows: list[dict[str, str]], method: str, rank: int, judges: tupl
 
 def planned(study: Study, rows: Callable[[], list[dict[str, str]]]) -> Iterator[Run]:
     """Every run of the study in order; a stage that needs rates reads them from the rows when it comes to them."""
-    chosen = study.chosen()
+    chosen = [method for method in study.chosen() if method.name not in study.refused]
     if "search" in study.stages:
         for person in sorted({judge for p in study.problem.people for judge in study.problem.judges(p)}):
             for method in chosen:
@@ -190,7 +198,7 @@ def planned(study: Study, rows: Callable[[], list[dict[str, str]]]) -> Iterator[
                     for name in study.problem.without_training:
                         yield Run(stage, person, seed, name, 0, 0.0, 0)
                 for method in chosen:
-                    if stage in OF_FEW and method.name not in OF_FEW[stage]:
+                    if method.name in study.refused or (stage in OF_FEW and method.name not in OF_FEW[stage]):
                         continue
                     if stage == "rates":
                         lrs = rates(method)
@@ -203,7 +211,21 @@ def planned(study: Study, rows: Callable[[], list[dict[str, str]]]) -> Iterator[
                         yield Run(stage, person, seed, method.name, study.rank, lr, steps, share)
     if "speed" in study.stages:
         for method in chosen:
-            yield Run("speed", study.problem.people[0], 0, method.name, study.rank, method.lr, SPEED_ROUNDS)
+            if method.name not in study.refused:
+                yield Run("speed", study.problem.people[0], 0, method.name, study.rank, method.lr, SPEED_ROUNDS)
+
+
+def without_refused(study: Study, task: Split, base: nn.Module, tell: Callable[[str], None]) -> Study:
+    """The study without the methods that have nothing to train in its network, each of which is told."""
+    x, y = tensors(task.adapt)
+    refused = []
+    for method in study.chosen():
+        try:
+            method.prepare(copy.deepcopy(base), study.rank, x, y)
+        except NotApplicableError as error:
+            refused.append(method.name)
+            tell(f"{method.name} is left out: {error}")
+    return replace(study, refused=refused)
 
 
 def few_shot(task: Split, share: float) -> Split:
@@ -232,19 +254,21 @@ def measure(study: Study, run: Run, task: Split, base: nn.Module) -> dict[str, A
     parameters = method.prepare(model, run.rank, x, y)
     model.train()
     trainable = sum(p.numel() for p in parameters)
-    saved = saved_bytes(copy.deepcopy(model), one_batch(x))
-    every = study.problem.evaluate_every if run.stage in WITH_CURVES else run.steps
-    curve = train_target(
-        model, parameters, task.adapt, task.test, steps=run.steps, lr=run.lr, seed=run.seed, evaluate_every=every
-    )
-    method.finish(model)
-    return {
+    found = {
         "trainable": trainable,
         "share_percent": 100 * trainable / sum(p.numel() for p in base.parameters()),
-        "saved_bytes": saved,
-        "f1": macro_f1(model, task.test),
-        "curve": " ".join(f"{s}:{f1:.4f}" for s, f1 in zip(curve.step, curve.f1, strict=True)),
+        "saved_bytes": saved_bytes(copy.deepcopy(model), one_batch(x)),
     }
+    every = study.problem.evaluate_every if run.stage in WITH_CURVES else run.steps
+    try:
+        curve = train_target(
+            model, parameters, task.adapt, task.test, steps=run.steps, lr=run.lr, seed=run.seed, evaluate_every=every
+        )
+        method.finish(model)
+        f1 = macro_f1(model, task.test)
+    except NotFiniteError:
+        return {**found, "f1": 0.0}
+    return {**found, "f1": f1, "curve": " ".join(f"{s}:{f1:.4f}" for s, f1 in zip(curve.step, curve.f1, strict=True))}
 
 
 def speeds(study: Study, tasks: Sequence[tuple[Split, nn.Module]]) -> dict[str, dict[str, float]]:
@@ -293,6 +317,9 @@ def run_study(study: Study, tell: Callable[[str], None] = print) -> int:
     loaded: tuple[tuple[int, int, bool], Split, nn.Module] | None = None
     timed: dict[str, dict[str, float]] = {}
     count = 0
+    if any(all(row["method"] != method.name for row in rows) for method in study.chosen()):
+        first = Run("study", study.problem.people[0], 0, "zero_shot", 0, 0.0, 0)
+        study = without_refused(study, *study.problem.task(first, tell), tell)
     for run in planned(study, lambda: rows):
         if key_of(run._asdict()) in done:
             continue
@@ -360,9 +387,10 @@ def run_problem(problem: Problem, options: argparse.Namespace) -> int:
         stages=options.stages,
     )  # fmt: skip
     try:
+        require("the study")
         print(f"{run_study(study, lambda line: print(line, flush=True))} runs; rows in {rows}")
-    except (ValueError, OSError) as error:
-        print(f"study: error: {str(error).splitlines()[0]}", file=sys.stderr)
+    except (ValueError, TypeError, RuntimeError, OSError) as error:
+        print(f"study: error: {first_line(error)}", file=sys.stderr)
         return 2
     return 0
 

@@ -1,7 +1,8 @@
-"""Training loops: the source model and one adaptation, with F1 against time."""
+"""Training loops: the source model and one adaptation, with F1 against time. Neither goes on from NaN or an infinity."""
 
 from __future__ import annotations
 
+import math
 import time
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
@@ -9,13 +10,15 @@ from dataclasses import dataclass, field
 import numpy as np
 import torch
 import torch.nn.functional as F
-from sklearn.metrics import f1_score
 from torch import Tensor, nn
 
+from lora_edge.extras import require
+from lora_edge.finite import NotFiniteError, check_finite, check_variances, check_weights
 from lora_edge.har.data import Windows
 from lora_edge.training_flags import in_evaluation
 
 BATCH = 64
+LARGEST_RATE = 1e30  # somewhat above it a step of Adam leaves float32
 
 
 @dataclass
@@ -50,23 +53,58 @@ def one_batch(samples: Tensor) -> Tensor:
 
 
 def predict(model: nn.Module, x: Tensor, size: int = 256) -> Tensor:
-    """Classes ``(N,)`` in evaluation mode; the training flags are left as they were."""
+    """Classes ``(N,)`` in evaluation mode; the training flags are left as they were.
+
+    Raises:
+        NotFiniteError: a logit is NaN; the message says of which window.
+    """
     with torch.no_grad(), in_evaluation(model):
-        return torch.cat([model(part).argmax(dim=1) for part in x.split(size)])
+        logits = torch.cat([model(part) for part in x.split(size)])
+    odd = logits.isnan().any(dim=1)
+    if bool(odd.any()):
+        raise NotFiniteError(
+            f"the model gives NaN for {int(odd.sum())} of {len(x)} windows, first for window {int(odd.int().argmax())}; "
+            "check its weights and the window"
+        )
+    return logits.argmax(dim=1)
 
 
 def macro_f1(model: nn.Module, windows: Windows) -> float:
-    """Macro-F1 over the classes that occur in ``windows``, 0 to 1."""
+    """Macro-F1 over the classes that occur in ``windows``, 0 to 1; NotFiniteError where the model gives NaN."""
+    try:
+        from sklearn.metrics import f1_score
+    except ImportError:
+        require("the F1 score")
+        raise  # it is there and broken
+
     x, y = tensors(windows)
     present = np.unique(windows.y)
     return float(f1_score(y, predict(model, x), labels=present, average="macro", zero_division=0))
 
 
-def training_step(model: nn.Module, optimizer: torch.optim.Optimizer, x: Tensor, y: Tensor) -> None:
-    """One step on one batch, cross-entropy."""
+def training_step(model: nn.Module, optimizer: torch.optim.Optimizer, x: Tensor, y: Tensor, step: int = 1) -> None:
+    """One step on one batch, cross-entropy.
+
+    Raises:
+        NotFiniteError: the loss is NaN or infinite; nothing is trained by it. The message names ``step`` and what
+            is not finite either, if anything: the batch or a weight.
+    """
     optimizer.zero_grad(set_to_none=True)
-    F.cross_entropy(model(x), y).backward()
+    loss = F.cross_entropy(model(x), y)
+    if not math.isfinite(value := float(loss.detach())):
+        what = f"step {step} of training: the loss is {value}"
+        remedy = f"check the windows, or give a smaller learning rate than {optimizer.param_groups[0]['lr']:g}"
+        check_finite({"the batch": x, **dict(model.named_parameters())}, what, remedy)  # not the statistics: x moves them
+        check_variances(model, what, remedy)
+        raise NotFiniteError(f"{what}, although all weights are finite; {remedy}")
+    loss.backward()
     optimizer.step()
+
+
+def check_rate(lr: float) -> None:
+    """Raise ValueError where Adam would take a rate that trains nothing but NaN."""
+    if not 0 < lr <= LARGEST_RATE:
+        raise ValueError(f"the learning rate is {lr}; give a number above 0, at most {LARGEST_RATE:g}")
 
 
 def train_source(
@@ -78,7 +116,12 @@ def train_source(
     seed: int = 0,
     progress: Callable[[int, int], None] | None = None,
 ) -> nn.Module:
-    """Pre-train ``model`` in place by Adam with a one-cycle rate; ``progress(done, total)`` after every step."""
+    """Pre-train ``model`` in place by Adam with a one-cycle rate; ``progress(done, total)`` after every step.
+
+    Raises:
+        NotFiniteError: the loss or, at the end, a weight is NaN or infinite.
+    """
+    check_rate(lr)
     x, y = tensors(windows)
     steps = epochs * max(1, len(y) // BATCH)
     optimizer = torch.optim.Adam(model.parameters(), lr=lr)
@@ -87,10 +130,11 @@ def train_source(
     model.train()
     for done in range(1, steps + 1):
         index = next(stream)
-        training_step(model, optimizer, x[index], y[index])
+        training_step(model, optimizer, x[index], y[index], done)
         schedule.step()
         if progress is not None:
             progress(done, steps)
+    check_weights(model, f"after step {steps} of training", f"give a smaller learning rate than {lr:g}")
     return model.eval()
 
 
@@ -110,7 +154,11 @@ def train_target(
     """Adapt ``model`` by Adam at a constant rate; the clock starts at ``setup_seconds`` and stands still during evaluation.
 
     Every step draws a batch of up to 64 windows. The test windows are only looked at, nothing is chosen by them.
+
+    Raises:
+        NotFiniteError: the loss, a weight at the end or a test window's logit is NaN or infinite.
     """
+    check_rate(lr)
     x, y = tensors(windows)
     optimizer = torch.optim.Adam(parameters, lr=lr)
     stream = batches(len(y), BATCH, torch.Generator().manual_seed(seed))
@@ -120,7 +168,7 @@ def train_target(
     for step in range(1, steps + 1):
         index = next(stream)
         start = time.perf_counter()
-        training_step(model, optimizer, x[index], y[index])
+        training_step(model, optimizer, x[index], y[index], step)
         seconds += time.perf_counter() - start
         if step % evaluate_every == 0 or step == steps:
             curve.step.append(step)
@@ -128,4 +176,5 @@ def train_target(
             curve.f1.append(macro_f1(model, test))
         if progress is not None:
             progress(step, steps)
+    check_weights(model, f"after step {steps} of training", f"give a smaller learning rate than {lr:g}")
     return curve

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
@@ -13,6 +14,7 @@ from torch.nn.modules.conv import _ConvNd
 
 from lora_edge import calibration, frozen_bn
 from lora_edge.adapt import AdaptState, adapt, fingerprint, select, trainable_parameters
+from lora_edge.batch_statistics import has_statistics
 from lora_edge.layers import LoRAEdgeConv, check_adaptable
 from lora_edge.reparametrised import Reparametrisation, added_tensors, attach
 from lora_edge.subspace import FROM_BATCHES
@@ -21,6 +23,14 @@ from lora_edge.tt import check_rank
 SOURCE_SAMPLES = 16  # what the source's BatchNorm statistics count beside the target's windows
 TARGET_SAMPLES = 64  # at most so many of these are read for it: the pass takes no more memory than a step of training
 Prepare = Callable[[nn.Module, int, Tensor, Tensor], list[nn.Parameter]]
+
+
+class NotApplicableError(ValueError):
+    """A method has nothing to train in this model; a comparison goes on without it."""
+
+
+class StepSkipped(UserWarning):
+    """A step beside a method's training does not apply to this model or these windows, and was left out."""
 
 
 def _nothing_to_do(model: nn.Module) -> nn.Module:
@@ -70,10 +80,15 @@ def unfreeze_backbone(model: nn.Module) -> nn.Module:
 def move_statistics(model: nn.Module, inputs: Tensor, source_samples: float = SOURCE_SAMPLES) -> None:
     """BatchNorm's statistics, where there is any, move to the target's windows; see :func:`lora_edge.calibrate_bn`.
 
-    One batch is read for it, evenly spread over the windows, whose neighbours overlap.
+    One batch is read for it, evenly spread over the windows, whose neighbours overlap. Where a BatchNorm would get a single
+    value per channel, which has no variance, all of them keep their statistics, and a :class:`StepSkipped` warning says so.
     """
     if next(calibration.batch_norms(model), None) is not None:
         spread = torch.linspace(0, len(inputs) - 1, min(len(inputs), TARGET_SAMPLES)).round().long()
+        if len(spread) == 1 and not has_statistics(model, inputs[spread]):
+            what = "BatchNorm keeps the source's statistics: one window gives it a single value per channel"
+            warnings.warn(what, StepSkipped, stacklevel=2)
+            return
         calibration.calibrate_bn(model, [inputs[spread]], source_samples=source_samples)
 
 

@@ -7,14 +7,14 @@ from __future__ import annotations
 
 from torch import Tensor, nn
 
-from lora_edge.methods.base import Method, freeze_backbone, unfreeze_backbone
+from lora_edge.methods.base import Method, NotApplicableError, freeze_backbone, unfreeze_backbone
 
 
 def prepare(model: nn.Module, rank: int, inputs: Tensor, labels: Tensor) -> list[nn.Parameter]:
     """A convolution without a bias gets none: the shift of the BatchNorm after it is its bias, at the same cost."""
     biases = [p for name, p in model.named_parameters() if name.rpartition(".")[2].startswith("bias")]
     if not biases:
-        raise ValueError("bias only: the model has no bias; choose another method")
+        raise NotApplicableError("bias only: the model has no bias; choose another method")
     freeze_backbone(model)
     for parameter in biases:
         parameter.requires_grad_(True)

@@ -5,14 +5,14 @@ from __future__ import annotations
 from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _BatchNorm
 
-from lora_edge.methods.base import Method, unfreeze_backbone
+from lora_edge.methods.base import Method, NotApplicableError, unfreeze_backbone
 
 
 def prepare(model: nn.Module, rank: int, inputs: Tensor, labels: Tensor) -> list[nn.Parameter]:
-    model.requires_grad_(False)
     affine = [p for m in model.modules() if isinstance(m, _BatchNorm) for p in m.parameters(recurse=False)]
     if not affine:
-        raise ValueError("BN only: the model has no BatchNorm with scale and shift; choose another method")
+        raise NotApplicableError("BN only: the model has no BatchNorm with scale and shift; choose another method")
+    model.requires_grad_(False)
     for parameter in affine:
         parameter.requires_grad_(True)
     return affine

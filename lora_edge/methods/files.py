@@ -5,6 +5,7 @@ from __future__ import annotations
 from torch import Tensor, nn
 
 from lora_edge.adapt import fingerprint_state
+from lora_edge.finite import check_finite, check_variances
 from lora_edge.methods.base import trained_state
 from lora_edge.safetensors_file import PathLike, read_safetensors, write_safetensors
 
@@ -16,8 +17,10 @@ def save_trained(model: nn.Module, path: PathLike) -> None:
 
     Raises:
         OSError: the file cannot be written; nothing is left behind.
+        ValueError: what was trained holds NaN or infinity, or a BatchNorm's variance is negative; nothing is written.
     """
     trained = {name: value.cpu().contiguous() for name, value in trained_state(model).items()}
+    _check(trained, str(path), "train again with a smaller learning rate, or check the windows")
     metadata = {"format": FORMAT, "base": _base(model, trained), "checksum": fingerprint_state(trained)}
     write_safetensors(trained, path, metadata)
 
@@ -27,7 +30,8 @@ def load_trained(model: nn.Module, path: PathLike) -> nn.Module:
 
     Raises:
         OSError: the file cannot be read.
-        ValueError: it is no such file, is damaged, or belongs to another method, rank or base. The model is left as it was.
+        ValueError: it is no such file, is damaged, or belongs to another method, rank or base; or what it holds is
+            NaN, infinite or a negative variance. The model is left as it was.
     """
     trained, metadata = read_safetensors(path, "save_trained")
     if metadata.get("format") != FORMAT or metadata.get("checksum") != fingerprint_state(trained):
@@ -41,8 +45,14 @@ def load_trained(model: nn.Module, path: PathLike) -> nn.Module:
             )
     if metadata.get("base") != _base(model, trained):
         raise ValueError(f"{path}: belongs to another base model; prepare the model that it was made from")
+    _check(trained, str(path), "train it again")
     model.load_state_dict(trained, strict=False)
     return model
+
+
+def _check(trained: dict[str, Tensor], what: str, remedy: str) -> None:
+    check_finite(trained, what, remedy)
+    check_variances(trained, what, remedy)
 
 
 def _base(model: nn.Module, trained: dict[str, Tensor]) -> str:

@@ -5,10 +5,12 @@ from __future__ import annotations
 from torch import Tensor, nn
 
 from lora_edge.adapt import find_head
-from lora_edge.methods.base import Method, freeze_backbone, unfreeze_backbone
+from lora_edge.methods.base import Method, NotApplicableError, freeze_backbone, unfreeze_backbone
 
 
 def prepare(model: nn.Module, rank: int, inputs: Tensor, labels: Tensor) -> list[nn.Parameter]:
+    if not any(isinstance(module, nn.Linear) for module in model.modules()):
+        raise NotApplicableError("head only: the model has no nn.Linear; choose another method")
     freeze_backbone(model)
     return list(model.get_submodule(find_head(model)).requires_grad_(True).parameters())
 

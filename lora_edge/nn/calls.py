@@ -113,7 +113,7 @@ class Calls:
             return self.evaluator.inline(forward.__func__, args, kwargs)
         return self.evaluator.inline(forward, [module, *args], kwargs)
 
-    def _leaf(self, module: Module, args: list[Any], kwargs: dict[str, Any]) -> fx.Node:
+    def _leaf(self, module: Module, args: list[Any], kwargs: dict[str, Any]) -> Any:
         own, guards = module.module, self.evaluator.guards
         for below in own.modules():  # torch's own layers call their parts
             guards.called(below)
@@ -121,15 +121,19 @@ class Calls:
                 refuse(f"a part of {module.path} has a hook")
             if below is not own and not is_leaf(below) and type(below) not in (nn.ModuleList, nn.ModuleDict, nn.Sequential):
                 refuse(f"a part of {module.path} is a {type(below).__name__}, which is not known to be pure")
-        if "inplace" in own.__dict__:
-            guards.attribute(own, "inplace", own.__dict__["inplace"])
         if len(kwargs) == 1 and not args and set(kwargs) == {first_argument(own)}:
             args, kwargs = list(kwargs.values()), {}
         elif kwargs and isinstance(own, (LoRAEdgeConv, LeanLayer, FrozenBatchNorm)):
             refuse(f"{module.path} is called with other arguments than it takes")
+        if type(own) is nn.Identity and len(args) == 1 and not kwargs:
+            return args[0]
+        if "inplace" in own.__dict__:
+            guards.attribute(own, "inplace", own.__dict__["inplace"])
         as_argument = self.evaluator.as_argument
         values = tuple(as_argument(arg) for arg in args)
-        node = self.evaluator.graph.call_module(readable(module.path), values, {name: as_argument(v) for name, v in kwargs.items()})
+        node = self.evaluator.graph.call_module(
+            readable(module.path), values, {name: as_argument(v) for name, v in kwargs.items()}
+        )
         node.meta["kind"] = pure.layer_kind(own)
         return node
 

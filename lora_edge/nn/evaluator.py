@@ -21,7 +21,7 @@ from lora_edge.nn.calls import Calls, readable
 from lora_edge.nn.guards import Guards
 from lora_edge.nn.reading import Reader
 from lora_edge.nn.source import source_of
-from lora_edge.nn.values import Bound, Container, Lookup, Module, Object, Once, Refused, View, refuse
+from lora_edge.nn.values import Bound, Container, Lookup, Module, Object, Once, Refused, refuse
 
 _MOST_STATEMENTS = 200_000
 _DEEPEST = 60

@@ -66,14 +66,13 @@ class Layout:
             self.restore_after(node)
 
     def name_results_of_writing(self) -> None:
-        """Operations in place and ``nn.Identity`` return their input: later users refer to the result."""
+        """Operations in place return their input: later users refer to the result."""
         order = {node: k for k, node in enumerate(self.graph.nodes)}
         for node in list(self.graph.nodes):
             source = node.args[0] if node.args else None
             if not isinstance(source, fx.Node) or source.meta.get("kind") != pure.TENSOR:
                 continue
-            identity = node.op == "call_module" and type(self.modules[str(node.target)]) is nn.Identity
-            if identity or (self.writes(node) and node.meta.get("kind") == pure.TENSOR):
+            if self.writes(node) and node.meta.get("kind") == pure.TENSOR:
                 for user in [u for u in source.users if order[u] > order[node]]:
                     user.replace_input_with(source, node)
 

@@ -11,6 +11,7 @@ from typing import Any
 
 from torch import Tensor, fx, nn
 
+from lora_edge.layers import LoRAEdgeConv
 from lora_edge.nn.guards import MISSING, Guards, static
 from lora_edge.nn.pure import SCALARS
 from lora_edge.nn.values import Bound, Container, Module, Object, Submodules, Super, refuse
@@ -81,6 +82,8 @@ class Reader:
             refuse(f"{cls.__name__} has a __getattribute__ of its own")
         if name.startswith("__"):
             refuse(f"it reads {name} of {cls.__name__}")
+        if isinstance(module, LoRAEdgeConv) and name == "weight":
+            refuse(f"it reads the weight of {owner.path}, which is the base's")
         found = self._of_class(cls, name)
         if isinstance(found, property):
             if found.fget is None:

@@ -14,7 +14,7 @@ from contextlib import contextmanager
 from contextvars import ContextVar
 
 from lora_edge.ops import engines
-from lora_edge.ops.extension import constant_when_traced
+from lora_edge.torch_private import constant_when_traced
 
 AVAILABLE = "available"
 NAMES = ("auto", "cuda", "triton", "cpu", "torch")

@@ -15,7 +15,7 @@ import torch
 from torch import Tensor
 
 from lora_edge.ops import cpu_machine, extension, triton_machine
-from lora_edge.ops.extension import constant_when_traced
+from lora_edge.torch_private import constant_when_traced
 
 if TYPE_CHECKING:
     from lora_edge.ops.plan import BlockPlan, FusePlan

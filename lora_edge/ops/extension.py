@@ -5,14 +5,13 @@ from __future__ import annotations
 import functools
 import re
 from collections.abc import Callable
-from typing import Any, NamedTuple, TypeVar
+from typing import Any, NamedTuple
 
 import torch
 
 from lora_edge._extension import load
 from lora_edge._extension import reason as _extension_reason
-
-_Function = TypeVar("_Function", bound=Callable[..., Any])
+from lora_edge.torch_private import constant_when_traced, current_stream_reader
 
 
 class Machine(NamedTuple):
@@ -27,12 +26,6 @@ class Machine(NamedTuple):
     module: Any
     device_type: str
     stream: Callable[[int], int]
-
-
-def constant_when_traced(function: _Function) -> _Function:
-    """``torch.compiler.assume_constant_result`` without its import of all of torch._dynamo: runs when a call is traced."""
-    function._dynamo_marked_constant = True  # type: ignore[attr-defined]
-    return function
 
 
 @functools.cache
@@ -52,7 +45,7 @@ def machine() -> Machine | str:
         return str(reasons[0])
     if not torch.cuda.is_available():
         return f"without a torch that has CUDA: this one is {torch.__version__}"
-    return Machine(module, "cuda", _current_stream())
+    return Machine(module, "cuda", current_stream_reader())
 
 
 def device_type() -> str:
@@ -105,9 +98,3 @@ def _not_covered(index: int, module: Any) -> str | None:
         f"not built for this device: {device['name']} has capability {device['capability']}, the build {architectures}; "
         f"install lora_edge again with TORCH_CUDA_ARCH_LIST={device['capability']}"
     )
-
-
-def _current_stream() -> Callable[[int], int]:
-    """The address of the current stream, by torch's own shortest way where it has one."""
-    raw = getattr(torch._C, "_cuda_getCurrentRawStream", None)
-    return raw or (lambda index: torch.cuda.current_stream(index).cuda_stream)

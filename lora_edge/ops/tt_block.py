@@ -29,6 +29,7 @@ from lora_edge.ops.checks import (
     check_weight,
 )
 from lora_edge.ops.conv_args import ConvArgs, conv, conv_args, conv_input_grad, conv_weight_grad, symmetric
+from lora_edge.ops.half_precision import narrowed
 from lora_edge.ops.once import once_differentiable
 from lora_edge.ops.plan import Epilogue
 from lora_edge.ops.route import choose_route
@@ -243,7 +244,7 @@ class _TTBlock(torch.autograd.Function):
             if ctx.route == "factor":
                 rows = suffix.to(x.dtype).repeat(args.groups, *[1] * (suffix.dim() - 1))
                 rows, even = symmetric(rows, args)
-                saved = conv(x, rows, None, even).to(epilogue.saved_dtype or x.dtype)
+                saved = narrowed(conv(x, rows, None, even), epilogue.saved_dtype or x.dtype)
         if saved is x:
             epilogue = epilogue._replace(overwrite=False)
         y, bits = _forward(x, weight, core, suffix, bias, residual, affine, residual_affine, args, epilogue, True)

@@ -15,6 +15,7 @@ from torch import Tensor
 from lora_edge.ops import kernels, reference
 from lora_edge.ops.checks import check_conv, check_factors, check_output, check_saved_dtype
 from lora_edge.ops.conv_args import ConvArgs, conv, conv_args, conv_input_grad, conv_weight_grad
+from lora_edge.ops.half_precision import narrowed
 from lora_edge.ops.once import once_differentiable
 from lora_edge.ops.plan import Epilogue
 from lora_edge.ops.route import ROUTES, choose_route
@@ -138,7 +139,7 @@ class _TTConv(torch.autograd.Function):
             saved = x
         elif needs_core:
             rows = suffix.to(x.dtype).repeat(args.groups, *[1] * (suffix.dim() - 1))
-            saved = conv(x, rows, None, args).to(saved_dtype or x.dtype)
+            saved = narrowed(conv(x, rows, None, args), saved_dtype or x.dtype)
         ctx.save_for_backward(weight, core, suffix, saved)
         ctx.args, ctx.scale, ctx.route, ctx.size = args, scale, route, x.shape[2:]
         return y
