@@ -27,6 +27,7 @@ from lora_edge import inference
 from lora_edge.frozen_bn import FrozenBatchNorm, FrozenThen
 from lora_edge.layers import LoRAEdgeConv
 from lora_edge.lean import LeanConv
+from lora_edge.nn.calls import base_of
 from lora_edge.nn.evaluator import Evaluator
 from lora_edge.nn.fuser import Fuser, is_conv
 from lora_edge.nn.guards import Guards, static
@@ -147,7 +148,6 @@ class LeanModule(nn.Module):
 
 
 _PLANS, _PLANS_MADE = "_lean_plans", "_lean_plans_made"
-_lean_classes: dict[type[nn.Module], type[LeanModule]] = {}
 
 
 def _forward_of(base_class: type[nn.Module]) -> Callable[..., Any]:
@@ -336,16 +336,17 @@ def make_plan(module: nn.Module, kinds: Kinds, training: bool | None = None) -> 
         kinds: of its arguments.
         training: what ``self.training`` is taken to be; None for what it is.
     """
-    evaluator = Evaluator(module, training)
-    try:
-        evaluator.run([kind[:2] for kind in kinds[0]], {name: kind[:2] for name, kind in kinds[1]})
-    except (Refused, RecursionError) as refusal:
-        why = NoPlan(str(refusal), evaluator.guards.fix())
-        iterates = static(type(module), "__iter__") is nn.Sequential.__iter__
-        if iterates and base_forward(module) is nn.Sequential.forward and len(kinds[0]) == 1 and not kinds[1]:
-            return _make_pieces(module, training) or why
-        return why
-    return _finish(module, evaluator)
+    with Evaluator(module, training) as evaluator:
+        try:
+            evaluator.run([kind[:2] for kind in kinds[0]], {name: kind[:2] for name, kind in kinds[1]})
+        except (Refused, RecursionError) as refusal:
+            why = NoPlan(str(refusal), evaluator.guards.fix())
+        else:
+            return _finish(module, evaluator)
+    iterates = static(type(module), "__iter__") is nn.Sequential.__iter__
+    if iterates and base_forward(module) is nn.Sequential.forward and len(kinds[0]) == 1 and not kinds[1]:
+        return _make_pieces(module, training) or why
+    return why
 
 
 def base_forward(module: nn.Module) -> Any:
@@ -368,8 +369,11 @@ def _finish(module: nn.Module, evaluator: Evaluator) -> Plan:
 
 def _make_pieces(module: nn.Module, training: bool | None) -> Pieces | None:
     """Runs of a sequence's children that are proven pure; None where no block is found in any."""
-    whole = Evaluator(module, training)
-    children = whole.reader.children(Module(module, ""))
+    with Evaluator(module, training) as whole:
+        children = list(whole.reader.children(Module(module, "")))
+        for name in ("forward", "__iter__"):
+            whole.guards.class_attribute(base_of(type(module)), name)
+        guards = whole.guards.fix()
     runs: list[list[str]] = [[]]
     for name in children:
         if _run_of(module, [name], training) is None:
@@ -380,20 +384,20 @@ def _make_pieces(module: nn.Module, training: bool | None) -> Pieces | None:
     if not any(plan is not None and plan.blocks for plan, _ in pieces):
         return None
     layer = next((m for m in module.modules() if isinstance(m, LoRAEdgeConv)), None)
-    return Pieces(pieces, whole.guards.fix(), layer)
+    return Pieces(pieces, guards, layer)
 
 
 def _run_of(module: nn.Module, names: list[str], training: bool | None) -> Plan | None:
-    evaluator = Evaluator(module, training)
-    children = evaluator.reader.children(Module(module, ""))
-    try:
-        x = evaluator.argument(("tensor", None))
-        for name in names:
-            x = evaluator.follow(lambda child=children[name], x=x: evaluator.calls.enter(child, [x], {}))
-        evaluator.finish(x)
-    except (Refused, RecursionError):
-        return None
-    return _finish(module, evaluator)
+    with Evaluator(module, training) as evaluator:
+        children = evaluator.reader.children(Module(module, ""))
+        try:
+            x = evaluator.argument(("tensor", None))
+            for name in names:
+                x = evaluator.follow(lambda child=children[name], x=x: evaluator.calls.enter(child, [x], {}))
+            evaluator.finish(x)
+        except (Refused, RecursionError):
+            return None
+        return _finish(module, evaluator)
 
 
 def _wanted() -> bool:
@@ -408,16 +412,18 @@ def _rebuild(base_class: type[nn.Module]) -> nn.Module:
 
 
 def _lean_class(base_class: type[nn.Module]) -> type[LeanModule]:
+    """The one subclass of a class whose forward runs plans; nothing else holds it, so it goes with its base."""
     with _lock:
-        if base_class not in _lean_classes:
-            names = {
-                "__module__": base_class.__module__,
-                "__qualname__": base_class.__qualname__,
-                "base_class": base_class,
-                "forward": _forward_of(base_class),
-            }
-            _lean_classes[base_class] = type(base_class.__name__, (LeanModule, base_class), names)
-        return _lean_classes[base_class]
+        for cls in type.__subclasses__(base_class):
+            if cls.__dict__.get("base_class") is base_class and issubclass(cls, LeanModule):
+                return cls
+        names = {
+            "__module__": base_class.__module__,
+            "__qualname__": base_class.__qualname__,
+            "base_class": base_class,
+            "forward": _forward_of(base_class),
+        }
+        return type(base_class.__name__, (LeanModule, base_class), names)
 
 
 def _fuse(module: nn.Module, name: str, found: Fused, covered: bool) -> None:

@@ -315,7 +315,7 @@ class Writer:
             f"{m}.register_forward_hook(lambda s, a, out: out + 1)", f"{m}.register_full_backward_hook(lambda s, i, o: None)",
             f"once({m})", f"flips({m}, m)", f"{m}.register_forward_pre_hook(lambda s, a, k: (a, k), with_kwargs=True)",
             f"{m}.conv.register_forward_hook(lambda s, a, out: None)", 'ns["Block"].tail = lambda self, x: x * 3',
-            f"{m}.bn.register_full_backward_hook(lambda s, i, o: None)",
+            f"{m}.conv.register_full_backward_hook(lambda s, i, o: None)",  # on a BatchNorm torch gets N = 1, channels-last wrong
         ]  # fmt: skip
         return name
 

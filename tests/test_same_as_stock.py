@@ -67,8 +67,9 @@ def run(program: programs.Program) -> str:
 
 
 def _take(program: programs.Program, step: programs.Step, pair: Twins, made: list[programs.Made]) -> None:
-    if step.copies:
-        pair.ours, pair.stock = copy.deepcopy(pair.ours), copy.deepcopy(pair.stock)
+    with contextlib.suppress(RuntimeError):  # a map that a model kept cannot be copied
+        if step.copies:
+            pair.ours, pair.stock = copy.deepcopy(pair.ours), copy.deepcopy(pair.stock)
     outcomes = []
     for model, one in zip(pair, made, strict=True):
         x = programs.input_of(program, step)

@@ -98,6 +98,14 @@ class Evaluator:
         output = self.follow(lambda: self.calls.enter(Module(self.root, ""), values, named))
         self.finish(output)
 
+    def __enter__(self) -> Evaluator:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        """Let go of the model: its parts know each other, and would keep it until the next garbage collection."""
+        for part in (self.reader, self.calls, self):
+            vars(part).clear()
+
     def follow(self, walk: Callable[[], Any]) -> Any:
         """What a walk gives; what Python raises on the way would be raised by the forward too, so it is refused."""
         try:
@@ -583,19 +591,21 @@ class Evaluator:
         inner.free = frame.free - targets
         outermost = self.calls.iterate(self.expression(node.generators[0].iter, frame))
 
-        def over(generators: list[ast.comprehension], values: Any) -> Iterator[Any]:
-            first, *rest = generators
-            if first.is_async:
-                refuse("it is asynchronous")
-            for value in values:
-                self.assign(first.target, value, inner)
-                if all(self.truth(self.expression(test, inner)) for test in first.ifs):
-                    if rest:
-                        yield from over(rest, self.calls.iterate(self.expression(rest[0].iter, inner)))
-                    else:
-                        yield self.expression(node.elt, inner)
+        return self._over(node, inner, node.generators, outermost)
 
-        return over(node.generators, outermost)
+    def _over(
+        self, node: ast.ListComp | ast.GeneratorExp, inner: _Frame, generators: list[ast.comprehension], values: Any
+    ) -> Iterator[Any]:
+        first, *rest = generators
+        if first.is_async:
+            refuse("it is asynchronous")
+        for value in values:
+            self.assign(first.target, value, inner)
+            if all(self.truth(self.expression(test, inner)) for test in first.ifs):
+                if rest:
+                    yield from self._over(node, inner, rest, self.calls.iterate(self.expression(rest[0].iter, inner)))
+                else:
+                    yield self.expression(node.elt, inner)
 
     def _on_joinedstr(self, node: ast.JoinedStr, frame: _Frame) -> Any:
         parts = []

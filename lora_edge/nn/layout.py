@@ -149,7 +149,8 @@ class Layout:
         later = [user for user in node.users if order[user] >= first]
         door, inputs = self.door(node)
         with self.graph.inserting_before(next(user for user in strict if order[user] == first)):
-            stock = self.graph.call_function(door, (node, *inputs))
+            modules = tuple(self.graph.get_attr(name) for name in door.names)
+            stock = self.graph.call_function(door, (node, modules, *inputs))
         stock.meta["kind"] = pure.TENSOR
         for user in later:
             user.replace_input_with(node, stock)

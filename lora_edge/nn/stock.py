@@ -28,46 +28,50 @@ class StockStrides:
         result: the map's node in the graph as it was before blocks were fused.
         inputs: nodes there on which it depends and whose values are those of stock layers.
         modules: by dotted name.
+
+    Attributes:
+        names: of the modules that a call needs.
     """
 
     def __init__(self, result: fx.Node, inputs: list[fx.Node], modules: dict[str, nn.Module]) -> None:
         self.__name__, self.__qualname__, self.__module__ = "in_stock_strides", "in_stock_strides", __name__
         self.result, self.inputs = result, inputs
         self.steps = _steps(result, inputs)
-        self.modules = {step.target: modules[str(step.target)] for step in self.steps if step.op == "call_module"}
-        self.convs = [m for m in self.modules.values() if isinstance(m, nn.modules.conv._ConvNd)]
+        self.names = list(dict.fromkeys(str(step.target) for step in self.steps if step.op == "call_module"))
+        self.convs = [k for k, name in enumerate(self.names) if isinstance(modules[name], nn.modules.conv._ConvNd)]
         self.known: dict[Any, tuple[int, ...]] = {}
 
-    def __call__(self, y: Tensor, *values: Any) -> Tensor:
+    def __call__(self, y: Tensor, modules: tuple[nn.Module, ...], *values: Any) -> Tensor:
         """``y``, or a copy of it in stock strides.
 
         Args:
             y: the map.
+            modules: called :attr:`names`; a graph's function holds none, so that a model goes with its last reference.
             values: of the inputs.
         """
         tensors = [value for value in values if isinstance(value, Tensor)]
-        tensors += [conv.weight for conv in self.convs]
+        tensors += [modules[k].weight for k in self.convs]  # type: ignore[misc]
         if all(map(_is_plain, tensors)):
             stride = _dense(y.shape)
         else:
             key = tuple((t.shape, t.stride(), t.dtype, t.device) for t in tensors)
             found = self.known.get(key)
             if found is None or len(found) != y.dim():
-                found = self.find(values)
+                found = self.find(modules, values)
                 if len(self.known) < _MOST_KNOWN:
                     self.known[key] = found
             stride = found
         return restrided(y, stride)
 
     @torch.no_grad()
-    def find(self, values: tuple[Any, ...]) -> tuple[int, ...]:
+    def find(self, modules: tuple[nn.Module, ...], values: tuple[Any, ...]) -> tuple[int, ...]:
         """The strides that stock layers give for inputs of these sizes and strides."""
         known: dict[fx.Node, Any] = {node: _alike(value) for node, value in zip(self.inputs, values, strict=True)}
         for step in self.steps:
             args = fx.node.map_arg(step.args, known.__getitem__)
             kwargs = fx.node.map_arg(step.kwargs, known.__getitem__)
             if step.op == "call_module":
-                known[step] = _stock(self.modules[step.target], *args, **kwargs)
+                known[step] = _stock(modules[self.names.index(str(step.target))], *args, **kwargs)
             elif step.op == "call_method":
                 known[step] = getattr(args[0], step.target)(*args[1:], **kwargs)  # type: ignore[arg-type]
             else:
