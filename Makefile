@@ -1,6 +1,7 @@
-# `make demo` runs the main job, `make test` the tests, `make test-all` every case in Triton's interpreter too, `make check` the
-# linters, `make mutate` the test of the kernels' tests, `make sanitize` the CPU engine's tests under the address and
-# undefined-behaviour sanitizers, `make compat` runs the core tests on the oldest and the newest torch, `make results` writes the README's results from the study's rows. Each does its own set-up.
+# `make demo` runs the main job, `make test` the tests, `make test-all` every case in Triton's interpreter too, `make test-isa` the
+# numerics on every instruction set of this processor, `make compat` the core tests on the oldest and the newest torch, `make check`
+# the linters, `make mutate` the test of the kernels' tests, `make sanitize` the CPU engine's tests under the address and
+# undefined-behaviour sanitizers, `make results` writes the README's results from the study's rows. Each does its own set-up.
 #
 # The virtual environment reuses a torch that python3 already has (as on a Jetson) and never replaces it; without one it
 # installs $(TORCH).
@@ -15,7 +16,7 @@ export LORA_EDGE_CUDA ?= $(if $(wildcard /dev/nvidiactl /dev/nvmap /dev/dxg),,0)
 BIN := $(VENV)/bin
 PIP := $(BIN)/python -m pip --disable-pip-version-check -q
 
-.PHONY: demo test test-all check mutate sanitize compat results clean
+.PHONY: demo test test-all test-isa check mutate sanitize compat results clean
 .DELETE_ON_ERROR:
 
 demo: $(VENV)/har
@@ -26,6 +27,11 @@ test: $(VENV)/test
 
 test-all: $(VENV)/test
 	LORA_EDGE_TEST_ALL=1 $(BIN)/python -m pytest
+
+# The whole suite instead of what computes: make test-isa TESTS=tests
+TESTS ?=
+test-isa: $(VENV)/test
+	$(BIN)/python tests/isa.py $(TESTS)
 
 check: $(VENV)/check
 	$(BIN)/ruff check .
@@ -42,17 +48,21 @@ results: $(VENV)/har
 	$(BIN)/python -m lora_edge.har.study_report benchmarks/results/cpu/study_*.csv --page README.md \
 	  --picture benchmarks/results/study.png
 
-# A copy is built with the sanitizers; their runtimes must be there before Python is. Python itself leaks on purpose.
-SANITIZE := -fsanitize=address,undefined
+# A copy is built with the sanitizers; their runtimes must be there before Python is. tests/sanitize.py fails unless the library
+# holds their symbols and planted faults are found. Python itself leaks on purpose. setup.py compiles C++ with CXXFLAGS alone.
+SANITIZE := -fsanitize=address,undefined -fno-sanitize-recover=undefined
+SANITIZED := -O1 -g $(SANITIZE) -fno-omit-frame-pointer
 sanitize: $(VENV)/test
 	rm -rf build/sanitize && mkdir -p build/sanitize
 	cp -r setup.py pyproject.toml README.md LICENSE csrc lora_edge benchmarks tests build/sanitize
 	rm -f build/sanitize/lora_edge/_C*.so
-	cd build/sanitize && CFLAGS="-O1 -g $(SANITIZE)" LDFLAGS="$(SANITIZE)" LORA_EDGE_CUDA=0 \
+	cd build/sanitize && CFLAGS="$(SANITIZED)" CXXFLAGS="$(SANITIZED)" LDFLAGS="$(SANITIZE)" LORA_EDGE_CUDA=0 \
 	  $(abspath $(BIN))/python setup.py -q build_ext --inplace
-	cd build/sanitize && LD_PRELOAD="$$(for l in asan ubsan stdc++; do $(CC) -print-file-name=lib$$l.so; done | tr '\n' ' ')" \
-	  ASAN_OPTIONS=detect_leaks=0 UBSAN_OPTIONS=halt_on_error=1:print_stacktrace=1 \
-	  $(abspath $(BIN))/python -m pytest -s tests/test_cpu_engine.py
+	cd build/sanitize && export CXX="$(CXX)" CXXFLAGS="$(SANITIZED)" LORA_EDGE_FUZZ_CALLS=2000 \
+	  LD_PRELOAD="$$(for l in asan ubsan stdc++; do $(CXX) -print-file-name=lib$$l.so; done | tr '\n' ' ')" \
+	  ASAN_OPTIONS=detect_leaks=0 UBSAN_OPTIONS=halt_on_error=1:print_stacktrace=1 && \
+	  $(abspath $(BIN))/python tests/sanitize.py && \
+	  $(abspath $(BIN))/python -m pytest -s tests/test_cpu_engine.py tests/test_doors.py
 
 # The torch that is there is written down as a constraint, so that no other package can replace it.
 $(VENV)/torch.txt:

@@ -1,12 +1,17 @@
 // The Python module lora_edge._C: a Plan for one layer on one input size, and a launch on it for each op. It takes addresses,
-// strides and a stream as plain numbers, so it links no torch; lora_edge/ops has checked the tensors and allocated before.
+// sizes in bytes, strides and a stream as plain numbers, so it links no torch. check.h checks them; the shapes, types and devices
+// that numbers do not show are checked in lora_edge/ops.
 #include <pybind11/pybind11.h>
 #include <pybind11/stl.h>
 
+#include <algorithm>
+#include <cmath>
 #include <cstring>
+#include <limits>
 #include <string>
 #include <vector>
 
+#include "check.h"
 #include "cpu/block.h"
 #include "cpu/kernels_of.h"
 #include "device.h"
@@ -57,7 +62,8 @@ class KeywordReader {
       PyErr_Clear();
       throw py::type_error(text(name) + "; it must be a number");
     }
-    field = static_cast<float>(value);
+    constexpr double most = std::numeric_limits<float>::max();  // beyond it the cast is undefined
+    field = static_cast<float>(std::abs(value) > most ? std::copysign(HUGE_VAL, value) : value);
   }
 
   template <class Enum>
@@ -109,37 +115,71 @@ int64_t number_of(const char* op, const char* name, py::handle given) {
   return number;
 }
 
-// Fills a call's fields from a tuple of their values in the order of `visit`. This is what every launch pays for.
+int small_number_of(const char* op, const char* name, py::handle given, int least) {
+  const int64_t number = number_of(op, name, given);
+  if (number < least || number > INT32_MAX) {
+    throw py::value_error(std::string(op) + ": " + name + " is " + std::to_string(number) + "; it must lie in " +
+                          std::to_string(least) + ".." + std::to_string(INT32_MAX));
+  }
+  return static_cast<int>(number);
+}
+
+// Calls a visitor with the name of each number of a call's tuple: of each field, and after an address of the bytes there.
+template <class Visit>
+struct Numbers {
+  Visit visit;
+
+  void operator()(const char* name, int64_t&) { visit(std::string(name)); }
+  template <class Element>
+  void operator()(const char* name, Element*&) {
+    visit(std::string(name)), visit(std::string(name) + "_bytes");
+  }
+};
+
+// Fills a call's fields from a tuple of their values in the order of `visit`, each address with the number of bytes there. This
+// is what every launch pays for.
 class TupleReader {
  public:
-  TupleReader(const char* op, PyObject* values) : op_(op), values_(values) {}
+  TupleReader(const char* op, PyObject* values, Place* places) : op_(op), values_(values), place_(places) {}
 
-  void operator()(const char* name, int64_t& field) {
+  void operator()(const char* name, int64_t& field) { read(name, "", field); }
+
+  template <class Element>
+  void operator()(const char* name, Element*& field) {
+    place_->name = name;
+    read(name, "", place_->address), read(name, "_bytes", place_->bytes);
+    field = reinterpret_cast<Element*>(static_cast<uintptr_t>(place_->address));
+    ++place_;
+  }
+
+ private:
+  void read(const char* name, const char* ending, int64_t& number) {
     PyObject* value = PyTuple_GET_ITEM(values_, index_);
-    if (!read_number(value, field)) {
-      refuse_number(std::string(op_) + ": args[" + std::to_string(index_) + "] (" + name + ")", value);
+    if (!read_number(value, number)) {
+      refuse_number(std::string(op_) + ": args[" + std::to_string(index_) + "] (" + name + ending + ")", value);
     }
     ++index_;
   }
 
-  template <class Element>
-  void operator()(const char* name, Element*& field) {
-    int64_t address = 0;
-    (*this)(name, address);
-    field = reinterpret_cast<Element*>(static_cast<uintptr_t>(address));
-  }
-
- private:
   const char* op_;
   PyObject* values_;
+  Place* place_;
   Py_ssize_t index_ = 0;
 };
 
 template <class Call>
-Call read_call(const char* op, py::handle args) {
+std::vector<std::string> number_names() {
+  std::vector<std::string> found;
   Call call{};
-  Py_ssize_t wanted = 0;
-  visit([&wanted](const char*, auto&) { ++wanted; }, call);
+  auto add = [&found](const std::string& name) { found.push_back(name); };
+  visit(Numbers<decltype(add)>{add}, call);
+  return found;
+}
+
+template <class Call>
+Call read_call(const char* op, py::handle args, Place* places) {
+  static const Py_ssize_t wanted = static_cast<Py_ssize_t>(number_names<Call>().size());
+  Call call{};
   if (!PyTuple_Check(args.ptr())) {
     throw py::type_error(std::string(op) + ": args is a " + Py_TYPE(args.ptr())->tp_name + "; it must be a tuple");
   }
@@ -147,7 +187,7 @@ Call read_call(const char* op, py::handle args) {
     throw py::type_error(std::string(op) + ": args has " + std::to_string(PyTuple_GET_SIZE(args.ptr())) +
                          " values; it must have " + std::to_string(wanted) + ", see call_fields(\"" + op + "\")");
   }
-  visit(TupleReader(op, args.ptr()), call);
+  visit(TupleReader(op, args.ptr(), places), call);
   return call;
 }
 
@@ -164,19 +204,15 @@ class Plan {
       for (const std::string& other : known) found = found || name == other;
       if (!found) throw py::type_error("Plan: there is no field " + name);
     }
-    const Conv& conv = problem_.conv;
-    if (conv.channels % conv.groups != 0 || conv.outputs % conv.groups != 0) {
-      throw py::value_error("Plan: groups is " + std::to_string(conv.groups) + "; it must divide channels (" +
-                            std::to_string(conv.channels) + ") and outputs (" + std::to_string(conv.outputs) + ")");
-    }
-    if (problem_.cores == 1 || problem_.cores > 3) {
-      throw py::value_error("Plan: cores is " + std::to_string(problem_.cores) + "; it must be 0, 2 or 3");
-    }
-    if ((problem_.cores >= 2 && problem_.bond2 == 0) || (problem_.cores == 3 && problem_.bond3 == 0)) {
-      throw py::value_error("Plan: a bond is 0; the bonds between the cores must be at least 1");
-    }
+    check_problem(problem_);
     for (const Op op : {Op::tt_fuse, Op::tt_block}) {
       if (const char* why = lora_edge::refusal(problem_, name_of(op))) refusal_[static_cast<int>(op)] = why;
+    }
+    scratch_ = lora_edge::scratch(problem_);
+    if (const char* why = cpu::refusal(problem_)) {
+      cpu_refusal_ = why;
+    } else {
+      cpu_scratch_ = cpu::scratch(problem_);
     }
   }
 
@@ -190,7 +226,7 @@ class Plan {
   }
 
   py::dict scratch() const {
-    const Scratch bytes = lora_edge::scratch(problem_);
+    const Scratch& bytes = scratch_;
     return py::dict("packed_forward"_a = bytes.packed_forward, "packed_backward"_a = bytes.packed_backward,
                     "partial"_a = bytes.partial, "fuse_partial"_a = bytes.fuse_partial, "h"_a = bytes.h, "bits"_a = bytes.bits);
   }
@@ -198,8 +234,9 @@ class Plan {
   template <class Call>
   void launch(const char* name, Op op, const char* (*launcher)(const Problem&, const Call&, Stream), py::handle args,
               py::handle device, py::handle stream) const {
-    const Call call = read_call<Call>(name, args);
-    const int index = static_cast<int>(number_of(name, "device", device));
+    Place places[kMostPlaces];
+    const Call call = read_call<Call>(name, args, places);
+    const int index = small_number_of(name, "device", device, 0);
     const Stream on = reinterpret_cast<Stream>(static_cast<uintptr_t>(number_of(name, "stream", stream)));
     const std::string& why = refusal_[static_cast<int>(op)];
     if (!why.empty()) throw std::runtime_error(std::string(name) + ": " + why);
@@ -207,7 +244,13 @@ class Plan {
     {
       py::gil_scoped_release unlocked;
       const DeviceGuard guard(index);
-      error = guard.error != nullptr ? guard.error : launcher(problem_, call, on);
+      error = guard.error;
+      if (error == nullptr) {
+        PlaceChecker check(name, places);
+        check_call(check, problem_, call,
+                   {scratch_.packed_forward, scratch_.packed_backward, scratch_.partial, scratch_.fuse_partial}, false);
+        error = launcher(problem_, call, on);
+      }
     }
     if (error != nullptr) {
       const std::string cause = driver_problem();
@@ -216,37 +259,43 @@ class Plan {
   }
 
   py::object cpu_refusal() const {
-    const char* why = cpu::refusal(problem_);
-    return why == nullptr ? py::none() : py::object(py::str(why));
+    return cpu_refusal_.empty() ? py::none() : py::object(py::str(cpu_refusal_));
   }
 
   py::dict cpu_scratch() const {
-    const cpu::Scratch bytes = cpu::scratch(problem_);
-    return py::dict("packed_forward"_a = bytes.packed_forward, "packed_backward"_a = bytes.packed_backward);
+    if (!cpu_refusal_.empty()) throw std::runtime_error("cpu_scratch: " + cpu_refusal_);
+    return py::dict("packed_forward"_a = cpu_scratch_.packed_forward, "packed_backward"_a = cpu_scratch_.packed_backward);
   }
 
   template <class Call>
   void run_on_cpu(const char* name, void (*run)(const Problem&, const Call&, int), py::handle args, py::handle threads) const {
-    const Call call = read_call<Call>(name, args);
-    const int count = static_cast<int>(number_of(name, "threads", threads));
-    if (const char* why = cpu::refusal(problem_)) throw std::runtime_error(std::string(name) + ": " + why);
+    Place places[kMostPlaces];
+    const Call call = read_call<Call>(name, args, places);
+    const int count = std::min(small_number_of(name, "threads", threads, 1), kMostThreads);
+    if (!cpu_refusal_.empty()) throw std::runtime_error(std::string(name) + ": " + cpu_refusal_);
     py::gil_scoped_release unlocked;
+    PlaceChecker check(name, places);
+    check_call(check, problem_, call, {cpu_scratch_.packed_forward, cpu_scratch_.packed_backward, 0, 0}, true);
     run(problem_, call, count);
   }
 
  private:
   static const char* name_of(Op op) { return op == Op::tt_fuse ? "tt_fuse" : "tt_block"; }
 
+  static constexpr int kMostThreads = 256;
+
   Problem problem_{};
-  std::string refusal_[2];  // empty: taken
+  std::string refusal_[2], cpu_refusal_;  // empty: taken
+  Scratch scratch_{};
+  cpu::Scratch cpu_scratch_{};
 };
 
 std::vector<std::string> call_fields(const std::string& op) {
   if (op == "Plan") return names<Problem>();
-  if (op == "tt_fuse_forward") return names<FuseCall>();
-  if (op == "tt_fuse_backward") return names<FuseBackwardCall>();
-  if (op == "tt_block_forward" || op == "cpu_block_forward") return names<ForwardCall>();
-  if (op == "tt_block_backward" || op == "cpu_block_backward") return names<BackwardCall>();
+  if (op == "tt_fuse_forward") return number_names<FuseCall>();
+  if (op == "tt_fuse_backward") return number_names<FuseBackwardCall>();
+  if (op == "tt_block_forward" || op == "cpu_block_forward") return number_names<ForwardCall>();
+  if (op == "tt_block_backward" || op == "cpu_block_backward") return number_names<BackwardCall>();
   throw py::value_error("call_fields: there is no op " + op + "; it must be Plan or the name of a launch");
 }
 
@@ -292,8 +341,9 @@ void define_launch(py::class_<Plan>& plan, const char* name, Op op,
         self.launch(name, op, launcher, args, device, stream);
       },
       "args"_a, "device"_a, "stream"_a,
-      "Launch on a device's stream (a cudaStream_t as an int). args: a tuple of ints in the order of call_fields, addresses "
-      "with 0 for None, strides in elements. TypeError: a wrong tuple. RuntimeError: the launch was refused or failed.");
+      "Launch on a device's stream (a cudaStream_t as an int). args: a tuple of ints in the order of call_fields: addresses, each "
+      "followed by the number of bytes from there on, 0 and 0 for None; strides in elements. TypeError: a wrong tuple. "
+      "ValueError: a tensor does not have the plan's size. RuntimeError: the launch was refused or failed.");
 }
 
 template <class Call>
@@ -302,7 +352,8 @@ void define_run(py::class_<Plan>& plan, const char* name, void (*run)(const Prob
       name, [name, run](const Plan& self, py::handle args, py::handle threads) { self.run_on_cpu(name, run, args, threads); },
       "args"_a, "threads"_a,
       "Run on the CPU, on up to so many threads. args as for a launch; channels are neighbours in every map, h is float32, the "
-      "suffix contracted. TypeError: a wrong tuple. RuntimeError: the CPU engine does not take this plan.");
+      "suffix contracted. TypeError: a wrong tuple. ValueError: a tensor does not have the plan's size. RuntimeError: the CPU "
+      "engine does not take this plan.");
 }
 
 }  // namespace
@@ -322,7 +373,7 @@ PYBIND11_MODULE(LORA_EDGE_MODULE, m) {
   define_launch(plan, "tt_block_forward", Op::tt_block, tt_block_forward);
   define_launch(plan, "tt_block_backward", Op::tt_block, tt_block_backward);
   plan.def("cpu_refusal", &Plan::cpu_refusal, "Why the CPU engine does not take this plan for tt_block, or None.");
-  plan.def("cpu_scratch", &Plan::cpu_scratch, "The sizes in bytes of what a run on the CPU writes besides its results.");
+  plan.def("cpu_scratch", &Plan::cpu_scratch, "The sizes in bytes of what a run on the CPU writes besides its results. RuntimeError: the CPU engine does not take this plan.");
   define_run(plan, "cpu_block_forward", cpu::block_forward);
   define_run(plan, "cpu_block_backward", cpu::block_backward);
   m.def("call_fields", &call_fields, "op"_a, "The names of a launch's args, or of Plan's keywords (\"Plan\"), in order.");

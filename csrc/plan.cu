@@ -16,6 +16,7 @@ namespace {
 
 constexpr int32_t kMostRank = 16;                 // of a block; more would not fit the backward tables beside the stages
 constexpr int32_t kMostFuseRank = 64;
+constexpr int32_t kMostTaps = 1 << 20;            // times a bond; shared memory is counted in 32 bits
 constexpr int64_t kMostElements = INT32_MAX - 4096;  // tiles round up in 32 bits
 constexpr int64_t kMostPosition = (1 << 14) - 1;  // along an axis; places have half a word for it and for what lies outside
 
@@ -73,13 +74,18 @@ const char* refusal(const Problem& p, const char* op) {
   const bool block = std::strcmp(op, "tt_block") == 0;
   const int32_t most_rank = block ? kMostRank : kMostFuseRank;
   if (c.rank > most_rank) return text("rank %d: the kernels take up to %d", c.rank, most_rank);
+  if (c.stride_h > kMostStride || c.stride_w > kMostStride) {  // tables of phases have no more places
+    return text("stride (%d, %d): the kernels take up to %d", c.stride_h, c.stride_w, kMostStride);
+  }
+  const int64_t taps = int64_t{c.kernel_h} * c.kernel_w;
+  if (taps * std::max(1, p.bond2) > kMostTaps || (block && depthwise(c) && taps * (c.outputs / c.groups) > kMostTaps)) {
+    return text("kernel (%d, %d), bond %d: more than %d taps times bond or a group's outputs", c.kernel_h, c.kernel_w, p.bond2,
+                kMostTaps);
+  }
   if (fuse_shared_bytes(p) > kMostFuseShared || (block && depthwise(c) && depthwise_shared_bytes(p) > kMostDepthwiseShared)) {
     return text("kernel (%d, %d) at rank %d: it does not fit a block's shared memory", c.kernel_h, c.kernel_w, c.rank);
   }
   if (!block) return nullptr;
-  if (c.stride_h > kMostStride || c.stride_w > kMostStride) {
-    return text("stride (%d, %d): the kernels take up to %d", c.stride_h, c.stride_w, kMostStride);
-  }
   const int64_t in = int64_t{c.batch} * c.channels * c.in_h * c.in_w, out = int64_t{c.batch} * c.outputs * c.out_h * c.out_w;
   if (std::max(in, out) > kMostElements) {
     return text("%lld elements: the kernels take up to %lld", static_cast<long long>(std::max(in, out)),

@@ -2,24 +2,31 @@
 
 from __future__ import annotations
 
-import difflib
-import fnmatch
-import hashlib
+import itertools
 from collections.abc import Iterable, Iterator, Sequence
-from contextlib import contextmanager
-from dataclasses import dataclass, field
+from contextlib import ExitStack, contextmanager
+from dataclasses import dataclass
 from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.nn.modules.batchnorm import _BatchNorm
-from torch.nn.modules.conv import _ConvNd
 
-from lora_edge import blocks, calibration, frozen_bn, lean
-from lora_edge.budget import MOST_RANK, parse_budget, spread_ranks
-from lora_edge.gradient import captured_energies, leading_gradients
+from lora_edge import base_state, blocks, calibration, frozen_bn, lean
+from lora_edge.base_state import fingerprint, fingerprint_state, renew_base
+from lora_edge.budget import parse_budget
+from lora_edge.choice import choose, named
+from lora_edge.find import (
+    Adapted,
+    AdaptState,
+    adapt_state,
+    adapted_layers,
+    refuse_adapted,
+    require_adapted,
+    unwrap,
+)
+from lora_edge.finite import check_finite, check_variances
 from lora_edge.guarded import guard, unguard
-from lora_edge.inputs import leading_inputs
+from lora_edge.idle import end_watch, warn_of_idle_cores, watch
 from lora_edge.layers import (
     ADAPTED_CLASS,
     LoRAEdgeConv,
@@ -33,27 +40,31 @@ from lora_edge.layers import (
 from lora_edge.ops import tt_fuse
 from lora_edge.ops.backends import require_backend
 from lora_edge.reparametrised import Reparametrisation, bake, reparametrised_layers
-from lora_edge.samples import few_inputs, few_samples
-from lora_edge.subspace import FROM_BATCHES, SCALINGS, SUBSPACES, gradient_suffix, row_energies, suffix_along, weight_suffix
-from lora_edge.tt import check_rank
+from lora_edge.samples import MOST_BATCHES
+from lora_edge.selection import find_head, left_alone, named_head, select
+from lora_edge.subspace import FROM_BATCHES, SCALINGS, SUBSPACES
+from lora_edge.ties import share, tied_groups
+from lora_edge.tt import check_rank, contracted
+
+__all__ = [
+    "AdaptState",
+    "LayerPlan",
+    "adapt",
+    "adapt_state",
+    "adapted_layers",
+    "disabled",
+    "find_head",
+    "fingerprint",
+    "fingerprint_state",
+    "install",
+    "merge",
+    "require_adapted",
+    "select",
+    "trainable_parameters",
+    "unwrap",
+]
 
 BN_MODES = ("frozen", "batch")
-
-
-@dataclass
-class AdaptState:
-    """What ``adapt`` remembers on the model: plain data, so that it survives deepcopy and pickle."""
-
-    bn: str
-    scaling: str
-    fingerprint: str
-    requires_grad: dict[str, bool]
-    left_alone: dict[str, str] = field(default_factory=dict)
-    head: str | None = None
-    subspace: str = "weight"
-    base_head: dict[str, Tensor] = field(default_factory=dict)
-    blocks: dict[str, str] = field(default_factory=dict)
-    not_fused: dict[str, str] = field(default_factory=dict)
 
 
 @dataclass
@@ -77,7 +88,7 @@ def adapt(
     batches: Iterable[Any] | None = None,
     scaling: str = "balanced",
     bn: str = "frozen",
-    train_head: bool = False,
+    train_head: bool | str = False,
     lean: bool = True,
     saved_dtype: str | torch.dtype | None = None,
     backend: str = "auto",
@@ -88,8 +99,12 @@ def adapt(
     within 1e-6 in relative norm). Train what :func:`trainable_parameters` yields, then
     call :func:`merge`.
 
+    Convolutions that share one weight share one core. Buffers that move in training (statistics, counters) belong to the
+    adapter: it saves them, and :func:`disabled` goes back to the base's.
+
     Args:
-        model: any module; its ``nn.Conv1d/2d/3d`` are adapted, subclasses of them are left alone.
+        model: any module; its ``nn.Conv1d/2d/3d`` are adapted, subclasses of them are left alone. Inside ``DataParallel`` or
+            ``torch.compile`` it is the inner model that is adapted.
         rank: cap of every TT bond, at least 1; without meaning where ``params`` is given.
         targets: dotted names or globs of the convolutions to adapt; None takes all.
         exclude: dotted names or globs to leave out; also of a BatchNorm subclass that cannot be frozen, which is refused else.
@@ -109,7 +124,8 @@ def adapt(
         bn: "frozen" keeps BatchNorm on its running statistics through ``model.train()`` until ``merge``; "batch" leaves it
             to ``train()`` and ``eval()`` as it was, which saves its input for backward and keeps blocks from being fused. Its
             affine parameters are frozen either way.
-        train_head: also train the last ``nn.Linear``.
+        train_head: also train the classifier: its dotted name, or True to have it found: the last ``nn.Linear`` that runs on
+            ``batches`` where they are given, else the last one registered. ``summary`` says which it is.
         lean: run ``conv → BN → (+ residual) → activation`` as one op and the other layers in lean form, so that next to
             nothing is saved for backward; ``summary`` shows what was fused. False leaves all other layers stock.
         saved_dtype: "float16" or "bfloat16" keeps ``h`` in half precision between forward and backward; None in its own.
@@ -120,9 +136,11 @@ def adapt(
 
     Raises:
         TypeError: ``rank`` is no integer, or ``model`` no module.
-        ValueError: ``rank`` is below 1, an option is unknown, a name matches nothing, a layer is not supported, ``params`` is
-            below the smallest core, ``batches`` is missing, not used or empty, or yields no gradient, NaN or Inf.
-        RuntimeError: the model is adapted already, cannot be copied for the gradient, or the named backend does not work here.
+        ValueError: ``rank`` is below 1, an option is unknown, a name matches nothing, a layer is not supported, an adapted
+            convolution shares its weight with something that is not adapted, ``params`` is below the smallest core, or
+            ``batches`` is missing, not used or empty, or yields no gradient, NaN or Inf.
+        RuntimeError: the model or a part of it is adapted already, is in DistributedDataParallel, cannot be copied for the
+            gradient, or the named backend does not work here.
         All of them before anything is changed.
     """
     rank = check_rank(rank)
@@ -136,19 +154,33 @@ def adapt(
         raise ValueError(f'subspace="{subspace}" needs batches; give a few {what}')
     if subspace == "auto":
         subspace = "weight"
-    elif subspace == "weight" and batches is not None and params is None:
+    elif subspace == "weight" and batches is not None and params is None and train_head is not True:
         raise ValueError('batches is given, but subspace="weight" uses it with params only; leave it out, or give one of them')
+    if not isinstance(train_head, (bool, str)):
+        raise TypeError(f"train_head is {train_head!r}, a {type(train_head).__name__}; give a bool or a module's dotted name")
+    outer, model = model, _inner(model)
     names = select(model, targets, exclude, bn)
     budget = None if params is None else parse_budget(params, model)
-    head = find_head(model) if train_head else None
-    weights: dict[str, Tensor] = {}
     for name in names:
-        conv = model.get_submodule(name)
-        with _named(name):
-            check_adaptable(conv)  # type: ignore[arg-type]
-        weights[name] = conv.weight  # type: ignore[assignment]
-    ranks, suffixes = _choose(model, weights, rank, budget, subspace, batches, scaling, backend)
-    plans = {name: LayerPlan(suffix, bond_cap=ranks[name]) for name, suffix in suffixes.items()}
+        with named(name):
+            check_adaptable(model.get_submodule(name))  # type: ignore[arg-type]
+    groups = tied_groups(model, names)
+    if batches is not None:
+        batches = _few(batches, model)  # it may be an iterator, and is gone through more than once
+    head: str | None = None
+    if isinstance(train_head, str):
+        head = named_head(model, train_head, names)
+    elif train_head:
+        head = find_head(model, batches)
+    looked_at = batches if subspace in FROM_BATCHES or params is not None else None
+    chosen = choose(model, groups, rank, budget, subspace, looked_at, scaling, backend)
+    plans = {
+        name: LayerPlan(chosen[group[0]][1], bond_cap=chosen[group[0]][0])
+        for group in groups
+        for name in group
+        if group[0] in chosen
+    }
+    plans = {name: plans[name] for name in names if name in plans}
     install(
         model, plans, scaling=scaling, bn=bn, head=head, lean_layers=lean, saved_dtype=saved, backend=backend,
         subspace=subspace,
@@ -156,59 +188,7 @@ def adapt(
     state = adapt_state(model)
     assert state is not None
     state.left_alone.update({name: f"params={params!r} holds no rank for it, frozen" for name in names if name not in plans})
-    return model
-
-
-def _choose(
-    model: nn.Module,
-    weights: dict[str, Tensor],
-    rank: int,
-    budget: int | None,
-    subspace: str,
-    batches: Iterable[Any] | None,
-    scaling: str,
-    backend: str,
-) -> tuple[dict[str, int], dict[str, list[Tensor]]]:
-    """Rank and frozen cores ``[G2, ..., Gd]`` of every adapted layer. Touches neither the model nor torch's generator."""
-    cap = rank if budget is None else MOST_RANK
-    rows: dict[str, Tensor] = {}  # that the suffixes are made of, where not of the weights
-    energies: dict[str, Tensor] = {}
-
-    def suffix(name: str, own: int) -> list[Tensor]:
-        with _named(name):
-            if not rows:
-                return weight_suffix(weights[name], own, scaling)
-            make = gradient_suffix if subspace == "gradient" else suffix_along
-            return make(weights[name], rows[name], own, scaling)
-
-    if batches is not None:
-        device = next(iter(weights.values())).device
-        with torch.random.fork_rng([device] if device.type == "cuda" else []):
-            needs_labels = subspace == "gradient" or budget is not None
-            samples = few_samples(batches, device) if needs_labels else []
-            if subspace == "gradient":
-                rows = leading_gradients(model, list(weights), cap, samples, backend)
-            elif subspace == "input":
-                inputs = [x for x, _ in samples] if needs_labels else few_inputs(batches, device)
-                rows = leading_inputs(model, list(weights), cap, inputs)
-            if budget is not None and subspace != "gradient":
-                energies = captured_energies(model, {name: suffix(name, cap) for name in weights}, samples, backend)
-    if budget is None:
-        ranks = dict.fromkeys(weights, rank)
-    else:
-        energies = energies or {name: row_energies(tensor, cap) for name, tensor in (rows or weights).items()}
-        ranks = spread_ranks(energies, {name: len(weight) for name, weight in weights.items()}, budget)
-    suffixes = {name: suffix(name, own) for name, own in ranks.items()}
-    return ranks, suffixes
-
-
-@contextmanager
-def _named(layer: str) -> Iterator[None]:
-    """A ValueError inside says which layer it is about."""
-    try:
-        yield
-    except ValueError as error:
-        raise ValueError(f"{layer or 'model'}: {error}") from None
+    return outer
 
 
 def install(
@@ -222,65 +202,107 @@ def install(
     saved_dtype: torch.dtype | None = None,
     backend: str = "auto",
     subspace: str = "weight",
+    replaced: Sequence[str] = (),
+    keep: Iterable[str] = (),
 ) -> nn.Module:
-    """Carry out :func:`adapt` for layers whose suffixes are known; ``load_adapter`` uses it as well."""
-    if adapt_state(model) is not None or any(isinstance(m, LoRAEdgeConv) for m in model.modules()):
-        raise RuntimeError("the model is adapted already; merge it first, or adapt a fresh copy of the base model")
+    """Carry out :func:`adapt` for layers whose suffixes are known; ``load_adapter`` uses it as well.
+
+    Args:
+        replaced: names of the base's state that its fingerprint does not count, because other tensors took their place.
+        keep: names whose base values are kept beside those that always are, because they are about to change.
+    """
+    refuse_adapted(model)
     for name, plan in plans.items():
         check_suffix(model.get_submodule(name).weight, plan.frozen)  # type: ignore[arg-type]
+    groups = tied_groups(model, plans)
+    for group in groups:
+        _check_one_update(group, plans)
     state = AdaptState(
         bn=bn,
         scaling=scaling,
-        fingerprint=fingerprint(model),
+        fingerprint="",
         requires_grad={name: p.requires_grad for name, p in model.named_parameters()},
-        left_alone=_left_alone(model, bn),
+        left_alone=left_alone(model, bn),
         head=head,
         subspace=subspace,
+        replaced=sorted(replaced),
     )
+    base_state.remember(model, state, {*keep, *base_state.parameter_names(model, head)})
     model.requires_grad_(False)
     for name, plan in plans.items():
-        conv = model.get_submodule(name)
-        conv.__class__ = ADAPTED_CLASS[type(conv)]
-        attach(conv, plan.frozen, plan.core, plan.scale, plan.bond_cap, scaling, saved_dtype, backend, subspace)  # type: ignore[arg-type]
-    for _, norm in calibration.batch_norms(model):
+        conv: LoRAEdgeConv = model.get_submodule(name)  # type: ignore[assignment]
+        conv.__class__ = ADAPTED_CLASS[type(conv)]  # type: ignore[assignment]
+        attach(conv, plan.frozen, plan.core, plan.scale, plan.bond_cap, scaling, saved_dtype, backend, subspace)
+        conv.belongs_to_adapted = True
+    for group in groups:
+        share([model.get_submodule(name) for name in group])  # type: ignore[misc]
+    for name, norm in calibration.batch_norms(model):
         if bn == "frozen" and frozen_bn.why_not_frozen(norm) is None:
             frozen_bn.freeze_bn(norm, lean_layers)
+            state.frozen_norms.append(name)
         else:
             calibration.remember_statistics(norm)
     if head is not None:
-        linear = model.get_submodule(head)
-        state.base_head = {n: p.detach().cpu().clone() for n, p in linear.named_parameters()}
-        linear.requires_grad_(True)
+        model.get_submodule(head).requires_grad_(True)
     if lean_layers:
         state.left_alone.update(lean.make_lean(model, backend))
         fused = blocks.fuse(model)
         state.blocks, state.not_fused = fused.blocks, fused.reasons
     guard(model)
+    state.load_hook = model.register_load_state_dict_post_hook(_after_load_state_dict)
     model._lora_edge = state  # type: ignore[assignment]
+    watch(model, state, adapted_layers(model))
     return model
 
 
 def merge(model: nn.Module) -> nn.Module:
     """Fuse every update into its dense kernel, in place; plain ``nn.Conv*`` again, at the base model's cost.
 
-    It takes models of :func:`adapt` and those whose convolutions a method of :mod:`lora_edge.methods` reparametrised. The
-    update is fused in float32 with one final cast. Module types, names, order of keys, training flags and
-    ``requires_grad`` are those of the original model; a trained head and calibrated statistics stay.
+    It takes models of :func:`adapt`, those that hold some (a LightningModule, ``AveragedModel``, any outer module: all inside
+    are merged), and those whose convolutions a method of :mod:`lora_edge.methods` reparametrised. The update is fused in
+    float32 with one final cast. Module types, names, order of keys, training flags and ``requires_grad`` are those of the
+    original model; a trained head, calibrated statistics and other buffers stay as they are now. Convolutions that share a
+    weight go on sharing it.
 
     Returns:
         The model.
 
     Raises:
-        RuntimeError: the model is not adapted, or a layer's weight is computed from other tensors since ``adapt``. Both before
-            anything is changed.
+        RuntimeError: nothing in the model is adapted, it is a part of an adapted model, or a layer's weight is computed from
+            other tensors since ``adapt``.
+        ValueError: a merged weight, a trained tensor or a statistic would be NaN, infinite or a negative variance; the
+            message names it. The model is left as it was.
     """
-    model, state, layers = require_adapted(model)
-    require_whole(layers)
+    found = require_adapted(model)
+    for one in found:
+        _check_whole(one, "merge")
+        require_whole({base_state.join(one.name, name): layer for name, layer in one.layers.items()})
+    fused: list[dict[LoRAEdgeConv, Tensor]] = []
+    for one in found:
+        with torch.no_grad():
+            updated = {
+                layer: tt_fuse(layer.weight, layer.core, layer.suffix, layer.scale, backend="torch")
+                for layer in one.layers.values()
+            }
+        names = {layer: name for name, layer in one.layers.items()}
+        written = {base_state.join(one.name, f"{names[layer]}.weight"): weight for layer, weight in updated.items()}
+        check_finite({**written, **_computed(one), **_trained(one)}, "merge", "train at a lower rate, or load finite values")
+        check_variances(one.model, "merge")
+        fused.append(updated)
+    for one, updated in zip(found, fused, strict=True):
+        warn_of_idle_cores(one)
+        _merge(one, updated)
+    return model
+
+
+def _merge(one: Adapted, updated: dict[LoRAEdgeConv, Tensor]) -> None:
+    model, state = one.model, one.state
     unguard(model)
+    end_watch(model)
     bake(model)
     with torch.no_grad():
-        set_weights({m: tt_fuse(m.weight, m.core, m.suffix, m.scale, backend="torch") for m in layers.values()})
-    for layer in layers.values():
+        set_weights(updated)  # type: ignore[arg-type]
+    for layer in updated:
         detach(layer)
         if state is None:  # built as a LoRAEdge layer, not adapted: a stock layer's parameters are trainable
             layer.requires_grad_(True)
@@ -293,174 +315,122 @@ def merge(model: nn.Module) -> nn.Module:
     if state is not None:
         for name, parameter in model.named_parameters():
             parameter.requires_grad_(state.requires_grad.get(name, parameter.requires_grad))
+        if state.load_hook is not None:
+            state.load_hook.remove()
         del model._lora_edge
-    return model
 
 
 @contextmanager
 def disabled(model: nn.Module) -> Iterator[nn.Module]:
-    """Inside, the model computes the base model's own output: no update, base head, base BatchNorm statistics.
+    """Inside, the model computes the base model's own output: no update, base head, base values of the buffers that moved.
+
+    Every adapted model inside ``model`` counts.
 
     Raises:
-        RuntimeError: the model is not adapted.
+        RuntimeError: nothing in the model is adapted, it is a part of an adapted model, or something was put in or trained
+            since ``adapt`` whose base value is not kept; the message names it.
     """
-    model, state, layers = require_adapted(model)
-    switches: list[LoRAEdgeConv | Reparametrisation] = [*layers.values(), *reparametrised_layers(model).values()]
+    found = require_adapted(model)
+    for one in found:
+        _check_whole(one, "disabled")
+    with ExitStack() as stack:
+        for one in found:
+            if one.state is not None:
+                stack.enter_context(base_state.on_base_values(one.model, one.state))
+            stack.enter_context(calibration.on_base_statistics(one.model))
+            stack.enter_context(_without_updates(one))
+        yield model
+
+
+@contextmanager
+def _without_updates(one: Adapted) -> Iterator[None]:
+    switches: list[LoRAEdgeConv | Reparametrisation] = [*one.layers.values(), *reparametrised_layers(one.model).values()]
     enabled = [switch.enabled for switch in switches]
-    trained: dict[str, Tensor] = {}
-    head = model.get_submodule(state.head) if state is not None and state.head is not None else None
     try:
         for switch in switches:
             switch.enabled = False
-        if head is not None and state is not None:
-            for name, parameter in head.named_parameters():
-                trained[name] = parameter.data
-                parameter.data = state.base_head[name].to(parameter.device, parameter.dtype)
-        with calibration.on_base_statistics(model):
-            yield model
+        yield
     finally:
         for switch, was in zip(switches, enabled, strict=True):
             switch.enabled = was
-        for name, data in trained.items():
-            head.get_parameter(name).data = data  # type: ignore[union-attr]
 
 
 def trainable_parameters(model: nn.Module) -> Iterator[nn.Parameter]:
-    """The parameters an optimizer needs: the cores ``(O, r1)``, and the head's with ``train_head=True``.
+    """The parameters an optimizer needs: the cores ``(O, r1)``, and the head's with ``train_head``.
+
+    Of a module that holds adapted models, every parameter of it that requires a gradient.
 
     Raises:
-        RuntimeError: the model is not adapted.
+        RuntimeError: nothing in the model is adapted, or a tool replaced a frozen BatchNorm since ``adapt``.
     """
-    model, _, _ = require_adapted(model)
-    return (parameter for parameter in model.parameters() if parameter.requires_grad)
+    for one in require_adapted(model):
+        if one.state is not None:
+            base_state.check_norms_are_frozen(one.model, one.state, one.name)
+    return (parameter for parameter in unwrap(model).parameters() if parameter.requires_grad)
 
 
-def require_adapted(model: nn.Module) -> tuple[nn.Module, AdaptState | None, dict[str, LoRAEdgeConv]]:
-    """The unwrapped model, its state (None where the layers were built, not adapted) and its adapted layers.
-
-    Raises:
-        RuntimeError: the model is not adapted.
-    """
-    model = unwrap(model)
-    state, layers = adapt_state(model), adapted_layers(model)
-    if state is None and not layers:
-        raise RuntimeError("the model is not adapted; call lora_edge.adapt(model) first")
-    return model, state, layers
-
-
-def adapt_state(model: nn.Module) -> AdaptState | None:
-    """The state that ``adapt`` left on the model, None where it is not adapted."""
-    return model.__dict__.get("_lora_edge")
+def _inner(model: nn.Module) -> nn.Module:
+    """The model that ``adapt`` changes, inside wrappers that only pass calls on."""
+    inner = model
+    while isinstance(inner, nn.Module) and (deeper := unwrap(inner)) is not inner:
+        inner = deeper
+    for wrapper in model.modules() if isinstance(model, nn.Module) else ():
+        if isinstance(wrapper, nn.parallel.DistributedDataParallel):
+            raise RuntimeError(
+                "adapt: DistributedDataParallel was built without the cores, so it would not average them; adapt first"
+            )
+    return inner
 
 
-def adapted_layers(model: nn.Module) -> dict[str, LoRAEdgeConv]:
-    """Dotted name and layer of every adapted convolution, each once, in registration order."""
-    return {name: m for name, m in model.named_modules() if isinstance(m, LoRAEdgeConv)}
+def _check_whole(one: Adapted, what: str) -> None:
+    """Raise RuntimeError for layers of a model that was adapted as a whole, of which this is a part."""
+    if one.state is None:
+        for name, layer in one.layers.items():
+            if layer.belongs_to_adapted:
+                raise RuntimeError(f"{what}: {name or 'the layer'} belongs to a larger model that was adapted; give that model")
 
 
-def unwrap(model: nn.Module) -> nn.Module:
-    """The module inside DistributedDataParallel, DataParallel and torch.compile wrappers."""
-    while adapt_state(model) is None:
-        inner = model._modules.get("_orig_mod")
-        if inner is None and isinstance(model, (nn.DataParallel, nn.parallel.DistributedDataParallel)):
-            inner = model.module
-        if inner is None:
-            break
-        model = inner
-    return model
+def _check_one_update(group: list[str], plans: dict[str, LayerPlan]) -> None:
+    """Raise ValueError where convolutions with one weight would get two updates."""
+    first = plans[group[0]]
+    for name in group[1:]:
+        other = plans[name]
+        pairs = [(contracted(first.frozen), contracted(other.frozen)), (first.core, other.core)]
+        same = all(a is b or (a is not None and b is not None and torch.equal(a, b)) for a, b in pairs)
+        if not same or first.scale != other.scale:
+            raise ValueError(f"{group[0]} and {name} share one weight, but have an update each; give both the same one")
 
 
-def fingerprint(model: nn.Module) -> str:
-    """SHA-256 over names, dtypes, shapes and values of the base model's state, adapted or not.
+def _trained(one: Adapted) -> dict[str, Tensor]:
+    """What was trained beside the cores, by name."""
+    added = {id(t) for layer in one.layers.values() for t in (layer.core, layer.suffix)}
+    own = {name: p for name, p in one.model.named_parameters() if p.requires_grad and id(p) not in added}
+    buffers = dict(one.model.named_buffers())
+    kept = () if one.state is None else one.state.base_values
+    return {base_state.join(one.name, name): t for name, t in {**own, **{n: buffers[n] for n in kept if n in buffers}}.items()}
 
-    The update, a trained head and moved BatchNorm statistics do not count: the base's own values stand in for them.
-    """
+
+def _computed(one: Adapted) -> dict[str, Tensor]:
+    """The weights that a method's reparametrisation computes, by name."""
+    convs = reparametrised_layers(one.model)
+    return {f"{name}.weight": m.weight.detach() for name, m in one.model.named_modules() if m in convs}  # type: ignore[operator, union-attr]
+
+
+def _few(batches: Iterable[Any], model: nn.Module) -> list[Any]:
+    """The first few batches; what is drawn for them leaves torch's generator as it was."""
+    device = next(model.parameters()).device
+    try:
+        with torch.random.fork_rng([device] if device.type == "cuda" else []):
+            return list(itertools.islice(iter(batches), MOST_BATCHES))
+    except TypeError as error:
+        raise TypeError(f"batches is a {type(batches).__name__} ({error}); give an iterable of batches") from None
+
+
+def _after_load_state_dict(model: nn.Module, _: Any) -> None:
+    """Another base was loaded into an adapted model: its values are the base's from now on."""
     state = adapt_state(model)
-    base: dict[str, Tensor] = {}
-    modules = dict(model.named_modules(remove_duplicate=False))
-    for name, norm in modules.items():
-        for key, value in calibration.base_statistics(norm).items():
-            base[_join(name, key)] = value
-    if state is not None and state.head is not None:
-        base.update({_join(state.head, key): value for key, value in state.base_head.items()})
-    added = {_join(n, key) for n, m in modules.items() if isinstance(m, LoRAEdgeConv) for key in ("core", "suffix")}
-    own = {name: value for name, value in model.state_dict().items() if name not in added}
-    return fingerprint_state({**own, **base})
-
-
-def fingerprint_state(state: dict[str, Tensor]) -> str:
-    """SHA-256 over names, dtypes, shapes and values of a plain state dict, in the order of the names."""
-    digest = hashlib.sha256()
-    for name in sorted(state):
-        value = state[name]
-        if isinstance(value, Tensor):
-            value = value.detach().cpu().contiguous()
-            digest.update(f"{name} {value.dtype} {tuple(value.shape)}\n".encode())
-            digest.update(value.flatten().view(torch.uint8).numpy().tobytes())
-    return digest.hexdigest()
-
-
-def select(
-    model: nn.Module,
-    targets: Sequence[str] | str | None,
-    exclude: Sequence[str] | str | None,
-    bn: str = "batch",
-) -> list[str]:
-    """Names of the convolutions that ``targets`` and ``exclude`` choose, in registration order.
-
-    With ``bn="frozen"`` a BatchNorm that cannot be frozen is refused unless ``exclude`` names it.
-    """
-    if not isinstance(model, nn.Module):
-        raise TypeError(f"adapt: model is a {type(model).__name__}; give a torch.nn.Module")
-    if adapt_state(model) is not None or adapted_layers(model):
-        raise RuntimeError("the model is adapted already; merge it first, or adapt a fresh copy of the base model")
-    names = [name for name, module in model.named_modules() if type(module) in ADAPTED_CLASS and "weight" in module._parameters]
-    if not names:
-        raise ValueError("the model has no nn.Conv1d, nn.Conv2d or nn.Conv3d; there is nothing to adapt")
-    chosen = names if targets is None else _match("targets", targets, names)
-    loose = frozen_bn.unfreezable(model) if bn == "frozen" else {}
-    left_out = [] if exclude is None else _match("exclude", exclude, [*names, *loose])
-    for name, why in loose.items():
-        if name not in left_out:
-            raise ValueError(f'{name}: {why}; put {name!r} in exclude to leave it as it is, or use bn="batch"')
-    chosen = [name for name in chosen if name not in left_out]
-    if not chosen:
-        raise ValueError(f"exclude={exclude!r} leaves no convolution to adapt; exclude fewer")
-    return chosen
-
-
-def find_head(model: nn.Module) -> str:
-    """Name of the classifier: the last ``nn.Linear``."""
-    linears = [name for name, module in model.named_modules() if isinstance(module, nn.Linear)]
-    if not linears:
-        raise ValueError("train_head=True, but the model has no nn.Linear; use train_head=False")
-    return linears[-1]
-
-
-def _match(option: str, patterns: Sequence[str] | str, names: list[str]) -> list[str]:
-    wanted = [patterns] if isinstance(patterns, str) else list(patterns)
-    hits: set[str] = set()
-    for pattern in wanted:
-        found = [pattern] if pattern in names else fnmatch.filter(names, pattern)
-        if not found:
-            close = difflib.get_close_matches(pattern, names, n=3, cutoff=0.0)
-            raise ValueError(f"{option}: {pattern!r} matches no convolution; the closest are {', '.join(map(repr, close))}")
-        hits.update(found)
-    if not wanted:
-        raise ValueError(f"{option} is empty; name at least one convolution, or leave it out")
-    return [name for name in names if name in hits]
-
-
-def _left_alone(model: nn.Module, bn: str) -> dict[str, str]:
-    reasons: dict[str, str] = {}
-    for name, module in model.named_modules():
-        if isinstance(module, _ConvNd) and type(module) not in ADAPTED_CLASS:
-            reasons[name] = f"{type(module).__name__} is not exactly nn.Conv1d, nn.Conv2d or nn.Conv3d, left alone"
-        elif type(module) in ADAPTED_CLASS and "weight" not in module._parameters:
-            reasons[name] = lean.COMPUTED_WEIGHT
-        elif isinstance(module, _BatchNorm) and bn == "frozen" and (why := frozen_bn.why_not_frozen(module)):
-            reasons[name] = why
-    return reasons
+    if state is not None:
+        renew_base(model, state)
 
 
 def _check_choice(name: str, value: object, choices: Sequence[str]) -> None:
@@ -475,7 +445,3 @@ def _saved_dtype(saved_dtype: str | torch.dtype | None) -> torch.dtype | None:
     if saved_dtype not in known:
         raise ValueError(f'saved_dtype is {saved_dtype!r}; give "float16", "bfloat16" or None')
     return known[saved_dtype]  # type: ignore[index]
-
-
-def _join(prefix: str, name: str) -> str:
-    return f"{prefix}.{name}" if prefix else name

@@ -6,12 +6,13 @@ Tensors
     ``LAYER.suffix``             ``(r1, I/g, *K)`` where the layer's suffix did not come as cores
     ``statistics``               ``(2, C)``: running means and variances of every BatchNorm that was moved, side by side; one
                                  tensor, because a tensor's entry in the file's head is as long as a small BatchNorm
-    ``changed.NAME``             a trained head
+    ``changed.NAME``             a trained head, buffers that moved, and what else was trained, by every name it has
 
 Metadata (strings)
-    ``format``, ``base`` (the base model's fingerprint), ``layers`` (JSON: scale and rank of each), ``norms`` (JSON: channels
-    and batches of each BatchNorm in ``statistics``, in order), ``options`` (JSON: scaling, bn, head, subspace), ``checksum``
-    (SHA-256 over all of the above)
+    ``format``, ``base`` (the base model's fingerprint), ``layers`` (JSON: scale and rank of each, and ``also``: the other names
+    of the module), ``norms`` (JSON: channels and batches of each BatchNorm in ``statistics``, in order), ``options`` (JSON:
+    scaling, bn, head, subspace, and ``replaced``: names that the fingerprint leaves out, because the base's values of them are
+    not known), ``checksum`` (SHA-256 over all of the above)
 """
 
 from __future__ import annotations
@@ -25,13 +26,28 @@ import torch
 from torch import Tensor, nn
 
 from lora_edge import calibration
-from lora_edge.adapt import AdaptState, LayerPlan, adapt_state, adapted_layers, fingerprint, fingerprint_state, install, unwrap
+from lora_edge.adapt import LayerPlan, install
+from lora_edge.base_state import (
+    back_to_base,
+    base_state,
+    changes,
+    fingerprint,
+    fingerprint_state,
+    join,
+    renew_base,
+    set_values,
+    why_not_settable,
+)
+from lora_edge.find import Adapted, AdaptState, adapt_state, adapted_layers, find_adapted, places, unwrap
+from lora_edge.finite import check_finite, check_variances
+from lora_edge.idle import warn_of_idle_cores
 from lora_edge.layers import ADAPTED_CLASS, LoRAEdgeConv
 from lora_edge.ops import tt_fuse
 from lora_edge.safetensors_file import PathLike, read_safetensors, write_safetensors
 from lora_edge.tt import contract_suffix
 
 FORMAT = "lora_edge adapter 2"
+FINITE = "train at a lower rate, or load finite values"
 _KEYS = {"format", "base", "layers", "norms", "options", "checksum"}
 
 
@@ -54,6 +70,10 @@ class Adapter:
             cores.append(self.tensors[key])
         return cores
 
+    def replaced(self) -> set[str]:
+        """Names that the base's fingerprint leaves out."""
+        return set(self.options.get("replaced", ()))
+
     def changed(self) -> dict[str, Tensor]:
         """Name and value of every other tensor that was changed."""
         head = {k.removeprefix("changed."): v for k, v in self.tensors.items() if k.startswith("changed.")}
@@ -65,74 +85,92 @@ class Adapter:
         found: dict[str, Tensor] = {}
         each = self.tensors["statistics"].split([channels for channels, _ in self.norms.values()], dim=1)
         for (name, (_, batches)), (mean, variance) in zip(self.norms.items(), each, strict=True):
-            found[f"{name}.running_mean"], found[f"{name}.running_var"] = mean, variance
-            found[f"{name}.num_batches_tracked"] = torch.tensor(batches)
+            found[join(name, "running_mean")], found[join(name, "running_var")] = mean, variance
+            found[join(name, "num_batches_tracked")] = torch.tensor(batches)
         return found
 
 
 def save_adapter(model: nn.Module, path: PathLike) -> None:
     """Write the model's adapter to ``path``, atomically: the old file stays until the new one is whole.
 
+    Args:
+        model: an adapted model, or a module that holds one: a LightningModule, ``AveragedModel``, any outer module.
+
     Raises:
-        RuntimeError: the model is not adapted, or its frozen part was changed since ``adapt``.
+        RuntimeError: nothing in the model is adapted, there are several adapted models in it, or a frozen tensor was changed
+            since ``adapt``; the message names it.
+        ValueError: something to be saved holds NaN or infinity, or a negative variance; the message names it.
         OSError: the file cannot be written; nothing is left behind.
     """
-    model = unwrap(model)
-    state = adapt_state(model)
-    if state is None:
-        raise RuntimeError("the model is not adapted, so there is no adapter to save; call lora_edge.adapt(model) first")
-    layers = adapted_layers(model)
-    if not layers:
-        raise RuntimeError("the model is adapted by another method than LoRA-Edge; use lora_edge.methods.files.save_trained")
-    _check_base(model, state, layers)
+    one = _the_adapted(model)
+    state = one.state
+    assert state is not None
+    renew_base(one.model, state)
+    found = changes(one.model, state)
+    names = _names(one.model)
     tensors: dict[str, Tensor] = {}
     about: dict[str, dict[str, Any]] = {}
-    for name, layer in layers.items():
+    for name, layer in one.layers.items():
         tensors[f"{name}.core"] = layer.core
         if layer.frozen_cores is not None and torch.equal(contract_suffix(layer.frozen_cores), layer.suffix.detach().cpu()):
             tensors.update({f"{name}.frozen.{k + 2}": core for k, core in enumerate(layer.frozen_cores)})
         else:
             tensors[f"{name}.suffix"] = layer.suffix
         about[name] = {"scale": layer.scale, "rank": layer.bond_cap}
-    norms: dict[str, list[int]] = {}
-    statistics: list[Tensor] = []
-    for name, norm in calibration.batch_norms(model):
-        if calibration.is_moved(norm):
-            mean, variance, batches = (getattr(norm, key) for key in calibration.STATISTICS)
-            norms[name] = [len(mean), int(batches)]
-            statistics.append(torch.stack([mean, variance]).cpu())
-    if statistics:
-        tensors["statistics"] = torch.cat(statistics, dim=1)
-    if state.head is not None:
-        head = model.get_submodule(state.head)
-        tensors.update({f"changed.{state.head}.{key}": value for key, value in head.named_parameters()})
+        if also := [other for other in names[layer] if other != name]:
+            about[name]["also"] = also
+    values = dict(found.values)
+    if state.head is not None:  # whether it moved or not
+        values.update({name: own for name, own in one.model.state_dict().items() if name in _head_names(one, state)})
+    norms, statistics = _statistics(one.model, values)
+    if statistics is not None:
+        tensors["statistics"] = statistics
+    tensors.update({f"changed.{name}": value for name, value in values.items()})
     tensors = {name: value.detach().cpu().contiguous().clone() for name, value in tensors.items()}
+    check_finite({name: t for name, t in tensors.items() if not _may_be_infinite(one.model, name)}, "save_adapter", FINITE)
+    check_variances(one.model, "save_adapter")
+    options = {"scaling": state.scaling, "bn": state.bn, "head": state.head, "subspace": state.subspace}
+    base = state.fingerprint
+    if replaced := sorted({*state.replaced, *found.unknown, *found.gone}):
+        options["replaced"] = replaced  # type: ignore[assignment]
+        base = fingerprint(one.model, replaced)
     metadata = {
         "format": FORMAT,
-        "base": state.fingerprint,
+        "base": base,
         "layers": json.dumps(about),
         "norms": json.dumps(norms),
-        "options": json.dumps({"scaling": state.scaling, "bn": state.bn, "head": state.head, "subspace": state.subspace}),
+        "options": json.dumps(options),
     }
     metadata["checksum"] = _checksum(tensors, metadata)
-    write_safetensors(tensors, path, metadata)
+    try:
+        write_safetensors(tensors, path, metadata)
+    except KeyError as error:  # of safetensors, for a dtype that it does not have
+        odd = next((name for name, value in tensors.items() if value.is_complex()), "a tensor")
+        raise RuntimeError(
+            f"{path}: {odd} has a dtype that a safetensors file does not hold ({error}); keep it fixed"
+        ) from None
+    warn_of_idle_cores(one)
 
 
 def load_adapter(model: nn.Module, path: PathLike) -> nn.Module:
     """Load an adapter into its base model, or into the same base adapted with the same layers and rank; in place.
+
+    Args:
+        model: the base model, plain or adapted, or a module that holds it.
 
     Returns:
         The model, adapted.
 
     Raises:
         OSError: the file cannot be read.
-        ValueError: it is not an adapter file, is damaged, or belongs to another base, other layers or another rank. The
-            message says which; the model is left as it was.
+        ValueError: it is not an adapter file, is damaged, holds NaN, infinity or a negative variance, or belongs to another
+            base, other layers or another rank. The message says which; the model is left as it was.
+        RuntimeError: there are several adapted models in the module; give one of them.
     """
-    model = unwrap(model)
+    outer = model
     adapter = read_adapter(path)
+    model = _where_it_fits(model, adapter, path)
     state = adapt_state(model)
-    base = fingerprint(model)
     layers = adapted_layers(model)
     for name in adapter.layers:
         _check_layer(model, name, adapter, path)
@@ -140,28 +178,39 @@ def load_adapter(model: nn.Module, path: PathLike) -> nn.Module:
         odd = sorted(set(layers) ^ set(adapter.layers))[0]
         where = "the model but not in the file" if odd in layers else "the file but not in the model"
         raise ValueError(f"{path}: {odd} is adapted in {where}; adapt with the same targets, or load into the plain base model")
+    _check_ties(layers, adapter, path)
+    changed = adapter.changed()
+    for name, value in changed.items():
+        if why := why_not_settable(model, name, value):
+            raise ValueError(
+                f"{path}: {name} has shape {tuple(value.shape)}, in this model it {why}; load it into its own base, with the "
+                "same head in place"
+            )
+    base = fingerprint(model, adapter.replaced())
     if base != adapter.base:
         raise ValueError(
             f"{path}: the adapter belongs to another base (fingerprint {adapter.base[:12]}, this model {base[:12]}); "
             "load it into the model that it was made from"
         )
-    parameters_and_buffers = {**dict(model.named_parameters()), **dict(model.named_buffers())}
-    changed = adapter.changed()
-    for name, value in changed.items():
-        own = parameters_and_buffers.get(name)
-        if own is None or own.shape != value.shape:
-            shape = "is not there" if own is None else f"has shape {tuple(own.shape)}"
-            raise ValueError(
-                f"{path}: {name} has shape {tuple(value.shape)}, in this model it {shape}; load it into its own base"
-            )
+    checked = {name: t for name, t in adapter.tensors.items() if not _may_be_infinite(model, name)}
+    check_finite(checked, str(path), "the adapter was trained to nothing; train it again")
+    check_variances(changed, str(path), "save the adapter again from a sound model")
     if state is None:
         plans = {
             name: LayerPlan(adapter.frozen(name), adapter.tensors[f"{name}.core"], about["scale"], about["rank"])
             for name, about in adapter.layers.items()
         }
-        install(model, plans, **adapter.options)
+        install(model, plans, **adapter.options, keep=changed)
+        state = adapt_state(model)
+        assert state is not None
     else:
+        known = base_state(model)
+        state.base_values.update(
+            {name: known[name].detach().cpu().clone() for name in changed if name not in state.base_values}
+        )
         state.subspace = adapter.options.get("subspace", "weight")
+        state.replaced = sorted({*state.replaced, *adapter.replaced()})
+        back_to_base(model, state)  # what another adapter moved
         with torch.no_grad():
             for name, layer in layers.items():
                 frozen = adapter.frozen(name)
@@ -171,8 +220,13 @@ def load_adapter(model: nn.Module, path: PathLike) -> nn.Module:
                 layer.scale = adapter.layers[name]["scale"]
                 layer.bond_cap = adapter.layers[name]["rank"]
                 layer.subspace = state.subspace
-    _set_changed(model, changed)
-    return model
+    for _, norm in calibration.batch_norms(model):
+        calibration.remember_statistics(norm)
+    set_values(model, changed)
+    for name, parameter in model.named_parameters(remove_duplicate=False):
+        if name in changed:  # it was trained, and may be trained on
+            parameter.requires_grad_(True)
+    return outer
 
 
 def read_adapter(path: PathLike) -> Adapter:
@@ -194,34 +248,121 @@ def read_adapter(path: PathLike) -> Adapter:
 def merge_state(state: dict[str, Tensor], adapter: Adapter, name: str) -> dict[str, Tensor]:
     """The base model's state dict with the adapter fused in: :func:`lora_edge.merge` without the model's code.
 
+    A weight under several names gets the update under each; every tensor has memory of its own.
+
     Raises:
-        ValueError: the state dict is not the base that the adapter belongs to.
+        ValueError: the state dict is not the base that the adapter belongs to, or a merged weight would be NaN or infinite.
     """
-    base = fingerprint_state(state)
+    replaced = adapter.replaced()
+    base = fingerprint_state({key: value for key, value in state.items() if key not in replaced})
     if base != adapter.base:
         raise ValueError(
             f"{name}: the adapter belongs to another base (fingerprint {adapter.base[:12]}, this one {base[:12]}); "
             "give the state dict of the model that it was made from"
         )
-    merged = {**state, **adapter.changed()}
+    changed = adapter.changed()
+    merged = {key: value for key, value in state.items() if key not in replaced or key in changed} | changed
     for layer, about in adapter.layers.items():
         core, frozen = adapter.tensors[f"{layer}.core"], adapter.frozen(layer)
-        merged[f"{layer}.weight"] = tt_fuse(state[f"{layer}.weight"], core, frozen, about["scale"])
-    return {key: value.contiguous() for key, value in merged.items()}
+        fused = tt_fuse(merged[join(layer, "weight")], core, frozen, about["scale"])
+        merged.update({join(other, "weight"): fused for other in [layer, *about.get("also", ())]})
+    new = {key: value for key, value in merged.items() if isinstance(value, Tensor) and state.get(key) is not value}
+    was = {key for key in new if key in state and not bool(torch.isfinite(state[key]).all())}  # an observer begins at infinity
+    check_finite({key: value for key, value in new.items() if key not in was}, name, "train the adapter again")
+    check_variances(merged, name)
+    seen: set[int] = set()
+    for key, value in merged.items():
+        if isinstance(value, Tensor):
+            value = value.contiguous()
+            merged[key] = value.clone() if value.data_ptr() in seen else value
+            seen.add(value.data_ptr())
+    return merged
 
 
-def _check_base(model: nn.Module, state: AdaptState, layers: dict[str, LoRAEdgeConv]) -> None:
-    now = fingerprint(model)
-    if now == state.fingerprint:
-        return
-    if not any(layer.base_replaced for layer in layers.values()):
-        raise RuntimeError(
-            "the frozen part of the model was changed since adapt, so the adapter would belong to no base; "
-            "keep it frozen, or merge and save the whole model"
-        )
-    state.fingerprint = now
-    for layer in layers.values():
-        layer.base_replaced = False
+def _the_adapted(model: nn.Module) -> Adapted:
+    """The one adapted model in what ``save_adapter`` is given."""
+    found = find_adapted(model)
+    if not found:
+        raise RuntimeError("the model is not adapted, so there is no adapter to save; call lora_edge.adapt(model) first")
+    if len(found) > 1:
+        raise RuntimeError(f"save_adapter: {len(found)} adapted models are inside, at {places(found)}; save each on its own")
+    one = found[0]
+    if one.state is None:
+        parts = any(layer.belongs_to_adapted for layer in one.layers.values())
+        remedy = "give the larger model that was adapted" if parts else "save its state_dict"
+        raise RuntimeError(f"the model is not adapted as a whole, so there is no adapter to save; {remedy}")
+    if not one.layers:
+        raise RuntimeError("the model is adapted by another method than LoRA-Edge; use lora_edge.methods.files.save_trained")
+    return one
+
+
+def _where_it_fits(model: nn.Module, adapter: Adapter, path: PathLike) -> nn.Module:
+    """The adapted model in what ``load_adapter`` is given, or the only part of it that has the file's layers."""
+    found = find_adapted(model)
+    if len(found) > 1:
+        raise RuntimeError(f"{path}: {len(found)} adapted models are inside, at {places(found)}; load into one of them")
+    if found:
+        return found[0].model
+    model = unwrap(model)
+    fits = {name: part for name, part in model.named_modules() if _has_layers(part, adapter)}
+    if "" in fits or not fits:
+        return model
+    if len(fits) > 1:
+        matching = {name: part for name, part in fits.items() if fingerprint(part, adapter.replaced()) == adapter.base}
+        fits = matching if len(matching) == 1 else fits
+    if len(fits) > 1:
+        raise ValueError(f"{path}: fits several parts of the model, {', '.join(map(repr, fits))}; load into one of them")
+    return next(iter(fits.values()))
+
+
+def _has_layers(model: nn.Module, adapter: Adapter) -> bool:
+    modules = dict(model.named_modules(remove_duplicate=False))
+    return all(isinstance(modules.get(name), tuple(ADAPTED_CLASS)) for name in adapter.layers)
+
+
+def _check_ties(layers: dict[str, LoRAEdgeConv], adapter: Adapter, path: PathLike) -> None:
+    """Refuse a file with two updates for a weight that two adapted layers share."""
+    by_core: dict[int, str] = {}
+    for name, layer in layers.items():
+        first = by_core.setdefault(id(layer.core), name)
+        if first != name and not torch.equal(adapter.tensors[f"{first}.core"], adapter.tensors[f"{name}.core"]):
+            raise ValueError(f"{path}: {first} and {name} share one weight in this model, but have an update each in the file")
+
+
+def _names(model: nn.Module) -> dict[nn.Module, list[str]]:
+    """Every name of each module."""
+    names: dict[nn.Module, list[str]] = {}
+    for name, module in model.named_modules(remove_duplicate=False):
+        names.setdefault(module, []).append(name)
+    return names
+
+
+def _head_names(one: Adapted, state: AdaptState) -> set[str]:
+    assert state.head is not None
+    own = {id(p) for p in one.model.get_submodule(state.head).parameters()}
+    return {name for name, p in one.model.named_parameters(remove_duplicate=False) if id(p) in own}
+
+
+def _statistics(model: nn.Module, values: dict[str, Tensor]) -> tuple[dict[str, list[int]], Tensor | None]:
+    """Take BatchNorm's statistics out of ``values`` and put them side by side: channels and batches of each, and the tensor."""
+    norms: dict[str, list[int]] = {}
+    found: list[Tensor] = []
+    for name, norm in model.named_modules(remove_duplicate=False):
+        keys = [join(name, key) for key in calibration.STATISTICS]
+        if calibration.is_batch_norm(norm) and any(key in values for key in keys):
+            mean, variance, batches = (getattr(norm, key) for key in calibration.STATISTICS)
+            norms[name] = [len(mean), int(batches)]
+            found.append(torch.stack([mean.detach(), variance.detach()]).cpu())
+            for key in keys:
+                values.pop(key, None)
+    return norms, torch.cat(found, dim=1) if found else None
+
+
+def _may_be_infinite(model: nn.Module, name: str) -> bool:
+    """Whether a changed tensor is a buffer that is not BatchNorm's: an observer's begins at infinity."""
+    owner, _, key = name.removeprefix("changed.").rpartition(".")
+    module = dict(model.named_modules(remove_duplicate=False)).get(owner)
+    return name.startswith("changed.") and module is not None and key in module._buffers
 
 
 def _check_layer(model: nn.Module, name: str, adapter: Adapter, path: PathLike) -> None:
@@ -245,15 +386,6 @@ def _check_layer(model: nn.Module, name: str, adapter: Adapter, path: PathLike) 
             f"{path}: {name} has rank {core.shape[1]} in the file and {layer.rank} in the model; "
             f"adapt with the file's rank, or load into the plain base model"
         )
-
-
-def _set_changed(model: nn.Module, changed: dict[str, Tensor]) -> None:
-    owned = {**dict(model.named_parameters()), **dict(model.named_buffers())}
-    with torch.no_grad():
-        for _, norm in calibration.batch_norms(model):
-            calibration.remember_statistics(norm)
-        for name, value in changed.items():
-            owned[name].copy_(value)
 
 
 def _checksum(tensors: dict[str, Tensor], metadata: dict[str, str]) -> str:

@@ -27,11 +27,13 @@ from lora_edge import inference
 from lora_edge.frozen_bn import FrozenBatchNorm, FrozenThen
 from lora_edge.layers import LoRAEdgeConv
 from lora_edge.lean import LeanConv
+from lora_edge.nn.calls import base_of
 from lora_edge.nn.evaluator import Evaluator
 from lora_edge.nn.fuser import Fuser, is_conv
 from lora_edge.nn.guards import Guards, static
 from lora_edge.nn.layout import Layout
 from lora_edge.nn.pure import SCALARS
+from lora_edge.nn.source import asks_for_its_class
 from lora_edge.nn.values import Module, Refused
 from lora_edge.ops.activation import Activation, activate
 from lora_edge.ops.conv_args import ConvArgs, conv_args
@@ -134,6 +136,9 @@ class LeanModule(nn.Module):
 
     base_class: type[nn.Module]
 
+    def __init_subclass__(cls, **kwargs: Any) -> None:
+        """Not that of the user's class, which might register each of its subclasses."""
+
     def __reduce_ex__(self, protocol: Any) -> Any:
         getstate = getattr(self.base_class, "__getstate__", None)
         state = dict(self.__dict__) if getstate is None else getstate(self)
@@ -143,7 +148,6 @@ class LeanModule(nn.Module):
 
 
 _PLANS, _PLANS_MADE = "_lean_plans", "_lean_plans_made"
-_lean_classes: dict[type[nn.Module], type[LeanModule]] = {}
 
 
 def _forward_of(base_class: type[nn.Module]) -> Callable[..., Any]:
@@ -194,6 +198,7 @@ def fused_block(
     activation: Activation | None = None,
     padding: tuple[int, ...] | None = None,
     overwrite: bool = False,
+    adds_in_place: bool = False,
 ) -> Tensor:
     """One block on live modules: as one op where that is exact, else step by step.
 
@@ -205,6 +210,7 @@ def fused_block(
         activation: the activation at the end.
         padding: amounts of an ``F.pad`` with zeros in front, last dimension first.
         overwrite: nobody else needs ``x``, so the output may take its place in memory.
+        adds_in_place: the addition is ``y += residual``, which keeps the shape and dtype of ``y``.
     """
     weight = conv.weight
     norms = [norm for norm in (bn, residual_bn) if norm is not None]
@@ -212,17 +218,18 @@ def fused_block(
         x.dim() != weight.dim()
         or x.dtype != weight.dtype
         or torch.is_autocast_enabled(x.device.type)
+        or (isinstance(conv, LoRAEdgeConv) and not conv.enabled)
         or not all(norm.is_lean() and norm.running_var is not None for norm in norms)
         or any(norm.running_var.dtype != weight.dtype for norm in norms)  # type: ignore[union-attr]
     ):
-        return _step_by_step(conv, x, bn, residual, residual_bn, activation, padding)
+        return _step_by_step(conv, x, bn, residual, residual_bn, activation, padding, adds_in_place)
     args = layer_args(conv, padding)
     if conv.padding_mode != "zeros":
         x = pad(x, conv._reversed_padding_repeated_twice, conv.padding_mode)
     if residual is not None:
         shape = (x.shape[0], weight.shape[0], *args.output_size(x.shape[2:], weight.shape[2:]))
         if not isinstance(residual, Tensor) or residual.shape != shape or residual.dtype != x.dtype:
-            return _step_by_step(conv, x, bn, residual, residual_bn, activation, padding)
+            return _step_by_step(conv, x, bn, residual, residual_bn, activation, padding, adds_in_place)
     core, suffix, scale, saved_dtype = None, None, 1.0, None
     if isinstance(conv, LoRAEdgeConv):
         core, suffix, scale, saved_dtype = conv.core, conv.frozen_suffix(), conv.scale, conv.saved_dtype
@@ -243,11 +250,13 @@ def _step_by_step(
     residual_bn: nn.Module | None,
     activation: Activation | None,
     padding: tuple[int, ...] | None,
+    adds_in_place: bool,
 ) -> Tensor:
     y = conv(x if padding is None else F.pad(x, padding))
     y = y if bn is None else _normalized(bn, y)
     if residual is not None:
-        y = y + (residual if residual_bn is None else _normalized(residual_bn, residual))
+        shortcut = residual if residual_bn is None else _normalized(residual_bn, residual)
+        y = y.add_(shortcut) if adds_in_place else y + shortcut
     return y if activation is None else activate(y, activation)
 
 
@@ -327,16 +336,17 @@ def make_plan(module: nn.Module, kinds: Kinds, training: bool | None = None) -> 
         kinds: of its arguments.
         training: what ``self.training`` is taken to be; None for what it is.
     """
-    evaluator = Evaluator(module, training)
-    try:
-        evaluator.run([kind[:2] for kind in kinds[0]], {name: kind[:2] for name, kind in kinds[1]})
-    except (Refused, RecursionError) as refusal:
-        why = NoPlan(str(refusal), evaluator.guards.fix())
-        iterates = static(type(module), "__iter__") is nn.Sequential.__iter__
-        if iterates and base_forward(module) is nn.Sequential.forward and len(kinds[0]) == 1 and not kinds[1]:
-            return _make_pieces(module, training) or why
-        return why
-    return _finish(module, evaluator)
+    with Evaluator(module, training) as evaluator:
+        try:
+            evaluator.run([kind[:2] for kind in kinds[0]], {name: kind[:2] for name, kind in kinds[1]})
+        except (Refused, RecursionError) as refusal:
+            why = NoPlan(str(refusal), evaluator.guards.fix())
+        else:
+            return _finish(module, evaluator)
+    iterates = static(type(module), "__iter__") is nn.Sequential.__iter__
+    if iterates and base_forward(module) is nn.Sequential.forward and len(kinds[0]) == 1 and not kinds[1]:
+        return _make_pieces(module, training) or why
+    return why
 
 
 def base_forward(module: nn.Module) -> Any:
@@ -351,7 +361,7 @@ def _finish(module: nn.Module, evaluator: Evaluator) -> Plan:
     Layout(evaluator.graph, modules, fused_block).run()
     evaluator.graph.lint()
     code = evaluator.graph.python_code("self")
-    scope = dict(code.globals)
+    scope = {**code.globals, "__name__": __name__}
     exec(code.src, scope)
     layer = next((m for m in module.modules() if isinstance(m, LoRAEdgeConv)), None)
     return Plan(scope["forward"], evaluator.guards.fix(), blocks, reasons, fuser.activations, layer)
@@ -359,8 +369,11 @@ def _finish(module: nn.Module, evaluator: Evaluator) -> Plan:
 
 def _make_pieces(module: nn.Module, training: bool | None) -> Pieces | None:
     """Runs of a sequence's children that are proven pure; None where no block is found in any."""
-    whole = Evaluator(module, training)
-    children = whole.reader.children(Module(module, ""))
+    with Evaluator(module, training) as whole:
+        children = list(whole.reader.children(Module(module, "")))
+        for name in ("forward", "__iter__"):
+            whole.guards.class_attribute(base_of(type(module)), name)
+        guards = whole.guards.fix()
     runs: list[list[str]] = [[]]
     for name in children:
         if _run_of(module, [name], training) is None:
@@ -371,20 +384,20 @@ def _make_pieces(module: nn.Module, training: bool | None) -> Pieces | None:
     if not any(plan is not None and plan.blocks for plan, _ in pieces):
         return None
     layer = next((m for m in module.modules() if isinstance(m, LoRAEdgeConv)), None)
-    return Pieces(pieces, whole.guards.fix(), layer)
+    return Pieces(pieces, guards, layer)
 
 
 def _run_of(module: nn.Module, names: list[str], training: bool | None) -> Plan | None:
-    evaluator = Evaluator(module, training)
-    children = evaluator.reader.children(Module(module, ""))
-    try:
-        x = evaluator.argument(("tensor", None))
-        for name in names:
-            x = evaluator.calls.enter(children[name], [x], {})
-        evaluator.finish(x)
-    except (Refused, AttributeError):
-        return None
-    return _finish(module, evaluator)
+    with Evaluator(module, training) as evaluator:
+        children = evaluator.reader.children(Module(module, ""))
+        try:
+            x = evaluator.argument(("tensor", None))
+            for name in names:
+                x = evaluator.follow(lambda child=children[name], x=x: evaluator.calls.enter(child, [x], {}))
+            evaluator.finish(x)
+        except (Refused, RecursionError):
+            return None
+        return _finish(module, evaluator)
 
 
 def _wanted() -> bool:
@@ -399,16 +412,18 @@ def _rebuild(base_class: type[nn.Module]) -> nn.Module:
 
 
 def _lean_class(base_class: type[nn.Module]) -> type[LeanModule]:
+    """The one subclass of a class whose forward runs plans; nothing else holds it, so it goes with its base."""
     with _lock:
-        if base_class not in _lean_classes:
-            names = {
-                "__module__": base_class.__module__,
-                "__qualname__": base_class.__qualname__,
-                "base_class": base_class,
-                "forward": _forward_of(base_class),
-            }
-            _lean_classes[base_class] = type(base_class.__name__, (LeanModule, base_class), names)
-        return _lean_classes[base_class]
+        for cls in type.__subclasses__(base_class):
+            if cls.__dict__.get("base_class") is base_class and issubclass(cls, LeanModule):
+                return cls
+        names = {
+            "__module__": base_class.__module__,
+            "__qualname__": base_class.__qualname__,
+            "base_class": base_class,
+            "forward": _forward_of(base_class),
+        }
+        return type(base_class.__name__, (LeanModule, base_class), names)
 
 
 def _fuse(module: nn.Module, name: str, found: Fused, covered: bool) -> None:
@@ -416,7 +431,11 @@ def _fuse(module: nn.Module, name: str, found: Fused, covered: bool) -> None:
     has_convs = any(is_conv(m) for m in module.modules())
     if not has_convs or is_conv(module) or isinstance(module, LeanModule):
         return
-    if covered:
+    if asks_for_its_class(type(module)):
+        reason = f"{type(module).__name__} asks for its own class, so it keeps that"
+        if not covered:
+            found.reasons.update({_join(name, n): reason for n, child in module.named_children() if is_conv(child)})
+    elif covered:
         module.__class__ = _lean_class(type(module))  # type: ignore[assignment]
     else:
         plan = _likely_plan(module)

@@ -10,6 +10,8 @@ import torch
 from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _BatchNorm
 
+from lora_edge.find import unwrap
+from lora_edge.pooling import pool_statistics
 from lora_edge.training_flags import in_evaluation
 
 STATISTICS = ("running_mean", "running_var", "num_batches_tracked")
@@ -20,6 +22,11 @@ def batch_norms(model: nn.Module) -> Iterator[tuple[str, _BatchNorm]]:
     for name, module in model.named_modules():
         if isinstance(module, _BatchNorm) and module.running_mean is not None:
             yield name, module
+
+
+def is_batch_norm(module: nn.Module) -> bool:
+    """Whether it is a BatchNorm with running statistics."""
+    return isinstance(module, _BatchNorm) and module.running_mean is not None
 
 
 def remember_statistics(bn: _BatchNorm, statistics: dict[str, Tensor] | None = None) -> None:
@@ -77,14 +84,21 @@ def on_batch_statistics(model: nn.Module) -> Iterator[None]:
 
 
 def calibrate_bn(model: nn.Module, batches: Iterable[Any], *, source_samples: float = 0) -> nn.Module:
-    """Re-estimate the BatchNorm statistics on target data, in place: the mean over all batches.
+    """Re-estimate the BatchNorm statistics on target data, in place: those of all samples together.
 
-    Works before :func:`lora_edge.adapt` and after it. The base statistics are remembered for :func:`lora_edge.disabled`,
-    and the adapter file holds the new ones.
+    However the data are cut into batches, the result is the same but for rounding: that of one batch of all samples in training
+    mode. One batch takes one pass. Several take more, because what a BatchNorm reads depends on the statistics of those before
+    it: passes are made until nothing moves, at most as many as there are BatchNorm layers and one.
+
+    Works before :func:`lora_edge.adapt` and after it, and on a module that holds adapted models. The base statistics are
+    remembered for :func:`lora_edge.disabled`, and the adapter file holds the new ones. A BatchNorm that no batch reaches keeps
+    its statistics.
 
     Args:
         model: any model with BatchNorm layers; its training flags are left as they were.
-        batches: inputs ``(N, ...)``, or tuples and lists that start with one, as a DataLoader gives them. No labels are needed.
+        batches: as a DataLoader gives them: inputs ``x (N, ...)``; tuples and lists that start with one; or dicts, of which the
+            entries are used that ``model.forward`` has a parameter for. No labels are needed. An iterator is read into a list
+            first, anything else is gone through once a pass.
         source_samples: the base model's own statistics count as so many samples beside those of ``batches``; 16 serve where
             these are few and it is not known how far they are from the source (Schneider et al. 2020, arXiv 2006.16971).
 
@@ -93,52 +107,37 @@ def calibrate_bn(model: nn.Module, batches: Iterable[Any], *, source_samples: fl
 
     Raises:
         TypeError, ValueError: ``source_samples`` is no finite number of 0 or more.
-        ValueError: the model has no BatchNorm with running statistics, there are no batches, or the statistics came out as
-            NaN or Inf. The model is left as it was then, and as well where the model itself raises.
+        TypeError: ``batches`` cannot be iterated over.
+        ValueError: the model has no BatchNorm with running statistics, there are no batches, one has another form or is not
+            taken by the model, a BatchNorm saw one value per channel only, or the statistics came out as NaN or Inf. The model
+            is left as it was then.
     """
     if isinstance(source_samples, bool) or not isinstance(source_samples, (int, float)):
         raise TypeError(f"calibrate_bn: source_samples is {source_samples!r}; give a finite number of 0 or more")
     if not 0 <= source_samples < float("inf"):
         raise ValueError(f"calibrate_bn: source_samples is {source_samples}; give a finite number of 0 or more")
-    norms = [bn for _, bn in batch_norms(model)]
+    outer, model = model, unwrap(model)
+    norms = dict(batch_norms(model))
     if not norms:
         raise ValueError("calibrate_bn: the model has no BatchNorm with running statistics; there is nothing to calibrate")
-    before = [{name: getattr(bn, name).clone() for name in STATISTICS} for bn in norms]
+    before = {name: {key: getattr(bn, key).clone() for key in STATISTICS} for name, bn in norms.items()}
     try:
-        count = _estimate(model, norms, batches)
+        pooled, samples = pool_statistics(model, norms, batches)
+        for name, moments in pooled.items():
+            if moments.count < 2:
+                raise ValueError(f"calibrate_bn: {name} saw one value per channel; give more samples")
+            moments.write(norms[name], unbiased=True)
+            norms[name].num_batches_tracked.fill_(moments.calls)  # type: ignore[union-attr, operator]
     except BaseException:
-        for bn, statistics in zip(norms, before, strict=True):
-            for name, value in statistics.items():
-                getattr(bn, name).copy_(value)
+        for name, statistics in before.items():
+            for key, value in statistics.items():
+                getattr(norms[name], key).copy_(value)
         raise
-    for bn, statistics in zip(norms, before, strict=True):
-        remember_statistics(bn, statistics)
+    for name in pooled:
+        bn = norms[name]
+        remember_statistics(bn, before[name])
         if source_samples:
-            for name in ("running_mean", "running_var"):
-                current = getattr(bn, name)
-                current.lerp_(base_statistics(bn)[name].to(current), source_samples / (source_samples + count))
-    return model
-
-
-def _estimate(model: nn.Module, norms: list[_BatchNorm], batches: Iterable[Any]) -> int:
-    """Returns how many samples the batches held."""
-    momenta = [bn.momentum for bn in norms]
-    try:
-        count = samples = 0
-        with torch.no_grad(), in_evaluation(model):
-            for bn in norms:
-                bn.reset_running_stats()
-                bn.momentum, bn.training = None, True
-            for batch in batches:
-                x = batch[0] if isinstance(batch, (tuple, list)) else batch
-                model(x)
-                count += 1
-                samples += len(x)
-        if count == 0:
-            raise ValueError("calibrate_bn: batches is empty; give at least one batch of inputs")
-        if not all(bool(torch.isfinite(bn.running_var).all() & torch.isfinite(bn.running_mean).all()) for bn in norms):  # type: ignore
-            raise ValueError("calibrate_bn: the statistics came out as NaN or Inf; give finite inputs")
-        return samples
-    finally:
-        for bn, momentum in zip(norms, momenta, strict=True):
-            bn.momentum = momentum
+            for key in ("running_mean", "running_var"):
+                current = getattr(bn, key)
+                current.lerp_(base_statistics(bn)[key].to(current), source_samples / (source_samples + samples))
+    return outer

@@ -52,7 +52,7 @@ TEXTS = (
 def require_file(path: str | os.PathLike[str], remedy: str) -> None:
     """Raise OSError where ``path`` is no file: nothing is there, or a folder. ``remedy`` ends the message."""
     if Path(path).is_dir():
-        raise IsADirectoryError(f"{path}: is a folder; {remedy}")
+        raise FileNotFoundError(f"{path}: is a directory; {remedy}")
     if not Path(path).exists():
         raise FileNotFoundError(f"{path}: no such file; {remedy}")
 

@@ -1,21 +1,20 @@
 """While a model is adapted, no tool can take an adapted layer out of it without a word.
 
 Tools that fuse, re-parameterize or convert layers (timm's ``reparameterize_model``, ultralytics' ``fuse``,
-``convert_sync_batchnorm``, code that writes ``parent._modules[name]``) read a layer's base weight, put another layer in its
+code that writes ``parent._modules[name]``) read a layer's base weight, put another layer in its
 place, and its update is lost. So :func:`guard` watches the submodules of every module that holds adapted layers, at the one
 dictionary that all of these write to; :func:`unguard` ends it. A module that *contains* the layer it replaces, as a wrapper
-does, is welcome.
+does, is allowed, and so is a copy of an adapted layer in its place.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterable
 from typing import Any, NoReturn
 
 from torch import nn
 from torch.nn.modules.conv import _ConvNd
 
-from lora_edge.frozen_bn import FrozenNorm
+from lora_edge.frozen_bn import FrozenNorm, freeze_as
 from lora_edge.layers import LoRAEdgeConv
 
 
@@ -33,9 +32,11 @@ class GuardedModules(dict[str, Any]):
 
     def __setitem__(self, name: str, module: nn.Module | None) -> None:
         old = self.get(name)
+        if isinstance(old, FrozenNorm) and type(module) is nn.SyncBatchNorm and module.running_mean is old.running_mean:
+            freeze_as(module, old)  # convert_sync_batchnorm made it of the frozen one's own tensors
         if old is not None and old is not module:
-            _check(f"replace {name}", old, set() if module is None else set(module.modules()))
-        if isinstance(module, _ConvNd) and not isinstance(old, _ConvNd) and any(map(_update_in, self.values())):
+            _check(f"replace {name}", old, module)
+        if isinstance(module, _ConvNd) and not isinstance(old, _ConvNd) and any(map(_updates, self.values())):
             if name in self.empty:  # nn.Module has taken the None away already
                 super().__setitem__(name, None)
             raise RuntimeError(
@@ -117,17 +118,18 @@ def _kept(module: nn.Module | None) -> list[nn.Module]:
     return [] if module is None else [m for m in module.modules() if isinstance(m, (LoRAEdgeConv, FrozenNorm))]
 
 
-def _update_in(module: nn.Module | None) -> bool:
-    return any(isinstance(m, LoRAEdgeConv) for m in _kept(module))
+def _updates(module: nn.Module | None) -> int:
+    """How many adapted convolutions a module holds."""
+    return sum(isinstance(m, LoRAEdgeConv) for m in _kept(module))
 
 
-def _check(what: str, old: nn.Module | None, new: Iterable[nn.Module] = ()) -> None:
-    lost = [m for m in _kept(old) if m not in new]
-    if any(isinstance(m, LoRAEdgeConv) for m in lost):
+def _check(what: str, old: nn.Module | None, new: nn.Module | None = None) -> None:
+    """Refuse what leaves fewer layers than there were; another adapted layer may take the place of one."""
+    if _updates(new) < _updates(old):
         raise RuntimeError(
             f"cannot {what}: it holds an adapted convolution, whose update would be lost; call lora_edge.merge(model) first"
         )
-    if lost:
+    if len(_kept(new)) < len(_kept(old)):
         raise RuntimeError(
             f"cannot {what}: it holds a BatchNorm that adapt froze, which needs no synchronizing or fusing while it is "
             "frozen; do it before lora_edge.adapt, or call lora_edge.merge(model) first"

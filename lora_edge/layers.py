@@ -8,7 +8,8 @@ re-classes existing convolutions to these classes in place and :func:`lora_edge.
 from __future__ import annotations
 
 import copy
-from collections import Counter
+import sys
+import warnings
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any, ClassVar, TypeVar
 
@@ -44,6 +45,7 @@ class LoRAEdgeConv(nn.modules.conv._ConvNd):
     subspace: str = "weight"  # what its suffix was made from; another than the weight's cannot be renewed from a weight
     enabled: bool  # False inside lora_edge.disabled: the base convolution
     frozen_cores: list[Tensor] | None  # [G2, ..., Gd] on the CPU, None where the suffix did not come as cores
+    belongs_to_adapted: bool = False  # adapted with a whole model, whose state is on the model; else built on its own
     base_replaced: bool  # load_state_dict brought another base weight since adapt
     trains_suffix: bool = False  # whether a suffix that requires a gradient gets one
     _may_replace: bool = False  # inside load_state_dict, which assigns parameters with assign=True
@@ -86,6 +88,30 @@ class LoRAEdgeConv(nn.modules.conv._ConvNd):
     def rank(self) -> int:
         """``r1``, the attained rank of the bond between core and suffix."""
         return self.core.shape[1]
+
+    @property  # type: ignore[override]
+    def weight(self) -> Tensor:
+        """The base's weight ``(O, I/g, *K)``, without the update; who reads it while there is one is told so once."""
+        for tensors in (self._parameters, self.__dict__, self._buffers):
+            if (found := tensors.get("weight")) is not None:
+                if not torch.compiler.is_compiling() and _read_from_outside():
+                    self._tell_that_weight_is_the_base()
+                return found
+        raise AttributeError(f"{type(self).__name__} has no weight")
+
+    @weight.setter
+    def weight(self, value: Any) -> None:  # weight_norm and the like keep a computed one as a plain attribute
+        self.__dict__["weight"] = value
+
+    def _tell_that_weight_is_the_base(self) -> None:
+        core = self._parameters.get("core")
+        if "told" not in self.__dict__ and core is not None and bool(core.detach().count_nonzero()):
+            self.told = True
+            warnings.warn(
+                "the weight of an adapted convolution is the base's, without the update; read layer.fused_weight(), "
+                "or call lora_edge.merge(model) first",
+                stacklevel=3,
+            )
 
     def fused_weight(self) -> Tensor:
         """``W' = W + scale * core @ suffix``, shape and dtype of the weight."""
@@ -288,7 +314,7 @@ def detach(layer: LoRAEdgeConv) -> None:
         layer._parameters[name] = layer._parameters.pop(name)
     for name in ("frozen_cores", "scale", "bond_cap", "scaling", "saved_dtype", "enabled", "base_replaced"):
         delattr(layer, name)
-    for name in ("backend", "subspace", "trains_suffix"):
+    for name in ("backend", "subspace", "trains_suffix", "belongs_to_adapted", "told"):
         layer.__dict__.pop(name, None)
     layer.__class__ = layer.stock  # type: ignore[assignment]
 
@@ -322,13 +348,25 @@ def require_whole(layers: Mapping[str, LoRAEdgeConv]) -> None:
 
 
 def set_weights(weights: Mapping[nn.modules.conv._ConvNd, Tensor]) -> None:
-    """Write each convolution's new weight in place; call it without gradients."""
-    uses = Counter(id(conv.weight) for conv in weights)
-    for conv, weight in weights.items():
-        if uses[id(conv.weight)] == 1:
-            conv.weight.copy_(weight)
-        else:  # two layers with one weight learned two updates, so they need a weight each from now on
-            conv._parameters["weight"] = nn.Parameter(weight, conv.weight.requires_grad)
+    """Write each convolution's new weight in place; call it without gradients.
+
+    Convolutions that hold one weight go on holding it where they got one update.
+    """
+    by_memory: dict[tuple[Any, ...], list[nn.modules.conv._ConvNd]] = {}
+    for conv in weights:
+        by_memory.setdefault((conv.weight.device, conv.weight.data_ptr(), conv.weight.shape), []).append(conv)
+    for convs in by_memory.values():
+        if all(torch.equal(weights[conv], weights[convs[0]]) for conv in convs[1:]):
+            convs[0].weight.copy_(weights[convs[0]])
+        else:  # they were built apart and learned two updates, so they need a weight each from now on
+            for conv in convs:
+                conv._parameters["weight"] = nn.Parameter(weights[conv], conv.weight.requires_grad)
+
+
+def _read_from_outside() -> bool:
+    """Whether the code that reads a property is neither torch's nor this library's."""
+    name = sys._getframe(2).f_globals.get("__name__", "")
+    return name.partition(".")[0] not in ("torch", "lora_edge")
 
 
 def _equal(a: Tensor, b: Tensor) -> bool:

@@ -33,7 +33,7 @@ def make_folder(path: PathLike, remedy: str = "give another --out") -> None:
 def check_file(path: PathLike) -> None:
     """Raise OSError where a file cannot come to lie at ``path``, because a folder is there."""
     if Path(path).is_dir():
-        raise IsADirectoryError(f"{path}: is a folder, and a file is to be written there; move it away, or give another path")
+        raise IsADirectoryError(f"{path}: is a directory where a file is to be written; move it away, or give another path")
 
 
 @contextmanager

@@ -55,7 +55,7 @@ def write_safetensors(tensors: Mapping[str, Tensor], path: PathLike, metadata: d
         OSError: the file cannot be written; nothing is left behind.
         ValueError: an entry is no tensor, or one that safetensors cannot hold; the message names it.
     """
-    plain = _own_memory(tensors, path)
+    plain = own_memory(tensors, str(path))
     with whole_file(path) as temporary:
         try:
             save_file(plain, temporary, metadata)
@@ -65,16 +65,20 @@ def write_safetensors(tensors: Mapping[str, Tensor], path: PathLike, metadata: d
             raise ValueError(f"{path}: cannot be written as safetensors ({first_line(error)})") from None
 
 
-def _own_memory(tensors: Mapping[str, Tensor], path: PathLike) -> dict[str, Tensor]:
-    """Each tensor contiguous, and in memory that no other name has."""
+def own_memory(tensors: Mapping[str, Tensor], what: str) -> dict[str, Tensor]:
+    """Each tensor contiguous, and in memory that no other name has, as a file needs it.
+
+    Raises:
+        ValueError: an entry is no tensor, or one that safetensors cannot hold; the message begins with ``what``.
+    """
     plain: dict[str, Tensor] = {}
     seen: set[int] = set()
     for name, value in tensors.items():
         if not isinstance(value, Tensor):
-            raise ValueError(f"{path}: {name} is a {type(value).__name__}; safetensors holds tensors only, so leave it out")
+            raise ValueError(f"{what}: {name} is a {type(value).__name__}; safetensors holds tensors only, so leave it out")
         if value.layout != torch.strided or value.is_quantized or value.is_meta:
-            what = "meta" if value.is_meta else "quantized" if value.is_quantized else str(value.layout).removeprefix("torch.")
-            raise ValueError(f"{path}: {name} is a {what} tensor, which safetensors cannot hold; make it a plain one")
+            kind = "meta" if value.is_meta else "quantized" if value.is_quantized else str(value.layout).removeprefix("torch.")
+            raise ValueError(f"{what}: {name} is a {kind} tensor, which safetensors cannot hold; make it a plain one")
         value = value.detach().resolve_conj().resolve_neg().contiguous()
         memory = value.untyped_storage().data_ptr()
         plain[name] = value.clone() if memory in seen else value

@@ -2,13 +2,15 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 import torch
 from torch import Tensor, nn
 
-from lora_edge.adapt import require_adapted
+from lora_edge.base_state import join, thawed_norms
 from lora_edge.blocks import describe
+from lora_edge.find import Adapted, require_adapted, unwrap
+from lora_edge.idle import idle_cores
 from lora_edge.layers import LoRAEdgeConv
 from lora_edge.ops import engines, kernels
 from lora_edge.ops.activation import Activation
@@ -47,7 +49,9 @@ class Summary:
     """Rows for the adapted layers, what was left alone and why, and the totals of the whole model.
 
     ``parameters`` counts the base model's, ``trainable`` what the optimizer trains, ``saved_bytes`` what the adapted
-    convolutions save for backward on the example input.
+    convolutions save for backward on the example input. ``heads`` are the classifiers that train beside the cores, ``notes``
+    what went another way than it looks: a core that did not learn, a BatchNorm that is frozen no longer. All names are those in
+    the model that :func:`summary` was given.
     """
 
     layers: list[LayerSummary]
@@ -55,6 +59,8 @@ class Summary:
     parameters: int
     trainable: int
     saved_bytes: int | None
+    heads: list[str] = field(default_factory=list)
+    notes: dict[str, str] = field(default_factory=dict)
 
     def __str__(self) -> str:
         head = ("layer", "kind", "weight", "rank", "parameters", "trainable", "route", "saved bytes", "backend", "block")
@@ -69,14 +75,15 @@ class Summary:
         rows.append(("total", "", "", "", f"{self.parameters:,}", f"{self.trainable:,} ({share:.2f} %)", "", saved, "", ""))
         widths = [max(len(row[k]) for row in [head, *rows]) for k in range(len(head))]
         lines = ["  ".join(cell.ljust(w) for cell, w in zip(row, widths, strict=True)).rstrip() for row in [head, *rows]]
-        return "\n".join(lines + [f"{name}: {why}" for name, why in self.left_alone.items()])
+        lines += [f"trained head: {name}" for name in self.heads]
+        return "\n".join(lines + [f"{name}: {why}" for name, why in [*self.left_alone.items(), *self.notes.items()]])
 
 
 def summary(model: nn.Module, example: Tensor | None = None) -> Summary:
     """Per adapted layer and in total: parameters, trainable parameters, and on an example the route and the saved bytes.
 
     Args:
-        model: an adapted model.
+        model: an adapted model, or a module that holds one or several; the totals are those of the whole module.
         example: an input ``(N, C, *L)``. It runs once, without gradients and in evaluation mode, to learn each layer's input
             size; the route depends on the sizes, the bytes on the batch as well.
 
@@ -84,26 +91,46 @@ def summary(model: nn.Module, example: Tensor | None = None) -> Summary:
         A :class:`Summary`; ``print`` shows it as a table.
 
     Raises:
-        RuntimeError: the model is not adapted.
+        RuntimeError: nothing in the model is adapted.
     """
-    model, state, layers = require_adapted(model)
+    found = require_adapted(model)
+    model = unwrap(model)
+    layers = {join(one.name, name): layer for one in found for name, layer in one.layers.items()}
     inputs = {} if example is None else _inputs(model, layers, example)
-    now = describe(model)
-    reasons = {**({} if state is None else state.not_fused), **now.reasons}
-    blocks = {**{name: f"({why})" for name, why in reasons.items()}, **now.blocks}
-    rows = [
-        _row(name, layer, inputs.get(name, []), now.activations.get(name), blocks.get(name, ""))
-        for name, layer in layers.items()
-    ]
-    added = sum(layer.core.numel() + layer.suffix.numel() for layer in layers.values())
-    added += sum(p.numel() for kind in reparametrised_layers(model).values() for p in kind.parameters())
+    rows: list[LayerSummary] = []
+    left_alone: dict[str, str] = {}
+    notes: dict[str, str] = {}
+    for one in found:
+        now = describe(one.model)
+        reasons = {**({} if one.state is None else one.state.not_fused), **now.reasons}
+        blocks = {**{name: f"({why})" for name, why in reasons.items()}, **now.blocks}
+        for name, layer in one.layers.items():
+            full = join(one.name, name)
+            rows.append(_row(full, layer, inputs.get(full, []), now.activations.get(name), blocks.get(name, "")))
+        if one.state is not None:
+            left_alone.update({join(one.name, name): why for name, why in one.state.left_alone.items()})
+        notes.update(_notes(one))
+    added = {id(p): p.numel() for layer in layers.values() for p in (layer.core, layer.suffix)}
+    added.update({id(p): p.numel() for kind in reparametrised_layers(model).values() for p in kind.parameters()})
     return Summary(
         layers=rows,
-        left_alone={} if state is None else dict(state.left_alone),
-        parameters=sum(p.numel() for p in model.parameters()) - added,
+        left_alone=left_alone,
+        parameters=sum(p.numel() for p in model.parameters()) - sum(added.values()),
         trainable=sum(p.numel() for p in model.parameters() if p.requires_grad),
         saved_bytes=None if example is None else sum(row.saved_bytes or 0 for row in rows),
+        heads=[join(one.name, one.state.head) for one in found if one.state is not None and one.state.head is not None],
+        notes=notes,
     )
+
+
+def _notes(one: Adapted) -> dict[str, str]:
+    notes = {
+        join(one.name, name): "its core got no gradient in training and did not learn; exclude it" for name in idle_cores(one)
+    }
+    if one.state is not None:
+        for name, kind in thawed_norms(one.model, one.state).items():
+            notes[join(one.name, name)] = f"was a frozen BatchNorm at adapt and is a {kind} now; convert the model before adapt"
+    return notes
 
 
 def _inputs(model: nn.Module, layers: dict[str, LoRAEdgeConv], example: Tensor) -> dict[str, list[Tensor]]:

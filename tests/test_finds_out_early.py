@@ -249,7 +249,7 @@ def test_a_folder_where_a_file_is_to_be(folder, capsys, no_training, name):
     Path("out", name).mkdir(parents=True)
     assert _exit_code(arguments("aliased")) == 2
     error = capsys.readouterr().err
-    assert f"out/{name}: is a folder" in error
+    assert f"out/{name}: is a directory" in error
     assert error.count("\n") == 1
     assert os.listdir("out") == [name]
 
@@ -301,7 +301,7 @@ def test_files_in_each_others_place(folder, capsys):
         (["merge", "base.pt", "base.pt", "--out", "m.st"], "base.pt: not a safetensors file, but a torch.save file"),
         (["merge", "own.npz", "a.st", "--out", "m.st"], "own.npz: not a state dict saved by torch.save, but an .npz"),
         (["info", "own.npz"], "own.npz: not a safetensors file, but an .npz of numpy arrays; give one that save_adapter wrote"),
-        (["info", "."], ".: is a folder"),
+        (["info", "."], ".: is a directory"),
         (arguments(**{"--data": "x.npy"}), "x.npy: not a readable .npz, but a single numpy array (.npy)"),
         (arguments(**{"--data": "base.pt"}), "base.pt: not a readable .npz, but a torch.save file"),
         (arguments(**{"--weights": "a.st"}), "a.st: not a state dict, but a safetensors file that holds a LoRA-Edge adapter"),

@@ -77,7 +77,9 @@ def test_on_the_device(name: str) -> None:
             tensor = tensors[key] if tensors[key].dim() == 4 else tensors[key].unsqueeze(2)
             strides |= {f"{key}_{axis}": stride for axis, stride in zip("nchw", tensor.stride(), strict=True)}
     fields = extension.call_fields(launch.op)
-    values = (strides[f] if f in strides else tensors[f].data_ptr() if f in tensors else 0 for f in fields)
+    places = {key: tensor.data_ptr() for key, tensor in tensors.items()}
+    places |= {f"{key}_bytes": _bytes_from_there(tensor) for key, tensor in tensors.items()}
+    values = (strides[f] if f in strides else places.get(f, 0) for f in fields)
     getattr(plan, launch.op)(tuple(values), 0, torch.cuda.current_stream().cuda_stream)
     torch.cuda.synchronize()
     _check(launch, {key: tensors[key].cpu() for key in launch.outputs})
@@ -89,6 +91,10 @@ def _on_device(value: Tensor) -> Tensor:
     storage = torch.empty(value.storage_offset() + span, dtype=value.dtype, device="cuda")
     storage[value.storage_offset() :] = value.as_strided((span,), (1,)).cuda()
     return storage.as_strided(value.shape, value.stride(), value.storage_offset())
+
+
+def _bytes_from_there(tensor: Tensor) -> int:
+    return tensor.untyped_storage().nbytes() - tensor.storage_offset() * tensor.element_size()
 
 
 def _poisoned(value: Tensor) -> Tensor:

@@ -30,8 +30,10 @@ from lora_edge.methods.pissa import PiSSA
 from lora_edge.reparametrised import attach, reparametrised_layers
 from networks import BUILD, network, output, train
 from test_har import own
+from tolerances import assert_near
 
 RANK = 2
+BASE, SMALL = (11, 776), (4, 80)  # convolutions in a row and the terms of the largest, of T-ResNet and of networks.py
 LABELS = torch.arange(8) % 2
 METHODS = methods()
 NAMES = list(METHODS)
@@ -131,7 +133,7 @@ def test_starts_as_the_base_model_and_trains_as_many_as_the_formula_says(name, b
     assert sum(p.numel() for p in parameters) == expected_trainable(base, name)
     assert {id(p) for p in parameters} == {id(p) for p in model.parameters() if p.requires_grad}
     if name not in OTHER_START:
-        torch.testing.assert_close(output(model.eval(), x), output(base, x), rtol=0, atol=1e-5)
+        assert_near(output(model.eval(), x), output(base, x), *BASE)
 
 
 @pytest.mark.parametrize("name", REPARAMETRISED)
@@ -184,7 +186,7 @@ def test_finish_gives_the_plain_model_with_the_adapted_output(name, base, x):
     assert [type(m) for m in model.modules()] == [type(m) for m in base.modules()]
     assert list(model.state_dict()) == list(base.state_dict())
     assert all(p.requires_grad for p in model.parameters())
-    torch.testing.assert_close(output(model.eval(), x), want, rtol=0, atol=1e-5)
+    assert_near(output(model.eval(), x), want, *BASE)
     assert float((want - output(base, x)).abs().max()) > 1e-3
 
 
@@ -199,7 +201,7 @@ def test_every_kernel_dimension_groups_and_shared_modules(kind, name):
     assert sum(p.numel() for p in parameters) == sum(
         _elements(m.out_channels, m.in_channels, m.kernel_size, m.groups)[name] for m in convs
     )
-    torch.testing.assert_close(output(model.eval(), x), output(base, x), rtol=0, atol=1e-5)
+    assert_near(output(model.eval(), x), output(base, x), *SMALL)
     train(model, x, parameters)
     assert lora_edge.summary(model).parameters == sum(p.numel() for p in base.parameters())
     want = output(model.eval(), x)
@@ -207,7 +209,7 @@ def test_every_kernel_dimension_groups_and_shared_modules(kind, name):
         assert torch.equal(output(model, x), output(base, x))
     assert torch.equal(output(model, x), want)
     assert lora_edge.merge(model) is model
-    torch.testing.assert_close(output(model, x), want, rtol=0, atol=1e-5)
+    assert_near(output(model, x), want, *SMALL)
     assert list(model.state_dict()) == list(base.state_dict())
     assert [type(m) for m in model.modules()] == [type(m) for m in base.modules()]
     assert [p.requires_grad for p in model.parameters()] == [p.requires_grad for p in base.parameters()]
@@ -242,7 +244,7 @@ def test_copies_are_finished_one_by_one(name, base, x):
     want = output(model.eval(), x)
     twin = copy.deepcopy(model)
     for either in (model, twin):
-        torch.testing.assert_close(output(lora_edge.merge(either), x), want, rtol=0, atol=1e-5)
+        assert_near(output(lora_edge.merge(either), x), want, *BASE)
 
 
 def test_layers_that_share_a_weight_merge_into_a_weight_each():
@@ -511,7 +513,10 @@ def test_pissa_is_pefts_on_the_unfolded_convolution(name):
     oracle, theirs = peft_layer(linear, init_lora_weights="pissa")
     a, b = theirs.lora_A["default"].weight, theirs.lora_B["default"].weight
     start = PiSSA(conv, RANK, alpha=3.0)
-    torch.testing.assert_close(start.lora_B @ start.lora_A.flatten(1), b @ a, rtol=0, atol=1e-5)
+    values = torch.linalg.svdvals(conv.weight.detach().flatten(1).double())
+    turned = torch.finfo(a.dtype).eps * linear.in_features**0.5 * float(values[0] / (values[RANK - 1] - values[RANK]))
+    rounding = 4 * turned * float(values[0])  # rounding turns singular vectors by itself over the gap between their values
+    torch.testing.assert_close(start.lora_B @ start.lora_A.flatten(1), b @ a, rtol=0, atol=rounding)
     torch.testing.assert_close(start.lora_A.square().sum(), a.square().sum())  # halves of equal weight
     layer, mine = ours(conv, PiSSA)
     with torch.no_grad():

@@ -91,7 +91,7 @@ def test_what_cannot_be_written_is_named(tmp_path, value, text):
 
 def test_a_folder_in_the_way(tmp_path):
     (tmp_path / "a.safetensors").mkdir()
-    with pytest.raises(OSError, match="is a folder"):
+    with pytest.raises(OSError, match="is a directory"):
         write_safetensors({"a": torch.zeros(2)}, tmp_path / "a.safetensors")
-    with pytest.raises(OSError, match="is a folder; give the path of one that me wrote"):
+    with pytest.raises(OSError, match="is a directory; give the path of one that me wrote"):
         read_safetensors(tmp_path / "a.safetensors", "me")

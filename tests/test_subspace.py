@@ -23,6 +23,7 @@ from lora_edge.subspace import gradient_suffix, suffix_along, weight_suffix
 from lora_edge.tt import contract_suffix
 from networks import BUILD, network, output, train
 from test_adapt import assert_same, snapshot
+from tolerances import assert_near
 
 CPU = torch.device("cpu")
 NAMES = list(BUILD)
@@ -182,7 +183,11 @@ def test_a_wide_layer_whose_inputs_have_a_low_rank():
     values, vectors = torch.linalg.eigh(covariances(model, mixed)["0"])
     torch.testing.assert_close(found[:3].square().sum(dim=1), values.flip(0)[:3])
     assert largest_angle(vectors.flip(1)[:, :3].T, right_directions(found, 3)) <= 1e-8
-    assert float(found[3:].abs().max()) <= 1e-4
+    # The sums are rounded about zero, n terms of the raw moments' size; a row beyond the rank is that noise over the root of
+    # the sketch's shift, eps times what is left about the mean (`_Sketch.eigenvectors`).
+    eps, positions = torch.finfo(mixed.dtype).eps, len(mixed) * mixed.shape[2]
+    noise = eps * positions**0.5 * float(mixed.square().sum())
+    assert float(found[3:].norm(dim=1).max()) <= noise / (eps * float(values.sum())) ** 0.5
 
 
 def test_a_layer_whose_input_does_not_vary_keeps_the_weights_directions():
@@ -317,7 +322,7 @@ def test_life_with_another_suffix_than_the_weights(tmp_path, name, subspace):
     assert torch.equal(output(into_adapted.eval(), x), want)
     for each in (loaded, into_adapted, copy.deepcopy(loaded)):
         assert {layer.subspace for layer in adapted_layers(each).values()} == {subspace}
-    torch.testing.assert_close(output(lora_edge.merge(model), x), want, rtol=1e-5, atol=1e-5)
+    assert_near(output(lora_edge.merge(model), x), want, layers=4, terms=80)
     assert not any("subspace" in module.__dict__ for module in model.modules())
 
 

@@ -86,6 +86,11 @@ struct Backward {
 }  // namespace
 
 void block_backward(const Problem& p, const BackwardCall& call, int threads) {
+  if (p.conv.batch == 0) {
+    if (call.dcore != nullptr) std::fill_n(floats(call.dcore), int64_t{p.conv.outputs} * p.conv.rank, 0.0f);
+    if (call.dbias != nullptr) std::fill_n(floats(call.dbias), p.conv.outputs, 0.0f);
+    return;
+  }
   Backward b(p, call, threads);
   const bool few = has_few_positions(p.conv) && call.dx != nullptr;
   if (b.cut.parts == 1 && !few) {

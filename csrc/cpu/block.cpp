@@ -4,10 +4,19 @@
 #include <algorithm>
 
 #include "../packing.h"
+#include "cut.h"
 #include "few.h"
 #include "pack.h"
 
 namespace lora_edge::cpu {
+namespace {
+
+constexpr int64_t kMostTaps = 1 << 14, kMostColumns = 1 << 22;  // of a kernel; of a row of it, of which 24 are composed at once
+constexpr int64_t kMostPositions = 1 << 28;                     // of a sample
+constexpr int64_t kMostOffsets = 1 << 28;                       // of a table, 4 bytes each
+
+}  // namespace
+
 
 const char* refusal(const Problem& p) {
   const Conv& c = p.conv;
@@ -19,11 +28,26 @@ const char* refusal(const Problem& p) {
   }
   if (c.groups > 1 && c.rank > 0) return "an adapted depthwise kernel; the CPU engine takes frozen ones";
   if (std::max(c.stride_h, c.stride_w) > kMostStride) return "a stride over 4; the CPU engine takes up to 4";
-  return nullptr;
+  const int64_t taps = int64_t{c.kernel_h} * c.kernel_w, columns = c.channels / c.groups * taps;
+  if (taps > kMostTaps) return "a kernel of more than 16,384 taps; the CPU engine takes up to 16,384";
+  if (columns > kMostColumns || c.rank * taps > kMostColumns) {
+    return "more than 4,194,304 columns of a kernel or of a suffix; the CPU engine takes up to 4,194,304";
+  }
+  const int64_t in = int64_t{c.in_h} * c.in_w, out = int64_t{c.out_h} * c.out_w;
+  if (std::max(in, out) > kMostPositions) return "more than 2**28 positions of a sample; the CPU engine takes up to 2**28";
+  if (c.batch == 0 || has_few_positions(c)) return nullptr;
+  const int samples = Cut(c.batch, c.out_h, c.out_w, 1).samples;
+  if (samples * std::max(in, out) * taps > kMostOffsets) {
+    return "positions times taps of a sample over 2**28; the CPU engine takes up to 2**28";
+  }
+  int64_t farthest = Product(forward_reach(c), {c.in_h, c.in_w, c.channels, {}}, c.outputs, 0, is_depthwise(c)).farthest(samples);
+  for (const Phase& phase : phases_of(c, 0)) farthest = std::max(farthest, phase.product.farthest(samples));
+  return farthest > INT32_MAX ? "transformed maps of more than 2**31 elements; the CPU engine takes fewer" : nullptr;
 }
 
 Scratch scratch(const Problem& p) {
   const Conv& c = p.conv;
+  if (c.batch == 0) return {0, 0};
   if (has_few_positions(c)) return {few_packed_floats(c) * 4, 0};
   const Product forward(forward_reach(c), {c.in_h, c.in_w, c.channels, {}}, c.outputs, 0, is_depthwise(c));
   int64_t backward = 0;

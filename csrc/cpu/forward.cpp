@@ -82,6 +82,7 @@ std::vector<float> shift_of(const Conv& c, const ForwardCall& call) {
 
 void block_forward(const Problem& p, const ForwardCall& call, int threads) {
   const Conv& c = p.conv;
+  if (c.batch == 0) return;
   const std::vector<float> shift = shift_of(c, call);
   if (has_few_positions(c)) return few_forward(p, call, shift.data(), threads);
   const Cut cut(c.batch, c.out_h, c.out_w, threads);

@@ -86,6 +86,11 @@ class Product {
   const float* prepare(const float* source, int line, int line_end, int& done) const;
   // Writes the columns that begin at `column` for the lines in [line, line_end) to sums (rows, width).
   void run(const float* prepared, const float* packed, int column, int line, int line_end, float* sums) const;
+  // The floats of the maps that `prepare` makes for so many samples, which offsets count in 32 bits.
+  int64_t farthest(int samples) const {
+    if (!filtered_) return 0;
+    return (tall_ ? int64_t{2} * reach.rows_h : source_.height) * samples * line_floats();
+  }
   // Floats that `sums` must have for so many lines.
   int64_t sums_floats(int lines) const;
 

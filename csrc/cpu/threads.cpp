@@ -5,6 +5,7 @@
 #include <algorithm>
 #include <atomic>
 #include <cstring>
+#include <exception>
 #include <thread>
 #include <vector>
 
@@ -41,10 +42,22 @@ struct Job {
   const std::function<void(int)>& work;
   int count;
   std::atomic<int> next{0};
+  std::atomic<bool> failed{false};
+  std::exception_ptr error{};  // the first one; it may not leave a thread of the pool
 
   static void run(void* self) {
     Job& job = *static_cast<Job*>(self);
-    for (int i = job.next++; i < job.count; i = job.next++) job.work(i);
+    try {
+      for (int i = job.next++; i < job.count; i = job.next++) job.work(i);
+    } catch (...) {
+      if (!job.failed.exchange(true)) job.error = std::current_exception();
+      job.next = job.count;
+    }
+  }
+
+  // To be called when all threads are done.
+  void finish() const {
+    if (failed) std::rethrow_exception(error);
   }
 };
 
@@ -53,13 +66,18 @@ struct Job {
 void parallel_for(int threads, int count, const std::function<void(int)>& work) {
   Job job{work, count};
   threads = std::min(threads, count);
-  if (threads <= 1) return Job::run(&job);
   static const Parallel parallel = parallel_of_torch();
-  if (parallel != nullptr) return parallel(Job::run, &job, static_cast<unsigned>(threads), 0);
-  std::vector<std::thread> others;
-  for (int i = 1; i < threads; ++i) others.emplace_back(Job::run, &job);
-  Job::run(&job);
-  for (std::thread& other : others) other.join();
+  if (threads <= 1) {
+    Job::run(&job);
+  } else if (parallel != nullptr) {
+    parallel(Job::run, &job, static_cast<unsigned>(threads), 0);
+  } else {
+    std::vector<std::thread> others;
+    for (int i = 1; i < threads; ++i) others.emplace_back(Job::run, &job);
+    Job::run(&job);
+    for (std::thread& other : others) other.join();
+  }
+  job.finish();
 }
 
 }  // namespace lora_edge::cpu

@@ -23,7 +23,7 @@ from lora_edge.har.job import Progress, Settings
 from lora_edge.har.models import TResNet
 from lora_edge.har.train import tensors, train_source
 from lora_edge.output import make_folder
-from lora_edge.safetensors_file import write_safetensors
+from lora_edge.safetensors_file import own_memory, write_safetensors
 from lora_edge.state_file import load_state
 
 
@@ -55,8 +55,8 @@ def build_model(factory: str | None, task: Split) -> nn.Module:
     The factory is called with ``in_channels`` and ``num_classes`` if it takes arguments of these names.
 
     Raises:
-        ValueError: the factory cannot be imported or fails, or its model cannot be copied, does not take the windows or does
-            not give a logit for each class.
+        ValueError: the factory cannot be imported or fails, or its model cannot be copied, does not take the windows, does
+            not give a logit for each class, or holds what cannot be saved or is not finite.
         TypeError: it returns no module.
     """
     shape = {"in_channels": task.test.x.shape[1], "num_classes": len(task.test.classes)}
@@ -79,6 +79,7 @@ def build_model(factory: str | None, task: Split) -> nn.Module:
     if not isinstance(logits, Tensor) or logits.shape != wanted:
         got = tuple(logits.shape) if isinstance(logits, Tensor) else type(logits).__name__
         raise ValueError(f"the model gives {got} for {wanted[0]} windows; it must give logits of shape {wanted}")
+    own_memory(model.state_dict(), "the model")  # what cannot be saved shows here
     check_weights(model, "the model", "give one whose weights are numbers")
     return model
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import keyword
 import operator
 from types import FunctionType
 from typing import TYPE_CHECKING, Any
@@ -13,8 +14,8 @@ from lora_edge.frozen_bn import FrozenBatchNorm, FrozenThen
 from lora_edge.layers import LoRAEdgeConv
 from lora_edge.lean import LeanLayer
 from lora_edge.nn import pure
-from lora_edge.nn.guards import has_hooks, static
-from lora_edge.nn.values import Bound, Container, Method, Module, Object, Submodules, Super, refuse
+from lora_edge.nn.guards import MISSING, has_hooks, static
+from lora_edge.nn.values import Bound, Container, Lookup, Method, Module, Object, Once, Refused, Submodules, Super, View, refuse
 
 if TYPE_CHECKING:
     from lora_edge.nn.evaluator import Evaluator, _Frame
@@ -34,7 +35,6 @@ _CONTAINER_METHODS = {
     "__iter__",
     "__contains__",
 }
-_INPUT_NAMES = {"input", "x"}  # what a layer calls its first argument
 
 
 def base_of(cls: type) -> type:
@@ -42,10 +42,26 @@ def base_of(cls: type) -> type:
     return cls.__dict__.get("base_class", cls)
 
 
+def first_argument(layer: nn.Module) -> str:
+    """What a layer's forward calls its first argument."""
+    names = getattr(static(getattr(layer, "stock", type(layer)), "forward"), "__code__", None)
+    return "" if names is None or names.co_argcount < 2 else names.co_varnames[1]
+
+
+def readable(path: str) -> str:
+    """A dotted name as a graph's code can write it."""
+    for part in path.split("."):
+        if keyword.iskeyword(part):
+            refuse(f"a submodule is called {part}, which is a keyword of Python")
+    return path
+
+
 def is_leaf(module: nn.Module) -> bool:
     """Whether a module's own call is known to be pure: torch's own layers as they are, and this library's."""
     cls = type(module)
-    if isinstance(module, (LoRAEdgeConv, LeanLayer, FrozenBatchNorm)):
+    if isinstance(module, (LoRAEdgeConv, LeanLayer)):
+        return cls.__module__.startswith("lora_edge.")
+    if isinstance(module, FrozenBatchNorm):
         return True
     return cls in pure.LAYERS and cls.forward is pure.LAYERS[cls]
 
@@ -70,8 +86,16 @@ class Calls:
             refuse(f"the forward of {what} was replaced")
         if static(cls, "__call__") is not nn.Module.__call__:
             refuse(f"{cls.__name__} has a __call__ of its own")
-        guards.class_attribute(cls, "forward")
-        if is_leaf(own):
+        leaf = is_leaf(own)
+        for name in ("forward", "__call__", "_call_impl", *(() if leaf else ("__getattr__", "__getattribute__"))):
+            guards.class_attribute(cls, name)
+        for name in ("_call_impl", "_compiled_call_impl", *(("_conv_forward",) if leaf else ())):
+            guards.attribute(own, name, MISSING)
+            if name in own.__dict__:
+                refuse(f"the {name} of {what} was replaced")
+        if static(cls, "_call_impl") is not nn.Module._call_impl:
+            refuse(f"{cls.__name__} has a _call_impl of its own")
+        if leaf:
             return self._leaf(module, args, kwargs)
         if isinstance(own, FrozenThen):
             return self._frozen_then(module, args, kwargs)
@@ -81,6 +105,7 @@ class Calls:
         if forward is nn.Sequential.forward and static(cls, "__iter__") is nn.Sequential.__iter__:
             if len(args) != 1 or kwargs:
                 refuse(f"{what} is called with other arguments than one input")
+            guards.class_attribute(cls, "__iter__")
             for child in self.evaluator.reader.children(module).values():
                 args = [self.enter(child, args, {})]
             return args[0]
@@ -96,15 +121,19 @@ class Calls:
                 refuse(f"a part of {module.path} has a hook")
             if below is not own and not is_leaf(below) and type(below) not in (nn.ModuleList, nn.ModuleDict, nn.Sequential):
                 refuse(f"a part of {module.path} is a {type(below).__name__}, which is not known to be pure")
-        if len(kwargs) == 1 and not args and set(kwargs) <= _INPUT_NAMES:
+        if len(kwargs) == 1 and not args and set(kwargs) == {first_argument(own)}:
             args, kwargs = list(kwargs.values()), {}
+        elif kwargs and isinstance(own, (LoRAEdgeConv, LeanLayer, FrozenBatchNorm)):
+            refuse(f"{module.path} is called with other arguments than it takes")
         if type(own) is nn.Identity and len(args) == 1 and not kwargs:
             return args[0]
         if "inplace" in own.__dict__:
             guards.attribute(own, "inplace", own.__dict__["inplace"])
         as_argument = self.evaluator.as_argument
         values = tuple(as_argument(arg) for arg in args)
-        node = self.evaluator.graph.call_module(module.path, values, {name: as_argument(v) for name, v in kwargs.items()})
+        node = self.evaluator.graph.call_module(
+            readable(module.path), values, {name: as_argument(v) for name, v in kwargs.items()}
+        )
         node.meta["kind"] = pure.layer_kind(own)
         return node
 
@@ -112,7 +141,7 @@ class Calls:
         """A frozen BatchNorm and then its submodules."""
         if len(args) != 1 or kwargs:
             refuse(f"{module.path} is called with other arguments than one input")
-        bn = self.evaluator.graph.get_attr(module.path)
+        bn = self.evaluator.graph.get_attr(readable(module.path))
         value = self.evaluator.emit(normalized, (bn, args[0]), {}, pure.TENSOR)
         for name in module.module.then:  # type: ignore[union-attr]
             child = self.evaluator.reader.child(module, name)
@@ -124,11 +153,30 @@ class Calls:
         """What iterating over a module gives."""
         cls = base_of(type(module.module))
         iterate = static(cls, "__iter__")
+        self.evaluator.guards.class_attribute(cls, "__iter__")
         if iterate in (nn.Sequential.__iter__, nn.ModuleList.__iter__):
             return list(self.evaluator.reader.children(module).values())
         if iterate is nn.ModuleDict.__iter__:
             return list(self.evaluator.reader.children(module))
         return refuse(f"it iterates over a {cls.__name__}")
+
+    def count_of(self, module: Module) -> int:
+        """``len(module)``."""
+        cls = base_of(type(module.module))
+        self.evaluator.guards.class_attribute(cls, "__len__")
+        if static(cls, "__len__") not in (nn.Sequential.__len__, nn.ModuleList.__len__, nn.ModuleDict.__len__):
+            refuse(f"{cls.__name__} has a __len__ of its own, or none")
+        return len(self.evaluator.reader.children(module))
+
+    def truth_of(self, module: Module) -> bool:
+        """``bool(module)``."""
+        cls = base_of(type(module.module))
+        for name in ("__bool__", "__len__"):
+            self.evaluator.guards.class_attribute(cls, name)
+        if static(cls, "__bool__") is not MISSING:
+            refuse(f"{cls.__name__} has a __bool__ of its own")
+        self.evaluator.guards.owner(module.module)
+        return static(cls, "__len__") is MISSING or self.count_of(module) > 0
 
     # calls
 
@@ -166,18 +214,19 @@ class Calls:
         if name == "__getitem__":
             return self.item(owner, args[0])
         if name == "__len__":
-            return len(self.children_of(owner))
+            return self.count_of(owner)
         if name == "__iter__":
-            return tuple(self.children_of(owner))
+            return Once(self.children_of(owner))
         if name == "__contains__":
             return self.contains(owner, args[0])
         children = self.evaluator.reader.children(owner)
         if name in ("children", "named_children"):
             unique = {id(child.module): (key, child) for key, child in reversed(children.items())}
             children = {key: child for key, child in children.items() if unique[id(child.module)][0] == key}
+        kind = Once if name in ("children", "named_children") else View
         if name in ("children", "values"):
-            return tuple(children.values())
-        return tuple(children) if name == "keys" else tuple(children.items())
+            return kind(tuple(children.values()))
+        return kind(tuple(children) if name == "keys" else tuple(children.items()))
 
     def _method(self, method: Method, args: list[Any], kwargs: dict[str, Any]) -> Any:
         owner, name = method.owner, method.name
@@ -185,6 +234,8 @@ class Calls:
             kind = pure.METHODS[name]
             if kind == pure.NUMBERS and (args or kwargs):
                 kind = pure.NUMBER
+            if name == "type" and not args and not kwargs:
+                kind = pure.VALUE  # a text
             return self.evaluator.emit(name, (owner, *args), kwargs, kind)
         if isinstance(owner, Submodules):
             return self._container_method(owner.owner, name, args, kwargs)
@@ -192,15 +243,33 @@ class Calls:
             refuse(f"it calls {name} with keyword arguments")
         if isinstance(owner, Container):
             if name == "get":
+                if len(args) not in (1, 2):
+                    refuse("it calls get with other arguments than it takes")
                 return self.evaluator.reader.element(owner, args[0]) if self.contains(owner, args[0]) else (*args[1:], None)[0]
             owner = self.evaluator.reader.elements(owner)
+        self._check_arguments(owner, name, args)
         try:
-            if name == "extend":
-                args = [self.iterate(args[0])]
+            if name == "extend" and len(args) == 1:
+                args = [list(self.iterate(args[0]))]
             found = getattr(owner, name)(*args)
+        except Refused:
+            raise
         except Exception as error:
             refuse(f"it raises {type(error).__name__}")
-        return tuple(found) if name in ("items", "keys", "values") else found
+        return View(found) if name in ("items", "keys", "values") else found
+
+    def _check_arguments(self, owner: Any, name: str, args: list[Any]) -> None:
+        """What a method of a text, list or dictionary looks at is known; what it only keeps may be a symbol."""
+        if type(owner) is str:
+            looked_at = self._flat(args)
+        elif type(owner) is dict and name == "update":
+            if any(type(arg) is not dict for arg in args):
+                refuse("it updates a dictionary with something else than another one that it made")
+            return
+        else:
+            looked_at = args[:1] if name in ("get", "pop", "setdefault", "insert") else []
+        if any(type(value) not in pure.SCALARS for value in looked_at):
+            refuse(f"it calls {name} with a value that is not known")
 
     def _object(self, function: Any, args: list[Any], kwargs: dict[str, Any]) -> Any:
         evaluator = self.evaluator
@@ -210,8 +279,7 @@ class Calls:
             known = None
         if known is not None:
             args, kwargs = pure.by_name(function, args, kwargs)
-            several = function in pure.MAY_GIVE_SEVERAL and (kwargs.get("return_indices") or len(args) > 6)
-            return evaluator.emit(function, tuple(args), kwargs, pure.VALUE if several else known)
+            return evaluator.emit(function, tuple(args), kwargs, pure.kind_of_call(function, args, kwargs, known))
         if type(function) is FunctionType:
             if function in pure.CONSTANT and not args and not kwargs:
                 return pure.CONSTANT[function]
@@ -331,6 +399,7 @@ class Calls:
     def _child(self, owner: Module, key: Any) -> Any:
         cls = base_of(type(owner.module))
         found = static(cls, "__getitem__")
+        self.evaluator.guards.class_attribute(cls, "__getitem__")
         if found is nn.ModuleDict.__getitem__ and type(key) is str:
             return self._element(self.evaluator.reader.children(owner), key)
         if found is nn.ModuleList.__getitem__ or (found is nn.Sequential.__getitem__ and type(key) is int):
@@ -353,6 +422,10 @@ class Calls:
 
     def contains(self, owner: Any, key: Any) -> bool:
         """``key in owner``."""
+        if isinstance(owner, Lookup):
+            owner = owner.values
+        if isinstance(owner, View):
+            owner = tuple(owner.values)
         if isinstance(owner, Container):
             owner = self.evaluator.reader.elements(owner)
         if isinstance(owner, Module) and static(base_of(type(owner.module)), "__contains__") is nn.ModuleDict.__contains__:
@@ -370,19 +443,18 @@ class Calls:
 
     def iterate(self, value: Any) -> Any:
         """What a loop over a value gives."""
-        if type(value) is list:
-            return _Live(value)
-        if type(value) in (tuple, range, str):
-            return value
-        if type(value) is dict:
-            return list(value)
+        if type(value) in (list, tuple, range, str, dict):
+            return iter(value)  # a loop sees what it appends, as Python's own does
+        if isinstance(value, Once):
+            return value.values
+        if isinstance(value, View):
+            return iter(value.values)
         if isinstance(value, Container):
-            found = self.evaluator.reader.elements(value)
-            return list(found)
+            return iter(list(self.evaluator.reader.elements(value)))
         if isinstance(value, Module):
-            return self.children_of(value)
+            return iter(self.children_of(value))
         if isinstance(value, Submodules):
-            return list(self.evaluator.reader.children(value.owner))
+            return iter(list(self.evaluator.reader.children(value.owner)))
         if isinstance(value, fx.Node):
             refuse("it iterates over a tensor or over values whose number is not known")
         return refuse("it iterates over an object")
@@ -400,8 +472,11 @@ class Calls:
         if any(type(c).__instancecheck__ is not type.__instancecheck__ and c is not Tensor for c in classes):
             refuse("it asks for a class that decides itself what belongs to it")
         if isinstance(value, Module):
+            self.evaluator.guards.owner(value.module)
             return isinstance(value.module, tuple(c for c in classes if c is not Tensor))
         if isinstance(value, (Object, Container)):
+            if hasattr(value.value, "__dict__"):
+                self.evaluator.guards.owner(value.value)
             return isinstance(value.value, tuple(c for c in classes if c is not Tensor))
         if type(value) in pure.SCALARS or type(value) in (tuple, list, dict, slice, range):
             return isinstance(value, tuple(c for c in classes if c is not Tensor))
@@ -428,21 +503,52 @@ class Calls:
             if value.meta["kind"] == pure.TENSORS:
                 refuse("it asks for the number of values")
             return self.evaluator.emit(len, (value,), {}, pure.NUMBER)
-        return len(list(self.iterate(value)))
+        if isinstance(value, Module):
+            return self.count_of(value)
+        if isinstance(value, View):
+            return len(value.values)
+        if isinstance(value, Container):
+            return len(self.evaluator.reader.elements(value))
+        if isinstance(value, Submodules):
+            return len(self.evaluator.reader.children(value.owner))
+        if type(value) not in (list, tuple, dict, str, range):
+            refuse("it asks for the length of an object")
+        return len(value)
 
-    def _several(self, function: Any, args: list[Any], kwargs: dict[str, Any]) -> Any:
-        columns = [list(self.iterate(arg)) for arg in args]
-        if function is zip and kwargs.get("strict") and len({len(column) for column in columns}) > 1:
-            refuse("it zips lists of other lengths")
-        if kwargs and not (function is zip and set(kwargs) == {"strict"}):
-            refuse(f"it calls {function.__name__} with keyword arguments")
-        return tuple(function(*columns))
+    def _zip(self, args: list[Any], kwargs: dict[str, Any]) -> Any:
+        if kwargs.keys() - {"strict"} or type(kwargs.get("strict", False)) is not bool:
+            refuse("it calls zip with other arguments than it takes")
+        return Once(zip(*map(self.iterate, args), **kwargs))
+
+    def _reversed(self, args: list[Any], kwargs: dict[str, Any]) -> Any:
+        (value,) = args
+        if kwargs or type(value) not in (list, tuple, range, str):
+            if isinstance(value, Container) and isinstance(value.value, list):
+                return Once(reversed(self.evaluator.reader.elements(value)))
+            if not isinstance(value, Module) or static(base_of(type(value.module)), "__reversed__") is not MISSING:
+                refuse("it reverses an object")
+            self.count_of(value)
+            if static(base_of(type(value.module)), "__iter__") is nn.ModuleDict.__iter__:
+                refuse("it reverses a dictionary of modules")
+            return Once(reversed(self.children_of(value)))
+        return Once(reversed(value))
+
+    def _list_or_tuple(self, function: Any, args: list[Any], kwargs: dict[str, Any]) -> Any:
+        if kwargs or len(args) > 1:
+            refuse(f"it calls {function.__name__} with other arguments than it takes")
+        return function(self.iterate(args[0])) if args else function()
+
+    def _any_or_all(self, function: Any, args: list[Any], kwargs: dict[str, Any]) -> bool:
+        (values,) = args
+        if kwargs:
+            refuse(f"it calls {function.__name__} with other arguments than it takes")
+        return function(self.evaluator.truth(value) for value in self.iterate(values))
 
     def _enumerate(self, args: list[Any], kwargs: dict[str, Any]) -> Any:
         start = (*args[1:], kwargs.get("start", 0))[0]
-        if type(start) is not int:
+        if type(start) is not int or len(args) not in (1, 2) or kwargs.keys() - {"start"} or (kwargs and len(args) == 2):
             refuse("it counts from a number that is not known")
-        return tuple(enumerate(list(self.iterate(args[0])), start))
+        return Once(enumerate(self.iterate(args[0]), start))
 
     def _range(self, args: list[Any], kwargs: dict[str, Any]) -> range:
         if kwargs or any(type(arg) is not int for arg in args):
@@ -451,6 +557,8 @@ class Calls:
 
     def _sum(self, args: list[Any], kwargs: dict[str, Any]) -> Any:
         total = (*args[1:], kwargs.get("start", 0))[0]
+        if len(args) not in (1, 2) or kwargs.keys() - {"start"} or (kwargs and len(args) == 2) or type(total) is str:
+            refuse("it calls sum with other arguments than it takes")
         for value in self.iterate(args[0]):
             total = self.evaluator._operate(operator.add, (total, value))
         return total
@@ -482,16 +590,6 @@ class _Constant:
         self.value = value
 
 
-class _Live:
-    """A loop over a list that the loop itself may change."""
-
-    def __init__(self, values: list[Any]) -> None:
-        self.values = values
-
-    def __iter__(self) -> Any:
-        return iter(self.values)
-
-
 _HANDLED: dict[Any, Any] = {
     isinstance: lambda calls, args, kwargs: calls._is_instance(*args),
     getattr: Calls._attribute_by_name,
@@ -499,13 +597,13 @@ _HANDLED: dict[Any, Any] = {
     len: Calls._length,
     range: Calls._range,
     enumerate: Calls._enumerate,
-    zip: lambda calls, args, kwargs: calls._several(zip, args, kwargs),
-    reversed: lambda calls, args, kwargs: tuple(reversed(list(calls.iterate(*args)))),
-    list: lambda calls, args, kwargs: [value for arg in args for value in calls.iterate(arg)],
-    tuple: lambda calls, args, kwargs: tuple(value for arg in args for value in calls.iterate(arg)),
+    zip: Calls._zip,
+    reversed: Calls._reversed,
+    list: lambda calls, args, kwargs: calls._list_or_tuple(list, args, kwargs),
+    tuple: lambda calls, args, kwargs: calls._list_or_tuple(tuple, args, kwargs),
     sum: Calls._sum,
-    any: lambda calls, args, kwargs: any(calls.evaluator.truth(value) for value in calls.iterate(*args)),
-    all: lambda calls, args, kwargs: all(calls.evaluator.truth(value) for value in calls.iterate(*args)),
+    any: lambda calls, args, kwargs: calls._any_or_all(any, args, kwargs),
+    all: lambda calls, args, kwargs: calls._any_or_all(all, args, kwargs),
     dict: Calls._make_dict,
     slice: lambda calls, args, kwargs: slice(*args),
 }

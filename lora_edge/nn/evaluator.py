@@ -10,18 +10,18 @@ from __future__ import annotations
 
 import ast
 import operator
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from types import FunctionType
 from typing import Any
 
 from torch import fx, nn
 
 from lora_edge.nn import pure
-from lora_edge.nn.calls import Calls
+from lora_edge.nn.calls import Calls, readable
 from lora_edge.nn.guards import Guards
 from lora_edge.nn.reading import Reader
 from lora_edge.nn.source import source_of
-from lora_edge.nn.values import Bound, Container, Module, Object, Refused, refuse
+from lora_edge.nn.values import Bound, Container, Lookup, Module, Object, Once, Refused, refuse
 
 _MOST_STATEMENTS = 200_000
 _DEEPEST = 60
@@ -36,6 +36,20 @@ class _Return(Exception):  # noqa: N818
 class _Loop(Exception):  # noqa: N818
     def __init__(self, goes_on: bool) -> None:
         self.goes_on = goes_on
+
+
+class _Names(dict[str, Any]):
+    """The names of a comprehension: its own targets, and those of the function around it as they are by then."""
+
+    def __init__(self, outer: dict[str, Any], targets: set[str]) -> None:
+        super().__init__()
+        self.outer, self.targets = outer, targets
+
+    def __contains__(self, name: object) -> bool:
+        return super().__contains__(name) or (name not in self.targets and name in self.outer)
+
+    def __missing__(self, name: str) -> Any:
+        return self.outer[name]
 
 
 class _Frame:
@@ -81,11 +95,25 @@ class Evaluator:
         """
         values = [self.argument(argument) for argument in arguments]
         named = {name: self.argument(argument) for name, argument in keywords.items()}
-        try:
-            output = self.calls.enter(Module(self.root, ""), values, named)
-        except AttributeError as error:
-            refuse(f"it reads an attribute {error} that is not there")
+        output = self.follow(lambda: self.calls.enter(Module(self.root, ""), values, named))
         self.finish(output)
+
+    def __enter__(self) -> Evaluator:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        """Let go of the model: its parts know each other, and would keep it until the next garbage collection."""
+        for part in (self.reader, self.calls, self):
+            vars(part).clear()
+
+    def follow(self, walk: Callable[[], Any]) -> Any:
+        """What a walk gives; what Python raises on the way would be raised by the forward too, so it is refused."""
+        try:
+            return walk()
+        except AttributeError as error:
+            return refuse(f"it reads an attribute {error} that is not there")
+        except (ValueError, TypeError, RuntimeError, LookupError) as error:
+            return refuse(f"it raises {type(error).__name__} {error}".splitlines()[0])
 
     def argument(self, argument: tuple[str, Any]) -> Any:
         """An input of the graph, or a known value."""
@@ -94,16 +122,30 @@ class Evaluator:
             return about
         count = sum(node.op == "placeholder" for node in self.graph.nodes)
         node = self.graph.placeholder(f"x{count}")
-        node.meta.update(kind=pure.TENSOR, ndim=about)
+        node.meta["kind"] = pure.TENSOR
+        if about is not None:
+            node.meta["ndim"] = about
         return node
 
     def finish(self, output: Any) -> None:
-        """What the graph returns."""
+        """What the graph returns: values of this call, and no list or dictionary twice, since the caller may write into them."""
+        self._check_output(output, set())
         self.graph.output(self.as_argument(output))
+
+    def _check_output(self, value: Any, seen: set[int]) -> None:
+        if isinstance(value, Container):
+            refuse("it returns a list or dictionary that existed before")
+        if type(value) in (list, dict):
+            if id(value) in seen:
+                refuse("it returns one list or dictionary twice")
+            seen.add(id(value))
+        if type(value) in (tuple, list, dict):
+            for item in value.values() if type(value) is dict else value:
+                self._check_output(item, seen)
 
     def parameter(self, path: str) -> fx.Node:
         """The symbol of a parameter or buffer."""
-        node = self.graph.get_attr(path)
+        node = self.graph.get_attr(readable(path))
         node.meta["kind"] = pure.TENSOR
         return node
 
@@ -250,16 +292,18 @@ class Evaluator:
 
     def _in_place(self, kind: str, now: Any, value: Any) -> Any:
         if isinstance(now, list):
-            more = self.calls.iterate(value)
+            more = list(self.calls.iterate(value))
             if kind != "Add":
                 refuse("it multiplies a list")
             now.extend(more)
             return now
         if isinstance(now, (Container, dict)):
             refuse("it writes a list or dictionary that existed before")
-        if isinstance(now, fx.Node):
+        if isinstance(now, fx.Node) and now.meta["kind"] == pure.TENSOR and kind != "MatMult":
             return self._operate(pure.IN_PLACE[kind], (now, value))
-        return self._operate(pure.BINARY[kind], (now, value))
+        if isinstance(now, fx.Node) and now.meta["kind"] in (pure.VALUE, pure.TENSORS):
+            refuse("it writes in place into a value that may be anything")
+        return self._operate(pure.BINARY[kind], (now, value))  # a number, a size or x @= w: a new object
 
     def _if(self, statement: ast.If, frame: _Frame) -> None:
         self.block(statement.body if self.truth(self.expression(statement.test, frame)) else statement.orelse, frame)
@@ -290,9 +334,14 @@ class Evaluator:
         raise _Loop(True)
 
     def _assert(self, statement: ast.Assert, frame: _Frame) -> None:
+        if not __debug__:
+            return
         test = self.expression(statement.test, frame)
         if isinstance(test, fx.Node):
+            before = len(self.graph.nodes)
             message = None if statement.msg is None else self.expression(statement.msg, frame)
+            if len(self.graph.nodes) != before:
+                refuse("the message of an assertion computes something")
             self.emit(check_assertion, (test, message), {}, pure.VALUE)
         elif not self.truth(test):
             refuse("an assertion of it fails")
@@ -309,6 +358,7 @@ class Evaluator:
     def assign(self, target: ast.expr, value: Any, frame: _Frame) -> None:
         """Bind a target of an assignment."""
         if isinstance(target, ast.Name):
+            _check_name(target.id)
             if target.id not in frame.own:
                 refuse(f"it writes {target.id}, which is not its own")
             frame.names[target.id] = value
@@ -360,8 +410,10 @@ class Evaluator:
         if isinstance(value, Container):
             return bool(self.reader.elements(value))
         if isinstance(value, Module):
-            return bool(self.calls.children_of(value)) if hasattr(type(value.module), "__len__") else True
+            return self.calls.truth_of(value)
         if isinstance(value, Object) and not any(hasattr(type(value.value), name) for name in ("__bool__", "__len__")):
+            for name in ("__bool__", "__len__"):
+                self.guards.class_attribute(type(value.value), name)
             return True
         if isinstance(value, Bound):
             return True
@@ -371,6 +423,7 @@ class Evaluator:
         return node.value
 
     def _on_name(self, node: ast.Name, frame: _Frame) -> Any:
+        _check_name(node.id)
         if node.id in frame.names:
             return frame.names[node.id]
         if node.id in frame.own:
@@ -400,7 +453,7 @@ class Evaluator:
         return self._elements(node.elts, frame)
 
     def _on_set(self, node: ast.Set, frame: _Frame) -> Any:
-        return tuple(self._elements(node.elts, frame))  # to look something up in, which is all that it may be used for
+        return Lookup(self._elements(node.elts, frame))
 
     def _on_dict(self, node: ast.Dict, frame: _Frame) -> Any:
         found = {}
@@ -451,9 +504,14 @@ class Evaluator:
         if any(isinstance(value, fx.Node) for value in operands):
             kinds = [value.meta["kind"] for value in operands if isinstance(value, fx.Node)]
             kind = pure.TENSOR if pure.TENSOR in kinds else kinds[0] if len(set(kinds)) == 1 else pure.VALUE
+            if kind != pure.TENSOR and not all(isinstance(v, fx.Node) or type(v) in (int, float, bool) for v in operands):
+                kind = pure.VALUE  # "%d" % n, [1] * n, (1,) + sizes
             return self.emit(function, operands, {}, kind)
         if any(type(value) not in pure.SCALARS and type(value) not in (tuple, list) for value in operands):
             refuse("it computes with an object")
+        of_texts = function is operator.mod and type(operands[0]) in (str, bytes)
+        if (of_texts or function not in (operator.add, operator.mul)) and not all(map(_is_plain, operands)):
+            refuse("it computes with an object")  # a sum or multiple of lists is all that does not look into them
         if function is operator.pow and any(abs(value) > 1e4 for value in operands if isinstance(value, (int, float))):
             refuse("it computes a large power")
         try:
@@ -496,6 +554,9 @@ class Evaluator:
 
     def _on_call(self, node: ast.Call, frame: _Frame) -> Any:
         if isinstance(node.func, ast.Name) and node.func.id == "super" and not node.args:
+            function = self._on_name(node.func, frame)
+            if not isinstance(function, Object) or function.value is not super:
+                refuse("super is another function")
             return self.calls.super_of(frame)
         function = self.expression(node.func, frame)
         args = self._elements(node.args, frame)
@@ -503,41 +564,48 @@ class Evaluator:
         for keyword in node.keywords:
             value = self.expression(keyword.value, frame)
             if keyword.arg is not None:
-                kwargs[keyword.arg] = value
+                _check_name(keyword.arg)
+                more = {keyword.arg: value}
             else:
                 more = self.reader.elements(value) if isinstance(value, Container) else value
                 if type(more) is not dict or any(type(key) is not str for key in more):
                     refuse("it passes on keyword arguments that are not known")
-                kwargs.update(more)
+            if not kwargs.keys().isdisjoint(more):
+                refuse("it gives a keyword argument twice")
+            kwargs.update(more)
         return self.calls.call(function, args, kwargs)
 
     def _on_listcomp(self, node: ast.ListComp, frame: _Frame) -> Any:
         return list(self._comprehension(node, frame))
 
     def _on_generatorexp(self, node: ast.GeneratorExp, frame: _Frame) -> Any:
-        return tuple(self._comprehension(node, frame))
+        return Once(self._comprehension(node, frame))
 
     def _comprehension(self, node: ast.ListComp | ast.GeneratorExp, frame: _Frame) -> Iterator[Any]:
+        """The values one by one, each computed when it is asked for; names of the frame are read at that time."""
         if any(isinstance(part, (ast.NamedExpr, ast.Lambda)) for part in ast.walk(node)):
             refuse("a comprehension in it binds names outside of itself")
-        inner = _Frame(frame.function, dict(frame.names))
-        targets = [part.id for g in node.generators for part in ast.walk(g.target) if isinstance(part, ast.Name)]
+        targets = {part.id for g in node.generators for part in ast.walk(g.target) if isinstance(part, ast.Name)}
+        inner = _Frame(frame.function, _Names(frame.names, targets))
         inner.own = {*frame.own, *targets}
-        inner.free = frame.free - set(targets)
+        inner.free = frame.free - targets
+        outermost = self.calls.iterate(self.expression(node.generators[0].iter, frame))
 
-        def over(generators: list[ast.comprehension]) -> Iterator[Any]:
-            if not generators:
-                yield self.expression(node.elt, inner)
-                return
-            first, *rest = generators
-            if first.is_async:
-                refuse("it is asynchronous")
-            for value in self.calls.iterate(self.expression(first.iter, inner)):
-                self.assign(first.target, value, inner)
-                if all(self.truth(self.expression(test, inner)) for test in first.ifs):
-                    yield from over(rest)
+        return self._over(node, inner, node.generators, outermost)
 
-        yield from list(over(node.generators))
+    def _over(
+        self, node: ast.ListComp | ast.GeneratorExp, inner: _Frame, generators: list[ast.comprehension], values: Any
+    ) -> Iterator[Any]:
+        first, *rest = generators
+        if first.is_async:
+            refuse("it is asynchronous")
+        for value in values:
+            self.assign(first.target, value, inner)
+            if all(self.truth(self.expression(test, inner)) for test in first.ifs):
+                if rest:
+                    yield from self._over(node, inner, rest, self.calls.iterate(self.expression(rest[0].iter, inner)))
+                else:
+                    yield self.expression(node.elt, inner)
 
     def _on_joinedstr(self, node: ast.JoinedStr, frame: _Frame) -> Any:
         parts = []
@@ -560,6 +628,12 @@ _STATEMENTS = {
     "Import": "import",
     "ImportFrom": "import",
 }
+
+
+def _check_name(name: str) -> None:
+    """Inside of a class Python reads ``__name`` as another name."""
+    if name.startswith("__") and not name.endswith("__"):
+        refuse(f"the name {name} is a private one of a class")
 
 
 def unpack(values: Any, count: int) -> tuple[Any, ...]:

@@ -8,7 +8,7 @@ from typing import Any
 
 import torch
 import torch.nn.functional as F
-from torch import fx, nn
+from torch import Tensor, fx, nn
 
 from lora_edge.frozen_bn import FrozenBatchNorm
 from lora_edge.layers import LoRAEdgeConv
@@ -16,13 +16,21 @@ from lora_edge.lean import LeanActivation, LeanConv
 from lora_edge.nn import pure
 from lora_edge.nn.calls import normalized
 from lora_edge.nn.guards import Guards
-from lora_edge.ops.activation import Activation, activate
+from lora_edge.ops.activation import Activation, activate, apply
 
 _ADD = {operator.add, operator.iadd, torch.add, "add", "add_"}
 _FUNCTIONAL: dict[Any, str] = {
     F.relu: "relu", torch.relu: "relu", "relu": "relu", F.relu_: "relu", torch.relu_: "relu", "relu_": "relu",
     F.relu6: "relu6", F.hardtanh: "hardtanh", F.leaky_relu: "leaky_relu", F.hardsigmoid: "hardsigmoid",
 }  # fmt: skip
+
+_OUTSIDE = "outside"
+_MAKE_NEW = (nn.modules.conv._ConvNd, nn.modules.batchnorm._BatchNorm)  # their result lies in memory of its own
+
+
+def activate_(x: Tensor, activation: Activation) -> Tensor:
+    """:func:`activate` in place; on a view torch's own, since autograd takes no custom in-place function there."""
+    return apply(x, activation, True) if x._is_view() else activate(x, activation, True)
 
 
 def is_conv(module: nn.Module | None) -> bool:
@@ -47,8 +55,14 @@ class Fuser:
     def __init__(self, graph: fx.Graph, modules: dict[str, nn.Module], guards: Guards, block: Callable[..., Any]) -> None:
         self.graph, self.modules, self.guards, self.block = graph, modules, guards, block
         self.order = {node: k for k, node in enumerate(graph.nodes)}
+        copies: dict[fx.Node, fx.Node] = {}
+        fx.Graph().graph_copy(graph, copies)
+        for node, copy in copies.items():
+            node.meta["original"] = copy
         self.claimed: set[fx.Node] = set()
         self.activations: dict[str, Activation | None] = {}
+        self.memory: dict[fx.Node, set[Any]] = {}
+        self.find_memory()
 
     def run(self) -> tuple[dict[str, str], dict[str, str]]:
         blocks: dict[str, str] = {}
@@ -88,6 +102,8 @@ class Fuser:
         add = self.next(tail)
         if add is not None and (other := self.other_operand(add, tail)) is not None:
             call["residual"], call["residual_bn"], branch = other
+            if add.target in (operator.iadd, "add_"):
+                call["adds_in_place"] = True
             chain += [add, *branch]
             what.append("bn of the shortcut + add" if branch else "add")
             tail = add
@@ -99,12 +115,12 @@ class Fuser:
             tail = last
         if len(what) == 1 and not isinstance(conv, LoRAEdgeConv):
             return "", "nothing behind it can be fused" + self.why_next(tail)
-        if self.written_between(node, tail, chain):
+        if amounts is not None:
+            chain.append(source)
+        if self.written_between(chain):
             return "", "something is written in place between its parts"
         inner = source.args[0] if amounts is not None else source
         assert isinstance(inner, fx.Node)
-        if amounts is not None:
-            chain.append(source)
         self.claimed.update(chain)
         self.activations[str(node.target)] = call.get("activation")
         self.replace(chain, inner, call)
@@ -202,13 +218,28 @@ class Fuser:
         self.depends_on(conv, "padding", "padding_mode", "dilation")
         return tuple(amounts) if own_is_even and all(u % d == 0 for u, d in zip(uneven, dilation, strict=True)) else None
 
-    def written_between(self, first: fx.Node, last: fx.Node, chain: list[fx.Node]) -> bool:
-        """Whether a node outside the block writes in place while the block would be delayed to its last node."""
-        return any(
-            self.order[first] < self.order.get(node, -1) < self.order[last] and node not in chain and node not in self.claimed
-            for node in self.graph.nodes
-            if self.writes(node)
-        )
+    def written_between(self, chain: list[fx.Node]) -> bool:
+        """Whether something that a block reads may be written in place before the block's place, which is its last node's."""
+        last = max(self.order[node] for node in chain)
+        writing = [n for n in self.graph.nodes if self.order.get(n, last) < last and n not in chain and self.writes(n)]
+        for node in chain:
+            read = {_OUTSIDE}  # its parameters and buffers
+            for source in node.all_input_nodes:
+                if source not in chain:
+                    read |= self.memory[source]
+            if any(self.order[n] > self.order[node] and read & self.memory[n] for n in writing):
+                return True
+        return False
+
+    def find_memory(self) -> None:
+        """Whose memory each value may lie in: that of nodes which made it, or of inputs, parameters and buffers."""
+        for node in self.graph.nodes:
+            if node.op in ("placeholder", "get_attr"):
+                self.memory[node] = {_OUTSIDE}
+            elif isinstance(self.called(node), _MAKE_NEW):
+                self.memory[node] = {node}
+            else:
+                self.memory[node] = set().union(*(self.memory[source] for source in node.all_input_nodes))
 
     def writes(self, node: fx.Node) -> bool:
         if node.op == "call_module":
@@ -229,9 +260,9 @@ class Fuser:
             modules = {k: self.graph.get_attr(call[k]) for k in ("bn", "residual_bn") if call.get(k)}
             kwargs = {k: v for k, v in {**call, **modules}.items() if v is not None}
             block = self.graph.call_function(self.block, (self.graph.get_attr(str(conv.target)), x), kwargs)
-        block.meta["kind"] = pure.TENSOR
+        block.meta.update(kind=pure.TENSOR, original=chain[-1].meta["original"])
         chain[-1].replace_all_uses_with(block)
-        self.order[block] = self.order[chain[-1]]
+        self.order[block], self.memory[block] = self.order[chain[-1]], self.memory[chain[-1]]
         self.claimed.add(block)
         for node in reversed(chain):
             self.graph.erase_node(node)
@@ -247,8 +278,10 @@ class Fuser:
     def make_functional_activation_lean(self, node: fx.Node) -> None:
         if node.op == "call_module" or node in self.claimed or (activation := self.activation(node)) is None:
             return
+        if len(node.args) == 0:
+            return
         with self.graph.inserting_before(node):
-            lean = self.graph.call_function(activate, (node.args[0], activation, self.writes(node)))
-        lean.meta["kind"] = pure.TENSOR
+            lean = self.graph.call_function(activate_ if self.writes(node) else activate, (node.args[0], activation))
+        lean.meta.update(kind=pure.TENSOR, original=node.meta["original"])
         node.replace_all_uses_with(lean)
         self.graph.erase_node(node)

@@ -18,8 +18,10 @@ from lora_edge.frozen_bn import FrozenBatchNorm
 from lora_edge.lean import LeanActivation, LeanConv, LeanMaxPool
 from lora_edge.nn import pure
 from lora_edge.nn.calls import normalized
+from lora_edge.nn.fuser import activate_
+from lora_edge.nn.stock import StockStrides
 from lora_edge.ops.activation import activate
-from lora_edge.ops.strides import in_stock_strides, laid_out
+from lora_edge.ops.strides import laid_out
 
 _INDIFFERENT_LAYERS = (
     FrozenBatchNorm, LeanActivation, LeanConv, LeanMaxPool, nn.modules.batchnorm._BatchNorm, nn.modules.conv._ConvNd,
@@ -34,7 +36,7 @@ concat avg_pool1d avg_pool2d avg_pool3d adaptive_avg_pool1d adaptive_avg_pool2d 
 pad addcmul maximum minimum"""
 _INDIFFERENT_NAMES = set(_NAMES.split())
 _INDIFFERENT = {
-    *(activate, normalized),
+    *(activate, activate_, normalized),
     *(getattr(owner, name) for owner in (torch, F) for name in _INDIFFERENT_NAMES if hasattr(owner, name)),
     *(operator.add, operator.sub, operator.mul, operator.truediv, operator.neg, operator.pow),
     *(operator.iadd, operator.isub, operator.imul, operator.itruediv),
@@ -52,13 +54,13 @@ class Layout:
 
     def __init__(self, graph: fx.Graph, modules: dict[str, nn.Module], block: Any) -> None:
         self.graph, self.modules, self.block = graph, modules, block
-        self.private: dict[fx.Node, tuple[set[fx.Node], set[str]]] = {}  # what decided the stock strides: inputs, convolutions
+        self.private: dict[fx.Node, None] = {}  # maps that may lie in the engine's strides
 
     def run(self) -> None:
         self.name_results_of_writing()
         for node in list(self.graph.nodes):
             if self.keeps(node):
-                self.private[node] = self.origins(node)
+                self.private[node] = None
         self.lay_out_inputs()
         for node in [*self.private]:
             self.restore_after(node)
@@ -77,8 +79,8 @@ class Layout:
     def writes(self, node: fx.Node) -> bool:
         if node.op == "call_module":
             return bool(getattr(self.modules[str(node.target)], "inplace", False))
-        moves_statistics = node.target in (F.batch_norm, F.instance_norm)
-        is_call = node.op in ("call_function", "call_method") and not moves_statistics
+        into_others = node.target in (F.batch_norm, F.instance_norm, torch.batch_norm) or "out" in node.kwargs
+        is_call = node.op in ("call_function", "call_method") and not into_others
         return is_call and pure.writes(node.target, node.kwargs)
 
     def is_block(self, node: fx.Node) -> bool:
@@ -96,24 +98,29 @@ class Layout:
         """Whether a node's result may lie in the engine's strides."""
         if self.is_block(node):
             return True
+        if self.writes(node) and node.args[0] not in self.private:
+            return False  # the result is somebody else's map
         return (
             node.meta.get("kind") == pure.TENSOR
             and self.indifferent(node)
             and any(i in self.private for i in node.all_input_nodes)
         )
 
-    def origins(self, node: fx.Node) -> tuple[set[fx.Node], set[str]]:
-        inputs: set[fx.Node] = set()
-        convs = {str(node.all_input_nodes[0].target)} if self.is_block(node) else set()
-        if node.op == "call_module" and isinstance(self.modules[str(node.target)], nn.modules.conv._ConvNd):
-            convs.add(str(node.target))
-        for source in node.all_input_nodes:
-            if source in self.private:
-                inputs |= self.private[source][0]
-                convs |= self.private[source][1]
-            elif source.op != "get_attr" and source.meta.get("kind") == pure.TENSOR:
-                inputs.add(source)
-        return inputs, convs
+    def door(self, node: fx.Node) -> tuple[StockStrides, list[fx.Node]]:
+        """What gives a map its stock strides, and the nodes whose values it needs besides."""
+        now = {other.meta["original"]: other for other in self.graph.nodes if "original" in other.meta}
+        inputs: dict[fx.Node, fx.Node] = {}
+        seen, waiting = set(), [node.meta["original"]]
+        while waiting:
+            original = waiting.pop()
+            if original in seen:
+                continue
+            seen.add(original)
+            if original in now and now[original] not in self.private:
+                inputs[original] = now[original]
+            else:
+                waiting += original.all_input_nodes
+        return StockStrides(node.meta["original"], list(inputs), self.modules), list(inputs.values())
 
     def lay_out_inputs(self) -> None:
         """One copy of each map that blocks read and that other code made, as long as nothing is written in between."""
@@ -135,14 +142,15 @@ class Layout:
         """From its first user on that needs stock strides, all users of a map read it in these."""
         order = {other: k for k, other in enumerate(self.graph.nodes)}
         strict = [user for user in node.users if not self.is_block(user) and user not in self.private]
+        strict = [user for user in strict if not (self.writes(user) and self.indifferent(user) and user.args[0] is not node)]
         if not strict:
             return
         first = min(order[user] for user in strict)
         later = [user for user in node.users if order[user] >= first]
-        inputs, convs = self.private[node]
+        door, inputs = self.door(node)
         with self.graph.inserting_before(next(user for user in strict if order[user] == first)):
-            weights = tuple(self.graph.get_attr(f"{name}.weight") for name in sorted(convs))
-            stock = self.graph.call_function(in_stock_strides, (node, tuple(sorted(inputs, key=order.__getitem__)), weights))
+            modules = tuple(self.graph.get_attr(name) for name in door.names)
+            stock = self.graph.call_function(door, (node, modules, *inputs))
         stock.meta["kind"] = pure.TENSOR
         for user in later:
             user.replace_input_with(node, stock)

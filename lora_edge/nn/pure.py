@@ -75,15 +75,20 @@ FUNCTIONS: dict[Any, str] = {
 }  # fmt: skip
 for _name in ("numel",):
     FUNCTIONS[getattr(torch, _name)] = NUMBER
-# with return_indices or keyword arguments these give more than a tensor
-MAY_GIVE_SEVERAL = {
-    F.max_pool1d,
-    F.max_pool2d,
-    F.max_pool3d,
-    F.adaptive_max_pool1d,
-    F.adaptive_max_pool2d,
-    F.adaptive_max_pool3d,
+_INDICES_AT = {  # position of return_indices
+    **dict.fromkeys((F.max_pool1d, F.max_pool2d, F.max_pool3d), 6),
+    **dict.fromkeys((F.adaptive_max_pool1d, F.adaptive_max_pool2d, F.adaptive_max_pool3d), 2),
 }
+
+
+def kind_of_call(function: Any, args: list[Any], kwargs: dict[str, Any], kind: str) -> str:
+    """What a call of one of :data:`FUNCTIONS` gives, whose usual kind is ``kind``."""
+    if function in _INDICES_AT and (kwargs.get("return_indices") or len(args) > _INDICES_AT[function]):
+        return VALUE
+    if function is torch.where and len(args) + len(kwargs) == 1:
+        return VALUE
+    return kind
+
 
 METHODS: dict[str, str] = {
     **dict.fromkeys([*_METHODS.split(), *_WRITING_METHODS.split()], TENSOR),

@@ -11,6 +11,7 @@ from typing import Any
 
 from torch import Tensor, fx, nn
 
+from lora_edge.layers import LoRAEdgeConv
 from lora_edge.nn.guards import MISSING, Guards, static
 from lora_edge.nn.pure import SCALARS
 from lora_edge.nn.values import Bound, Container, Module, Object, Submodules, Super, refuse
@@ -81,6 +82,8 @@ class Reader:
             refuse(f"{cls.__name__} has a __getattribute__ of its own")
         if name.startswith("__"):
             refuse(f"it reads {name} of {cls.__name__}")
+        if isinstance(module, LoRAEdgeConv) and name == "weight":
+            refuse(f"it reads the weight of {owner.path}, which is the base's")
         found = self._of_class(cls, name)
         if isinstance(found, property):
             if found.fget is None:
@@ -155,8 +158,8 @@ class Reader:
         if owner.cls not in order:
             refuse("super() outside of its class")
         for base in order[order.index(owner.cls) + 1 :]:
+            self.guards.class_attribute(base, name)
             if name in base.__dict__:
-                self.guards.class_attribute(base, name)
                 return self._bind(base.__dict__[name], owner.instance, f"{base.__name__}.{name}")
         return refuse(f"super().{name} is not there")
 
@@ -192,12 +195,13 @@ class Reader:
     def _of_type(self, cls: type, name: str) -> Any:
         if name.startswith("__"):
             refuse(f"it reads {name} of {cls.__name__}")
-        self.guards.class_attribute(cls, name)
+        meta = type(cls)
+        if static(meta, name) is not MISSING or static(meta, "__getattribute__") is not type.__getattribute__:
+            refuse(f"{cls.__name__}.{name} is up to its metaclass")
         found = static(cls, name)
-        if isinstance(found, (classmethod, property)):
-            found = getattr(cls, name)  # an enumeration's member, or refused below
-            if type(found) is not cls:
-                refuse(f"{cls.__name__}.{name} is a {type(static(cls, name)).__name__}")
+        if not isinstance(found, (FunctionType, staticmethod, type)) and hasattr(type(found), "__get__"):
+            refuse(f"{cls.__name__}.{name} is a {type(found).__name__}")
+        self.guards.class_attribute(cls, name)
         if found is MISSING:
             refuse(f"{cls.__name__}.{name} is not there")
         if isinstance(found, staticmethod):

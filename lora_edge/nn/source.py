@@ -11,7 +11,7 @@ import ast
 import functools
 import linecache
 from collections.abc import Iterator
-from types import CodeType
+from types import CodeType, FunctionType
 
 _FUTURE = functools.reduce(int.__or__, (getattr(__future__, name).compiler_flag for name in __future__.all_feature_names))
 Function = ast.FunctionDef | ast.Lambda
@@ -73,3 +73,38 @@ def _within(code: CodeType, node: Function) -> bool:
         if (line, column) != (end_line, end_column)
     ]
     return bool(spans) and all(first <= start and end <= last for start, end in spans)
+
+
+def asks_for_its_class(cls: type) -> bool:
+    """Whether a method of a module's class uses ``type(self)`` or ``self.__class__``, other than for the class's name."""
+    for base in cls.__mro__:
+        if base.__module__.partition(".")[0] in ("torch", "lora_edge", "builtins"):
+            continue
+        for name, value in vars(base).items():
+            function = value.fget if isinstance(value, property) else getattr(value, "__func__", value)
+            if name != "__init__" and isinstance(function, FunctionType) and _uses_its_class(function.__code__):
+                return True
+    return False
+
+
+@functools.lru_cache(maxsize=4096)
+def _uses_its_class(code: CodeType) -> bool:
+    if not code.co_argcount or not {"type", "__class__"} & {*code.co_names}:
+        return False
+    tree = source_of(code)
+    if tree is None:
+        return False
+    own = code.co_varnames[0]
+    asks = [part for part in ast.walk(tree) if _is_class_of(part, own)]
+    for_its_name = [part.value for part in ast.walk(tree) if isinstance(part, ast.Attribute) and part.attr in _NAMES]
+    return any(part not in for_its_name for part in asks)
+
+
+_NAMES = ("__name__", "__qualname__")  # the same for the class that blocks.fuse makes
+
+
+def _is_class_of(node: ast.AST, own: str) -> bool:
+    if isinstance(node, ast.Attribute):
+        return node.attr == "__class__" and isinstance(node.value, ast.Name) and node.value.id == own
+    is_type = isinstance(node, ast.Call) and isinstance(node.func, ast.Name) and node.func.id == "type"
+    return is_type and any(isinstance(arg, ast.Name) and arg.id == own for arg in node.args)  # type: ignore[attr-defined]

@@ -75,6 +75,27 @@ class Method:
     name: str
 
 
+class Once:
+    """A generator, or what ``zip``, ``enumerate``, ``reversed`` and the like give: its values can be taken once."""
+
+    def __init__(self, values: Any) -> None:
+        self.values = iter(values)
+
+
+class View:
+    """The keys, values or items of a dictionary: they follow it, and they can be iterated, counted and searched only."""
+
+    def __init__(self, values: Any) -> None:
+        self.values = values
+
+
+class Lookup:
+    """A set: something may be looked up in it, which is all that does not depend on its order."""
+
+    def __init__(self, values: list[Any]) -> None:
+        self.values = tuple(values)
+
+
 @dataclass(eq=False)
 class Super:
     """``super()`` inside a method of ``cls``."""

@@ -13,10 +13,13 @@ import torch
 from torch import Tensor
 
 from lora_edge.ops import cpu_machine
-from lora_edge.ops.memory_layout import address, channels_last, dense, near, strides
+from lora_edge.ops.launch_checks import check_backward, check_forward
+from lora_edge.ops.memory_layout import NOWHERE, Place, channels_last, dense_places, near, place, place_of_view, strides
 from lora_edge.ops.outputs import new_gradients, new_outputs, saved_parts
 from lora_edge.ops.plan import BlockPlan, FusePlan
 from lora_edge.tt import contracted
+
+_NO_CORES = (0,) * 6
 
 
 def block_forward(
@@ -33,23 +36,25 @@ def block_forward(
     residual_b: Tensor | None,
 ) -> tuple[Tensor, Tensor | None]:
     """``y``, and what backward needs as one buffer of bytes, None where it needs nothing."""
-    x, residual = channels_last(near(x)), None if residual is None else channels_last(near(residual))
+    check_forward(plan, x, weight, core, bias, residual, factors, (a, b, residual_a, residual_b))
+    x, residual = (
+        channels_last(near(x, plan.dx_stride)),
+        None if residual is None else channels_last(near(residual, plan.y_stride)),
+    )
     y, saved = new_outputs(plan, x, plan.overwrites and x.stride() == plan.y_stride)
     if plan.y_shape[0] == 0:
         return y, saved
-    held = [dense(t) for t in (weight, core, _suffix(factors), bias, a, b, residual_a, residual_b)]
-    at_weight, at_core, at_suffix, at_bias, at_a, at_b, at_residual_a, at_residual_b = map(address, held)
+    _held, at = dense_places([weight, core, _suffix(factors), bias, a, b, residual_a, residual_b])
     packed = x.new_empty(plan.packed_forward, dtype=torch.uint8)
     at_h, at_bits, kept = _saved(plan, saved)
     if kept is not None:
         h = torch.empty_like(kept, dtype=torch.float32)
-        at_h = h.data_ptr()
+        at_h = place(h)
     plan.native.run.cpu_block_forward(
         (
-            at_weight, at_core, at_suffix, 0, 0, 0,
-            x.data_ptr(), *strides(x), at_bias, at_a, at_b,
-            address(residual), *strides(residual), at_residual_a, at_residual_b,
-            y.data_ptr(), *strides(y), at_h, at_bits, packed.data_ptr(),
+            *at[:6], *_NO_CORES, *place_of_view(x), *strides(x), *at[6:12],
+            *place_of_view(residual), *strides(residual), *at[12:],
+            *place(y), *strides(y), *at_h, *at_bits, *place(packed),
         ),
         torch.get_num_threads(),
     )  # fmt: skip
@@ -70,23 +75,23 @@ def block_backward(
     needs: Sequence[bool],
 ) -> tuple[Tensor | None, Tensor | None, Tensor | None, Tensor | None]:
     """Gradients of x, core, bias and residual, each None where ``needs`` says so. ``dy`` may have any strides."""
+    check_backward(plan, dy, saved, weight, core, factors, a, residual_a, needs)
     dx, dcore, dbias, dresidual = new_gradients(plan, dy, core, needs)
     if plan.y_shape[0] == 0:
         return dx, dcore, dbias, dresidual
-    dy = channels_last(near(dy))
-    held = [dense(t) for t in (weight, core, _suffix(factors), a, residual_a)]
-    at_weight, at_core, at_suffix, at_a, at_residual_a = map(address, held)
+    dy = channels_last(near(dy, plan.y_stride))
+    _held, at = dense_places([weight, core, _suffix(factors), a, residual_a])
     packed = dy.new_empty(plan.packed_backward if dx is not None else 0, dtype=torch.uint8)
     at_h, at_bits, kept = _saved(plan, saved)
     if kept is not None:
         h = kept.float()
-        at_h = h.data_ptr()
+        at_h = place(h)
     plan.native.run.cpu_block_backward(
         (
-            at_weight, at_core, at_suffix, 0, 0, 0,
-            dy.data_ptr(), *strides(dy), at_h if dcore is not None else 0, at_bits, at_a, at_residual_a,
-            address(dx), *strides(dx), address(dresidual), *strides(dresidual),
-            address(dcore), address(dbias), packed.data_ptr(), 0,
+            *at[:6], *_NO_CORES,
+            *place_of_view(dy), *strides(dy), *(at_h if dcore is not None else NOWHERE), *at_bits, *at[6:],
+            *place(dx), *strides(dx), *place(dresidual), *strides(dresidual),
+            *place(dcore), *place(dbias), *place(packed), *NOWHERE,
         ),
         torch.get_num_threads(),
     )  # fmt: skip
@@ -123,18 +128,18 @@ def plan_type() -> Any:
     return Plan
 
 
-def _saved(plan: BlockPlan, saved: Tensor | None) -> tuple[int, int, Tensor | None]:
-    """Addresses of ``h`` and of the bits, and ``h`` itself where it is not kept in float32, which the engine computes it in.
+def _saved(plan: BlockPlan, saved: Tensor | None) -> tuple[Place, Place, Tensor | None]:
+    """Places of ``h`` and of the bits, and ``h`` itself where it is not kept in float32, which the engine computes it in.
 
     Addresses and no views: each view takes torch about a tenth of the time that the engine takes for a small block.
     """
     if saved is None:
-        return 0, 0, None
+        return NOWHERE, NOWHERE, None
     at, layout = saved.data_ptr(), plan.saved
-    at_bits = at + layout.bits_at if plan.saves.bits else 0
+    at_bits = (at + layout.bits_at, layout.bytes - layout.bits_at) if plan.saves.bits else NOWHERE
     if not plan.saves.h:
-        return 0, at_bits, None
-    return at, at_bits, None if layout.h_dtype == torch.float32 else saved_parts(plan, saved)[0]
+        return NOWHERE, at_bits, None
+    return (at, layout.h_bytes), at_bits, None if layout.h_dtype == torch.float32 else saved_parts(plan, saved)[0]
 
 
 def _suffix(factors: Sequence[Tensor]) -> Tensor | None:

@@ -15,7 +15,8 @@ from torch.library import custom_op
 from lora_edge.ops import plan
 from lora_edge.ops.activation import Activation
 from lora_edge.ops.conv_args import ConvArgs
-from lora_edge.ops.engines import engine
+from lora_edge.ops.engines import ENGINES, Engine, engine, reason
+from lora_edge.ops.launch_checks import check_weight_sizes
 from lora_edge.ops.plan import BlockPlan, Epilogue, FusePlan, Saves, Sizes
 
 # the engine's name and what is fixed for a layer, as arguments of an operator; padding is low and high of each dimension, flat
@@ -43,6 +44,8 @@ class _Layer:
         save_h: bool,
         save_bits: bool,
     ) -> None:
+        if len(padding) % 2:
+            raise ValueError(f"lora_edge::tt_block: padding is {list(padding)}; give two numbers for each spatial dimension")
         pairs = tuple(zip(padding[::2], padding[1::2], strict=True))
         self.kernels = kernels
         self.args = ConvArgs(tuple(stride), pairs, tuple(dilation), groups)
@@ -50,12 +53,47 @@ class _Layer:
         self.epilogue = Epilogue(scale, kind, saved_dtype)
         self.saves = Saves(save_h, save_bits)
 
-    def plan(self, sizes: Sizes) -> BlockPlan:
-        unit, found = plan.precision(sizes.dtype), engine(self.kernels)
+    def plan(self, sizes: Sizes, device: torch.device) -> BlockPlan:
+        """The plan of a call, whose sizes nobody has checked before.
+
+        Raises:
+            ValueError: the sizes do not fit together, or there is no such engine.
+            RuntimeError: the engine does not work here or does not take the call.
+        """
+        found = _engine(self.kernels, device, "tt_block")
+        if self.saves.h and not sizes.factors:
+            raise ValueError("lora_edge::tt_block: save_h is True without a core and a suffix; give both, or False")
+        if self.kernels == "cpu":
+            sizes = sizes._replace(channels_last=True)
+        unit = plan.precision(sizes.dtype)
         planned = plan.block_plan(found, found.plan_type(), sizes, self.args, self.epilogue, self.saves, "factor", unit)
         if isinstance(planned, str):
             raise RuntimeError(f"lora_edge::tt_block: the kernels do not take this call: {planned}")
         return planned
+
+
+def _engine(kernels: str, device: torch.device, op: str) -> Engine:
+    if kernels not in ENGINES:
+        raise ValueError(f"lora_edge::{op}: kernels is {kernels!r}; give one of {', '.join(map(repr, ENGINES))}")
+    why = reason(kernels, device)
+    if why is not None:
+        raise RuntimeError(f"lora_edge::{op}: the engine {kernels!r} is {why}")
+    return engine(kernels)
+
+
+def _check_dims(op: str, weight: Tensor, factors: Sequence[Tensor], **maps: Tensor) -> None:
+    """Check that what must be tensors is, and that maps have a weight's dimensions, which everything after takes for granted.
+
+    An operator's schema lets a missing tensor through.
+    """
+    for name, tensor in (("weight", weight), *maps.items(), *(("factors", factor) for factor in factors)):
+        if tensor is None:
+            raise TypeError(f"lora_edge::{op}: {name} is None; give a tensor")
+    check_weight_sizes(weight.shape, f"lora_edge::{op}")
+    for name, tensor in maps.items():
+        if tensor.dim() != weight.dim():
+            shape = tuple(tensor.shape)
+            raise ValueError(f"lora_edge::{op}: {name} has shape {shape}; for this weight give {weight.dim()} dimensions")
 
 
 def block(
@@ -128,7 +166,8 @@ def tt_block(
     *layer: Any,
 ) -> tuple[Tensor, Tensor]:
     """``y`` and the saved buffer, which has no bytes where backward needs nothing."""
-    planned = _Layer(*layer).plan(plan.sizes_of(x, weight, core, factors, (a, b, residual_a, residual_b)))
+    _check_dims("tt_block", weight, factors, x=x, **({} if residual is None else {"residual": residual}))
+    planned = _Layer(*layer).plan(plan.sizes_of(x, weight, core, factors, (a, b, residual_a, residual_b)), x.device)
     y, saved = planned.engine.block_forward(planned, x, weight, core, bias, residual, factors, a, b, residual_a, residual_b)
     return y, x.new_empty(0, dtype=torch.uint8) if saved is None else saved
 
@@ -184,7 +223,13 @@ def tt_block_backward(
     *layer: Any,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """Gradients of x, core, bias and residual; one that is not needed has no elements."""
-    planned = _Layer(*layer).plan(_backward_sizes(dy, weight, core, factors, (a, residual_a), x_shape, channels_last))
+    _check_dims("tt_block_backward", weight, factors, dy=dy)
+    if saved is None:
+        raise TypeError("lora_edge::tt_block_backward: saved is None; give what tt_block returned beside y")
+    if len(needs) != 4:
+        raise ValueError(f"lora_edge::tt_block_backward: needs is {list(needs)}; give four, for x, core, bias and residual")
+    sizes = _backward_sizes(dy, weight, core, factors, (a, residual_a), x_shape, channels_last)
+    planned = _Layer(*layer).plan(sizes, dy.device)
     found = planned.engine.block_backward(planned, dy, saved, weight, core, factors, a, residual_a, needs)
     dx, dcore, dbias, dresidual = (dy.new_empty(0) if t is None else t for t in found)
     return dx, dcore, dbias, dresidual
@@ -250,7 +295,8 @@ def fuse_refusal(
 )
 def tt_fuse(weight: Tensor, core: Tensor, factors: Sequence[Tensor], kernels: str, scale: float) -> Tensor:
     """The fused kernel."""
-    return engine(kernels).fuse_forward(_fuse_plan(weight, core, factors, kernels, scale), weight, core, factors)
+    planned = _fuse_plan(weight, core, factors, kernels, scale)
+    return planned.engine.fuse_forward(planned, weight, core, factors)
 
 
 @tt_fuse.register_fake
@@ -265,7 +311,8 @@ def _(weight: Tensor, core: Tensor, factors: Any, kernels: str, scale: float) ->
 )
 def tt_fuse_backward(dout: Tensor, core: Tensor, factors: Sequence[Tensor], kernels: str, scale: float) -> Tensor:
     """The gradient of the core."""
-    return engine(kernels).fuse_backward(_fuse_plan(dout, core, factors, kernels, scale), dout, core, factors)
+    planned = _fuse_plan(dout, core, factors, kernels, scale)
+    return planned.engine.fuse_backward(planned, dout, core, factors)
 
 
 @tt_fuse_backward.register_fake
@@ -289,7 +336,12 @@ tt_fuse.register_autograd(_fuse_gradients, setup_context=_remember_fuse)
 
 def _fuse_plan(weight: Tensor, core: Tensor, factors: Sequence[Tensor], kernels: str, scale: float) -> FusePlan:
     shapes, dtypes = tuple([t.shape for t in factors]), tuple([t.dtype for t in factors])
-    found = engine(kernels)
+    _check_dims("tt_fuse", weight, factors)
+    if core is None:
+        raise TypeError("lora_edge::tt_fuse: core is None; give a tensor")
+    if not factors:
+        raise ValueError("lora_edge::tt_fuse: factors is empty; give the suffix or the frozen cores")
+    found = _engine(kernels, weight.device, "tt_fuse")
     planned = plan.fuse_plan(found, found.plan_type(), weight.shape, weight.dtype, core.dtype, shapes, dtypes, scale)
     if isinstance(planned, str):
         raise RuntimeError(f"lora_edge::tt_fuse: the kernels do not take this call: {planned}")

@@ -1,4 +1,4 @@
-"""Tensors as compiled code takes them: near enough to count in 32 bits, parameters dense, addresses and strides as ints."""
+"""Tensors as compiled code takes them: near enough to count in 32 bits, parameters dense, places and strides as ints."""
 
 from __future__ import annotations
 
@@ -7,9 +7,12 @@ from torch import Tensor
 _MOST_APART = 2**31 - 1
 
 
-def near(tensor: Tensor) -> Tensor:
-    """``tensor``, or a dense copy of a view whose elements lie further apart than the kernels count: 32 bits."""
-    if tensor.is_contiguous():
+def near(tensor: Tensor, dense_stride: tuple[int, ...] | None = None) -> Tensor:
+    """``tensor``, or a dense copy of a view whose elements lie further apart than the kernels count: 32 bits.
+
+    ``dense_stride`` is one that is known to be near, and quick to compare with.
+    """
+    if tensor.stride() == dense_stride or tensor.is_contiguous():
         return tensor
     span = sum([(size - 1) * stride for size, stride in zip(tensor.shape, tensor.stride(), strict=True)])
     return tensor if span <= _MOST_APART else tensor.contiguous()
@@ -25,9 +28,28 @@ def channels_last(x: Tensor) -> Tensor:
     return x if x.shape[1] == 1 or x.stride(1) == 1 else x.movedim(1, -1).contiguous().movedim(-1, 1)
 
 
-def address(tensor: Tensor | None) -> int:
-    """Where the data begin, 0 for None."""
-    return 0 if tensor is None else tensor.data_ptr()
+Place = tuple[int, int]
+NOWHERE: Place = (0, 0)  # of None
+
+
+def place(tensor: Tensor | None) -> Place:
+    """Where the data of a dense tensor begin and their bytes, zeros for None."""
+    return NOWHERE if tensor is None else (tensor.data_ptr(), tensor.nbytes)
+
+
+def dense_places(tensors: list[Tensor | None]) -> tuple[list[Tensor | None], list[int]]:
+    """The tensors made contiguous, to be held until the launch is done, and their places, flat."""
+    held = [t if t is None or t.is_contiguous() else t.contiguous() for t in tensors]
+    return held, [number for t in held for number in (NOWHERE if t is None else (t.data_ptr(), t.nbytes))]
+
+
+def place_of_view(tensor: Tensor | None) -> Place:
+    """Where the data of a tensor of any strides begin, and the bytes from there to the end of its storage; zeros for None."""
+    if tensor is None:
+        return NOWHERE
+    begin = tensor.data_ptr()
+    storage = tensor.untyped_storage()
+    return begin, storage.data_ptr() + storage.nbytes() - begin
 
 
 def strides(tensor: Tensor | None) -> tuple[int, ...]:

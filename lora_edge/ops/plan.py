@@ -17,11 +17,13 @@ from torch import Tensor
 from lora_edge.ops.activation import Activation
 from lora_edge.ops.conv_args import ConvArgs
 from lora_edge.ops.engines import Engine, engine
+from lora_edge.ops.launch_checks import check_factor_sizes, check_sizes, check_weight_sizes
 from lora_edge.ops.route import choose_route
 from lora_edge.torch_private import constant_when_traced, convolutions_run_in_tf32
 
 PLANS = 1024
 MOST_ELEMENTS = 2**31 - 1
+MOST_REACH = 2**30  # kMostReach of csrc/check.h
 TYPES = {torch.float32: 0, torch.float16: 1, torch.bfloat16: 2}  # enum Type of csrc/problem.h
 FP32, TF32, HALF = range(3)  # enum Precision
 ACTIVATIONS = {None: 0, "relu": 1, "relu6": 2, "hardtanh": 2}  # enum Activation
@@ -73,6 +75,16 @@ class SavedLayout(NamedTuple):
     bytes: int
 
 
+class Dtypes(NamedTuple):
+    """The dtypes of a plan's tensors, None where there is no such tensor."""
+
+    x: torch.dtype
+    weight: torch.dtype
+    core: torch.dtype | None
+    factor: torch.dtype | None
+    affine: torch.dtype | None
+
+
 class BlockPlan(NamedTuple):
     """A call of the convolution kernels, ready but for its addresses."""
 
@@ -88,6 +100,11 @@ class BlockPlan(NamedTuple):
     packed_forward: int  # bytes of scratch, as what follows
     packed_backward: int
     partial: int
+    weight_shape: tuple[int, ...]  # what launch_checks.py compares a call's tensors with, as what follows
+    core_shape: tuple[int, int] | None
+    factor_shapes: tuple[tuple[int, ...], ...]
+    vector_shape: tuple[int]
+    dtypes: Dtypes
 
 
 class FusePlan(NamedTuple):
@@ -96,6 +113,8 @@ class FusePlan(NamedTuple):
     engine: Engine
     native: Any
     partial: int  # bytes of scratch
+    weight_shape: tuple[int, ...]
+    factor_shapes: tuple[tuple[int, ...], ...]
 
 
 def sizes_of(
@@ -138,6 +157,8 @@ def rule(sizes: Sizes, args: ConvArgs, epilogue: Epilogue, saves: Saves, route: 
         return f"activation {epilogue.activation.name}; the kernels take relu, relu6 and hardtanh"
     if any(n == 0 for n in sizes.x[1:]):
         return "an input without channels or positions"
+    if any(n == 0 for n in sizes.weight) or any(n == 0 for shape in sizes.factors for n in shape):
+        return "a weight or suffix without elements"
     if saves.h:
         if route == "auto":
             itemsize = (epilogue.saved_dtype or sizes.dtype).itemsize
@@ -145,10 +166,22 @@ def rule(sizes: Sizes, args: ConvArgs, epilogue: Epilogue, saves: Saves, route: 
         if route == "dense":
             return "the dense route of the core's gradient, by choice or by the cost model; the kernels take the factor route"
     y_shape = output_shape(sizes, args)
-    h = y_shape[0] * math.prod(y_shape[2:]) * args.groups * sizes.rank
-    for name, elements in (("x", math.prod(sizes.x)), ("y", math.prod(y_shape)), ("h", h), ("weight", math.prod(sizes.weight))):
-        if elements > MOST_ELEMENTS:
-            return f"{name} has {elements} elements; the kernels take fewer than 2**31"
+    weight, batch = math.prod(sizes.weight), max(1, sizes.x[0])
+    elements = {
+        "x": batch * math.prod(sizes.x[1:]),
+        "y": batch * math.prod(y_shape[1:]),
+        "h": batch * math.prod(y_shape[2:]) * args.groups * sizes.rank,
+        "weight": weight,
+        "core": sizes.weight[0] * sizes.rank,
+        "suffix": max([weight // sizes.weight[0] * sizes.rank, *[math.prod(shape) for shape in sizes.factors]]),
+    }
+    for name, count in elements.items():
+        if count > MOST_ELEMENTS:
+            return f"{name} has {count} elements; the kernels take fewer than 2**31"
+    padding, kernel = args.total_padding(sizes.weight[2:]), sizes.weight[2:]
+    for n, m, k, s, (low, _), d in zip(sizes.x[2:], y_shape[2:], kernel, args.stride, padding, args.dilation, strict=True):
+        if n + low + d * k + s * m > MOST_REACH:
+            return f"a reach of {n + low + d * k + s * m} positions along an axis; the kernels take up to 2**30"
     return None
 
 
@@ -173,7 +206,12 @@ def precision(dtype: torch.dtype) -> int:
 def block_plan(
     engine: Engine, plan_type: Any, sizes: Sizes, args: ConvArgs, epilogue: Epilogue, saves: Saves, route: str, precision: int
 ) -> BlockPlan | str:
-    """The plan of ``tt_conv`` or ``tt_block``, or the name of what the kernels do not take."""
+    """The plan of ``tt_conv`` or ``tt_block``, or the name of what the kernels do not take.
+
+    Raises:
+        ValueError: the sizes do not fit together.
+    """
+    check_sizes(sizes, args, "tt_block")
     why = rule(sizes, args, epilogue, saves, route)
     if why is not None:
         return why
@@ -189,6 +227,12 @@ def block_plan(
         engine, native, y_shape, y_stride, tuple(sizes.x), dx_stride, saves,
         saved_layout(sizes, args, epilogue, saves), overwrites,
         scratch["packed_forward"], scratch["packed_backward"], scratch["partial"],
+        tuple(sizes.weight), (sizes.weight[0], sizes.rank) if sizes.factors else None,
+        tuple([tuple(shape) for shape in sizes.factors]), (sizes.weight[0],),
+        Dtypes(
+            sizes.dtype, sizes.weight_dtype, sizes.core_dtype, sizes.factor_dtypes[0] if sizes.factors else None,
+            sizes.affine_dtypes[0] if sizes.affine_dtypes else None,
+        ),
     )  # fmt: skip
 
 
@@ -203,12 +247,17 @@ def fuse_plan(
     factor_dtypes: tuple[torch.dtype, ...],
     scale: float,
 ) -> FusePlan | str:
-    """The plan of ``tt_fuse``, or the name of what the kernels do not take."""
+    """The plan of ``tt_fuse``, or the name of what the kernels do not take; raises as :func:`block_plan`."""
+    check_weight_sizes(weight, "tt_fuse")
+    check_factor_sizes(weight, factors, "tt_fuse")
     why = fuse_rule(weight, weight_dtype, core_dtype, factors, factor_dtypes)
     if why is not None:
         return why
     native = plan_type(**_fuse_fields(weight, weight_dtype, core_dtype, factors, factor_dtypes, scale))
-    return native.refusal("tt_fuse") or FusePlan(engine, native, native.scratch()["fuse_partial"])
+    why = native.refusal("tt_fuse")
+    if why is not None:
+        return why
+    return FusePlan(engine, native, native.scratch()["fuse_partial"], tuple(weight), tuple([tuple(shape) for shape in factors]))
 
 
 def fuse_rule(

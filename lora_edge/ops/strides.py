@@ -62,6 +62,17 @@ def in_stock_strides(y: Tensor, inputs: tuple[Tensor, ...] = (), weights: tuple[
     return _StockStrides.apply(y, stride)
 
 
+def restrided(y: Tensor, stride: tuple[int, ...]) -> Tensor:
+    """``y``, or a copy of it in these strides; of dimensions with one element and of empty maps they mean nothing."""
+    if y.stride() == stride or not y.numel() or _differ_by_nothing(y.shape, y.stride(), stride):
+        return y
+    return _StockStrides.apply(y, stride)
+
+
+def _differ_by_nothing(shape: torch.Size, now: tuple[int, ...], wanted: tuple[int, ...]) -> bool:
+    return all(size == 1 or a == b for size, a, b in zip(shape, now, wanted, strict=True))
+
+
 def stock_strides_on_the_cpu(y: Tensor, x: Tensor, weight: Tensor) -> Tensor:
     """:func:`in_stock_strides` of one convolution; the other engines keep to ``x``'s layout by themselves."""
     if not y.is_cpu or torch.compiler.is_compiling():

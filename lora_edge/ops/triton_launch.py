@@ -10,6 +10,7 @@ from collections.abc import Sequence
 
 from torch import Tensor
 
+from lora_edge.ops.launch_checks import check_all_backward, check_all_forward, check_backward, check_fuse
 from lora_edge.ops.memory_layout import dense, near
 from lora_edge.ops.outputs import new_gradients, new_outputs, saved_parts
 from lora_edge.ops.plan import BlockPlan, FusePlan
@@ -37,6 +38,7 @@ def block_forward(
     residual_b: Tensor | None,
 ) -> tuple[Tensor, Tensor | None]:
     """``y``, and what backward needs as one buffer of bytes, None where it needs nothing."""
+    check_all_forward(plan, x, weight, core, bias, residual, factors, (a, b, residual_a, residual_b))
     y, saved = new_outputs(plan, x)
     if plan.y_shape[0] == 0:
         return y, saved
@@ -66,6 +68,8 @@ def block_backward(
     needs: Sequence[bool],
 ) -> tuple[Tensor | None, Tensor | None, Tensor | None, Tensor | None]:
     """Gradients of x, core, bias and residual, each None where ``needs`` says so. ``dy`` may have any strides."""
+    check_backward(plan, dy, saved, weight, core, factors, a, residual_a, needs)
+    check_all_backward(plan, dy, saved, weight, core, factors, a, residual_a)
     dx, dcore, dbias, dresidual = new_gradients(plan, dy, core, needs)
     if plan.y_shape[0] and any(t is not None for t in (dx, dcore, dbias, dresidual)):
         h, bits = saved_parts(plan, saved)
@@ -76,6 +80,7 @@ def block_backward(
 
 def fuse_forward(plan: FusePlan, weight: Tensor, core: Tensor, factors: Sequence[Tensor]) -> Tensor:
     """``W + scale * B S``, dense."""
+    check_fuse(plan, weight, core, factors)
     out = weight.new_empty(weight.shape)
     tt_fuse.forward(plan.native, weight.contiguous(), core.contiguous(), [t.contiguous() for t in factors], out)
     return out
@@ -83,6 +88,7 @@ def fuse_forward(plan: FusePlan, weight: Tensor, core: Tensor, factors: Sequence
 
 def fuse_backward(plan: FusePlan, dout: Tensor, core: Tensor, factors: Sequence[Tensor]) -> Tensor:
     """``scale * dW' S^T``, the gradient of the core."""
+    check_fuse(plan, dout, core, factors, "dout")
     dcore = core.new_empty(core.shape)
     tt_fuse.backward(plan.native, dout.contiguous(), [t.contiguous() for t in factors], dcore)
     return dcore

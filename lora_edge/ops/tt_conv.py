@@ -15,6 +15,7 @@ from torch import Tensor
 from lora_edge.ops import kernels, reference
 from lora_edge.ops.checks import check_conv, check_factors, check_output, check_saved_dtype
 from lora_edge.ops.conv_args import ConvArgs, conv, conv_args, conv_input_grad, conv_weight_grad
+from lora_edge.ops.half_precision import narrowed
 from lora_edge.ops.once import once_differentiable
 from lora_edge.ops.plan import Epilogue
 from lora_edge.ops.route import ROUTES, choose_route
@@ -104,6 +105,9 @@ def _tt_conv(
     needs_grad = any(t is not None and t.requires_grad for t in (x, weight, core, suffix, bias))
     if not (torch.is_grad_enabled() and needs_grad):
         return conv(x, _fused(weight, core, suffix, scale, x.dtype), bias, args)
+    if route == "auto":  # here and not in the Function, where torch.compile takes no decision on sizes that are symbols
+        itemsize = (saved_dtype or x.dtype).itemsize
+        route = choose_route(weight.shape, core.shape[1], args, x.shape[2:], itemsize / x.dtype.itemsize)
     return _TTConv.apply(x, weight, core, suffix, bias, args, scale, route, saved_dtype)
 
 
@@ -130,15 +134,12 @@ class _TTConv(torch.autograd.Function):
         _, needs_weight, needs_core, needs_suffix, *_ = ctx.needs_input_grad
         if needs_weight or needs_suffix:
             route = "dense"
-        elif route == "auto":
-            itemsize = (saved_dtype or x.dtype).itemsize
-            route = choose_route(weight.shape, core.shape[1], args, x.shape[2:], itemsize / x.dtype.itemsize)
         saved = None
         if needs_weight or needs_suffix or (needs_core and route == "dense"):
             saved = x
         elif needs_core:
             rows = suffix.to(x.dtype).repeat(args.groups, *[1] * (suffix.dim() - 1))
-            saved = conv(x, rows, None, args).to(saved_dtype or x.dtype)
+            saved = narrowed(conv(x, rows, None, args), saved_dtype or x.dtype)
         ctx.save_for_backward(weight, core, suffix, saved)
         ctx.args, ctx.scale, ctx.route, ctx.size = args, scale, route, x.shape[2:]
         return y
