@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import ast
+import contextlib
 import functools
 import importlib
 from pathlib import Path
@@ -14,6 +15,7 @@ from torch import nn
 import lora_edge
 from compat.torch_names import Names, defined_names, newer_names
 from lora_edge import torch_private
+from lora_edge.ops import kernels
 from networks import network
 
 PACKAGE = Path(lora_edge.__file__).parent
@@ -232,3 +234,27 @@ def test_constant_when_traced_is_what_torch_marks():
     def theirs(): ...
 
     assert vars(torch_private.constant_when_traced(ours)) == vars(torch.compiler.assume_constant_result(theirs))
+
+
+MARKED = [
+    (module, name)
+    for module in (importlib.import_module(f"lora_edge.ops.{m}") for m in ("backends", "engines", "extension", "plan"))
+    for name, function in vars(module).items()
+    if hasattr(function, "_dynamo_marked_constant")
+]
+
+
+@pytest.mark.parametrize("backend", ["auto", "torch", "cpu"])
+def test_compiling_overwrites_no_global_name(backend):
+    """Neither of the user's module nor of the library's, where torch 2.4 put a function's result in the function's place."""
+    mine = dict.fromkeys((name for _, name in MARKED), "mine")
+    tensors = [torch.randn(shape) for shape in ((2, 4, 9), (4, 4, 3), (4, 2), (2, 4, 3))]
+    scope = {**mine, "ops": lora_edge.ops, "tensors": tensors}
+    exec(f"def block(): return ops.tt_block(*tensors, padding=1, backend={backend!r})", scope)
+    with contextlib.suppress(RuntimeError):  # the CPU engine is not traced
+        torch.compile(scope["block"], backend="eager")()
+    assert len(mine) >= 4
+    assert {name: scope[name] for name in mine} == mine
+    assert all(callable(getattr(module, name)) for module, name in MARKED)
+    assert all(callable(value) for name, value in vars(kernels).items() if name in mine)
+    assert lora_edge.ops.tt_block(*tensors, padding=1).shape == (2, 4, 9)
