@@ -1,4 +1,4 @@
-"""Forwards on which a fuser that follows Python or autograd only nearly goes wrong: each found by trying, each beside its twin."""
+"""Forwards on which a fuser that follows Python or autograd only nearly goes wrong, each beside its stock twin."""
 
 from __future__ import annotations
 
@@ -17,6 +17,7 @@ from lora_edge.blocks import LeanModule
 from twins import compare_steps, take_step, twins
 
 EXACT = 1e-10  # of the largest value, in float64: some ten roundings a layer
+ROUGH = 0.1  # under autocast: the same in bfloat16
 
 
 class Case(nn.Module):
@@ -24,6 +25,7 @@ class Case(nn.Module):
 
     requires_grad = True  # of the inputs
     count = 1  # of inputs
+    autocast = False
 
     def __init__(self) -> None:
         super().__init__()
@@ -234,7 +236,7 @@ class Calculates(Case):
         k /= 2
         j = k
         j += 1
-        return self.block(x) * k, j, n // 4, -n, round(n / 4), int(k), float(n), max(n, 3), [n] * 2, divmod(n, 4), "%d" % n
+        return self.block(x) * k, j, n // 4, -n, round(n / 4), int(k), float(n), max(n, 3), [n] * 2, divmod(n, 4), "%d" % n  # noqa: UP031
 
 
 # a symbol is no key, no text, and no known type
@@ -549,6 +551,11 @@ class ChannelsLast(Strided):
 
 
 @case
+class ChannelsLastUnderAutocast(ChannelsLast):
+    autocast = True
+
+
+@case
 class Transposed(Strided):
     def other(self, x):
         return x.transpose(1, 3).contiguous().transpose(1, 3)
@@ -583,8 +590,9 @@ def run(cls: type[Case], **options: object) -> None:
             model.train(step % 2 == 0)
             model.change(step)
             own = [x.clone(memory_format=torch.preserve_format).requires_grad_(cls.requires_grad) for x in inputs]
-            outcomes.append(take_step(model, lambda m, own=own: (m(*own), own), step))
-        compare_steps(pair, *outcomes, EXACT)
+            with torch.autocast("cpu", torch.bfloat16, enabled=cls.autocast):
+                outcomes.append(take_step(model, lambda m, own=own: (m(*own), own), step))
+        compare_steps(pair, *outcomes, ROUGH if cls.autocast else EXACT)
 
 
 @pytest.mark.parametrize("options", [{}, {"backend": "torch"}, {"bn": "batch"}], ids=["lean", "torch", "batch"])

@@ -28,7 +28,7 @@ _OURS = ("_lean_plans", "_lean_plans_made", "_lora_edge", "lean", "mode_asked_fo
 _OF_TORCH = ("_parameters", "_buffers", "_modules")
 
 
-class Mismatch(AssertionError):
+class Mismatch(AssertionError):  # noqa: N818  # reads better where it is raised
     """The twins differ."""
 
 

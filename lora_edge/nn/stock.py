@@ -66,7 +66,16 @@ class StockStrides:
     @torch.no_grad()
     def find(self, modules: tuple[nn.Module, ...], values: tuple[Any, ...]) -> tuple[int, ...]:
         """The strides that stock layers give for inputs of these sizes and strides."""
-        known: dict[fx.Node, Any] = {node: _alike(value) for node, value in zip(self.inputs, values, strict=True)}
+        # in one dtype, whatever autocast makes of it on the way: it is no question of strides
+        dtype = modules[self.convs[0]].weight.dtype if self.convs else None
+        known: dict[fx.Node, Any] = {node: _alike(value, dtype) for node, value in zip(self.inputs, values, strict=True)}
+        device = next((value.device.type for value in values if isinstance(value, Tensor)), "cpu")
+        with torch.autocast(device, enabled=False):
+            self.run(known, modules)
+        return known[self.result].stride()  # type: ignore[no-any-return]
+
+    def run(self, known: dict[fx.Node, Any], modules: tuple[nn.Module, ...]) -> None:
+        """Run the steps on what is known of the inputs."""
         for step in self.steps:
             args = fx.node.map_arg(step.args, known.__getitem__)
             kwargs = fx.node.map_arg(step.kwargs, known.__getitem__)
@@ -76,7 +85,6 @@ class StockStrides:
                 known[step] = getattr(args[0], step.target)(*args[1:], **kwargs)  # type: ignore[arg-type]
             else:
                 known[step] = step.target(*args, **kwargs)  # type: ignore[operator]
-        return known[self.result].stride()  # type: ignore[no-any-return]
 
 
 def _steps(result: fx.Node, inputs: list[fx.Node]) -> list[fx.Node]:
@@ -96,10 +104,11 @@ def _stock(module: nn.Module, *args: Any, **kwargs: Any) -> Any:
     return getattr(module, "stock", type(module)).forward(module, *args, **kwargs)
 
 
-def _alike(value: Any) -> Any:
+def _alike(value: Any, dtype: torch.dtype | None) -> Any:
     if not isinstance(value, Tensor):
         return value
-    return torch.empty_strided(value.shape, value.stride(), dtype=value.dtype, device=value.device)
+    wanted = dtype if dtype is not None and value.is_floating_point() else value.dtype
+    return torch.empty_strided(value.shape, value.stride(), dtype=wanted, device=value.device)
 
 
 def _is_plain(tensor: Tensor) -> bool:
