@@ -315,7 +315,7 @@ class Writer:
             f"{m}.register_forward_hook(lambda s, a, out: out + 1)", f"{m}.register_full_backward_hook(lambda s, i, o: None)",
             f"once({m})", f"flips({m}, m)", f"{m}.register_forward_pre_hook(lambda s, a, k: (a, k), with_kwargs=True)",
             f"{m}.conv.register_forward_hook(lambda s, a, out: None)", 'ns["Block"].tail = lambda self, x: x * 3',
-            f"{m}.conv.register_full_backward_hook(lambda s, i, o: None)",  # on a BatchNorm torch gets N = 1, channels-last wrong
+            f"{m}.conv.register_full_backward_hook(lambda s, i, o: None)",
         ]  # fmt: skip
         return name
 
@@ -572,10 +572,19 @@ class Writer:
         while True:
             before = len(self.init), len(self.changes), len(self.blocks), self.generator
             lines = self.rng.choice(kinds)()
+            self.drop_unused(lines, *before[:2])
             if not (self.pure and _impure.search("\n".join([*lines, *self.init[before[0] :]]))):
                 return lines
             del self.init[before[0] :], self.changes[before[1] :], self.blocks[before[2] :]
             self.generator = before[3]
+
+    def drop_unused(self, lines: list[str], init: int, changes: int) -> None:
+        """Take back the layers of the choices that were not taken."""
+        used = {*re.findall(r"self\.(\w+)", "\n".join(lines))}
+        made = {line: re.match(r"self\.(\w+) =", line) for line in self.init[init:]}
+        unused = {found[1] for found in made.values() if found and found[1] not in used}
+        self.init[init:] = [line for line, found in made.items() if not found or found[1] not in unused]
+        self.changes[changes:] = [c for c in self.changes[changes:] if not unused & {*re.findall(r"\bm\.(\w+)", c)}]
 
     def program(self) -> Program:
         body: list[str] = []
@@ -595,6 +604,9 @@ class Writer:
         text = self.text([*body, *below], returns)
         rng = self.rng
         steps = [self.step(k) for k in range(rng.randint(2, 4))]
+        if any("full_backward" in change for step in steps for change in step.changes):
+            for step in steps:  # torch's own BatchNorm gets the gradient of such a map wrong: N = 1, channels-last, behind a hook
+                step.batch = 3 if step.batch == 1 else step.batch
         options: dict[str, Any] = {}
         if self.pick(0, 0, 0, 1):
             options["bn"] = "batch"
