@@ -518,7 +518,7 @@ class Calls:
     def _zip(self, args: list[Any], kwargs: dict[str, Any]) -> Any:
         if kwargs.keys() - {"strict"} or type(kwargs.get("strict", False)) is not bool:
             refuse("it calls zip with other arguments than it takes")
-        return Once(zip(*map(self.iterate, args), **kwargs))
+        return Once(zip(*map(self.iterate, args), strict=kwargs.get("strict", False)))
 
     def _reversed(self, args: list[Any], kwargs: dict[str, Any]) -> Any:
         (value,) = args
