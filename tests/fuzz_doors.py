@@ -223,7 +223,7 @@ def ops_door(dice: random.Random, counts: Counter[str]) -> None:
         return value
 
     if positional[2] is not None and isinstance(positional[2], Tensor) and positional[2].is_floating_point():
-        positional = (*positional[:2], positional[2].clone().requires_grad_(), *positional[3:])
+        positional = (*positional[:2], positional[2].detach().requires_grad_(), *positional[3:])
     attempt(run, counts)
 
 
