@@ -43,7 +43,7 @@ _VIDEO = ["mc3_18", "r2plus1d_18", "r3d_18"]
 _SEGMENTATION = ["lraspp_mobilenet_v3_large"]
 _TIMM = {
     SMALL: [
-        "bat_resnext26ts", "botnet26t_256", "convmixer_768_32", "convnext_atto", "convnextv2_atto", "cspdarknet53",
+        "gcresnext26ts", "botnet26t_256", "convnext_atto", "convnextv2_atto", "cspdarknet53",
         "cspresnet50", "densenet121", "dla46_c", "dpn48b", "eca_resnext26ts", "efficientnet_es", "efficientnet_lite0",
         "ese_vovnet19b_slim", "fasternet_t0", "fastvit_t8", "fbnetc_100", "fbnetv3_b", "gernet_s", "ghostnet_050",
         "ghostnetv2_100", "hardcorenas_a", "hgnetv2_b0", "hrnet_w18_small", "inception_next_atto", "lcnet_035",

@@ -14,13 +14,15 @@
     verdict         right, refused, or what is wrong
 
 Random weights; BatchNorm's affine is drawn and its statistics come from a few batches. torchvision's and timm's models are
-there where those are installed. Each model is examined in a process of its own. Writes ``results/cpu/models.csv``.
+there where those are installed. Each model is examined in a process of its own. Writes
+``results/cpu/models.csv``, where rows of models that were not asked for stay.
 """
 
 from __future__ import annotations
 
 import argparse
 import copy
+import csv
 import multiprocessing
 import os
 import platform
@@ -73,6 +75,10 @@ class Examination:
         norms = [m for m in model.modules() if isinstance(m, nn.modules.batchnorm._BatchNorm)]
         momenta = [norm.momentum for norm in norms]
         with torch.no_grad():
+            for module in model.modules():  # zeros, such as a head's, would hide everything that is in front of them
+                weight = getattr(module, "weight", None)
+                if isinstance(weight, Tensor) and weight.dim() > 1 and not weight.any():
+                    weight.normal_(std=0.02)
             for norm in norms:
                 norm.momentum = 0.5
                 if norm.affine:
@@ -123,11 +129,11 @@ class Examination:
         none = [name for name in want if (want[name] is None) != (lean_grads[name] is None)]
         if none:
             raise RuntimeError(f"{len(none)} cores get a gradient in one of the two only, such as {none[0]}")
-        whole = max((float(g.norm()) for g in want.values() if g is not None), default=1.0)
-        errors = [
-            float((lean_grads[n] - g).norm() / max(float(g.norm()), 1e-9 * whole)) for n, g in want.items() if g is not None
-        ]
-        self.row["gradient_error"] = f"{max(errors, default=0.0):.1e}"
+        pairs = [(lean_grads[name], g) for name, g in want.items() if g is not None]
+        norms = torch.stack([g.norm() for _, g in pairs])
+        floors = norms.clamp_min(max(1e-9 * float(norms.max()), 1e-30))
+        errors = torch.stack([(got - g).norm() for got, g in pairs]) / floors
+        self.row["gradient_error"] = f"{float(errors.max()):.1e}"  # not a number where one is not
         self.row["moved"] = len(moved - self.moved_in_evaluation())
 
     def moved_in_evaluation(self) -> set[str]:
@@ -204,7 +210,8 @@ def output(model: nn.Module, x: Tensor) -> list[Tensor]:
 
 def error_of(got: list[Tensor], want: list[Tensor]) -> float:
     """The largest relative error of several tensors, in norm."""
-    return max(float((a - b).norm() / b.norm().clamp_min(1e-30)) for a, b in zip(got, want, strict=True))
+    errors = [(a - b).norm() / b.norm().clamp_min(1e-30) for a, b in zip(got, want, strict=True)]
+    return float(torch.stack(errors).max())
 
 
 def same(got: list[Tensor], want: list[Tensor]) -> str:
@@ -302,13 +309,17 @@ def main() -> int:
     parser.add_argument("--only", nargs="+", default=[""], help="parts of names, such as timm: or resnet")
     parser.add_argument("--out", type=Path, default=RESULTS / "cpu" / "models.csv")
     options = parser.parse_args()
-    chosen = [d for d in definitions().values() if any(part in d.name for part in options.only)]
-    rows = []
-    for definition in chosen:
-        row = in_a_process(definition)
-        rows.append(row)
-        print(f"{row['model']}: {row['verdict']} ({row['seconds']} s)", flush=True)
-        write_rows(options.out, FIELDS, rows)
+    known = definitions()
+    chosen = [name for name in known if any(part in name for part in options.only)]
+    kept: dict[str, dict[str, Any]] = {}
+    if options.out.is_file():
+        with options.out.open(newline="") as file:
+            kept = {row["model"]: row for row in csv.DictReader(file) if row["model"] in known}
+    for name in chosen:
+        row = kept[name] = in_a_process(known[name])
+        print(f"{name}: {row['verdict']} ({row['seconds']} s)", flush=True)
+        write_rows(options.out, FIELDS, (kept[name] for name in known if name in kept))
+    rows = [kept[name] for name in chosen]
     verdicts = Counter(row["verdict"].partition(":")[0] for row in rows)
     print(f"{len(rows)} definitions:", ", ".join(f"{number} {name}" for name, number in verdicts.most_common()))
     return 0 if verdicts.keys() <= {"right", "refused"} else 1

@@ -393,7 +393,7 @@ def _run_of(module: nn.Module, names: list[str], training: bool | None) -> Plan 
         try:
             x = evaluator.argument(("tensor", None))
             for name in names:
-                x = evaluator.follow(lambda child=children[name], x=x: evaluator.calls.enter(child, [x], {}))
+                x = evaluator.follow(functools.partial(evaluator.calls.enter, children[name], [x], {}))
             evaluator.finish(x)
         except (Refused, RecursionError):
             return None

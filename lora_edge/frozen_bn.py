@@ -5,6 +5,7 @@
 
 from __future__ import annotations
 
+import warnings
 from typing import Any, ClassVar, NamedTuple
 
 import torch
@@ -48,14 +49,11 @@ class FrozenNorm(_BatchNorm):
         return self
 
     def reset_running_stats(self) -> None:
-        """What ``torch.optim.swa_utils.update_bn`` begins with, after which a frozen layer would stay at mean 0.
-
-        Raises:
-            RuntimeError: always.
-        """
-        raise RuntimeError(
-            "the statistics of a frozen BatchNorm are not estimated in training; "
-            'call lora_edge.calibrate_bn(model, batches), or adapt with bn="batch"'
+        """Keeps the statistics; ``torch.optim.swa_utils.update_bn`` begins with it, and a frozen layer estimates none."""
+        warnings.warn(
+            "the statistics of a frozen BatchNorm stay as they are; to move them call lora_edge.calibrate_bn(model, batches), "
+            'or adapt with bn="batch"',
+            stacklevel=2,
         )
 
     def is_lean(self) -> bool:
@@ -237,6 +235,14 @@ def freeze_bn(bn: nn.Module, lean: bool = False) -> None:
     bn.__class__ = frozen_class(type(bn))  # type: ignore[assignment]
     bn.lean, bn.mode_asked_for = lean, bn.training  # type: ignore[assignment]
     bn.training = False
+
+
+def freeze_as(bn: nn.Module, frozen: FrozenNorm) -> None:
+    """Freeze a BatchNorm that takes the place of a frozen one, with what is known of that."""
+    freeze_bn(bn, frozen.lean)
+    bn.mode_asked_for = frozen.mode_asked_for  # type: ignore[assignment]
+    if "_base_statistics" in frozen.__dict__:
+        bn.__dict__["_base_statistics"] = frozen.__dict__["_base_statistics"]
 
 
 def unfreeze_bn(bn: FrozenNorm) -> None:

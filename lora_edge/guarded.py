@@ -1,7 +1,7 @@
 """While a model is adapted, no tool can take an adapted layer out of it without a word.
 
 Tools that fuse, re-parameterize or convert layers (timm's ``reparameterize_model``, ultralytics' ``fuse``,
-``convert_sync_batchnorm``, code that writes ``parent._modules[name]``) read a layer's base weight, put another layer in its
+code that writes ``parent._modules[name]``) read a layer's base weight, put another layer in its
 place, and its update is lost. So :func:`guard` watches the submodules of every module that holds adapted layers, at the one
 dictionary that all of these write to; :func:`unguard` ends it. A module that *contains* the layer it replaces, as a wrapper
 does, is allowed, and so is a copy of an adapted layer in its place.
@@ -14,7 +14,7 @@ from typing import Any, NoReturn
 from torch import nn
 from torch.nn.modules.conv import _ConvNd
 
-from lora_edge.frozen_bn import FrozenNorm
+from lora_edge.frozen_bn import FrozenNorm, freeze_as
 from lora_edge.layers import LoRAEdgeConv
 
 
@@ -32,6 +32,8 @@ class GuardedModules(dict[str, Any]):
 
     def __setitem__(self, name: str, module: nn.Module | None) -> None:
         old = self.get(name)
+        if isinstance(old, FrozenNorm) and type(module) is nn.SyncBatchNorm and module.running_mean is old.running_mean:
+            freeze_as(module, old)  # convert_sync_batchnorm made it of the frozen one's own tensors
         if old is not None and old is not module:
             _check(f"replace {name}", old, module)
         if isinstance(module, _ConvNd) and not isinstance(old, _ConvNd) and any(map(_updates, self.values())):

@@ -3,7 +3,7 @@
     BatchNorm on its running statistics     a fixed scale and shift: saves nothing (:mod:`lora_edge.frozen_bn`)
     ReLU, ReLU6, Hardtanh, LeakyReLU, Hardsigmoid     one bit an element
     MaxPool1d/2d/3d                         the place in the window, one byte an element of the output
-    Dropout                                 one bit an element: its mask
+    Dropout                                 its mask, one bit an element, or the generator's state
     Conv1d/2d/3d that is not adapted        nothing: a stock one saves its input, frozen or not (pytorch#133566)
 
 :func:`make_lean` re-classes the stock layers of a model in place, :func:`make_stock` re-classes them back; names, hooks and
@@ -180,7 +180,7 @@ class _MaxPool(torch.autograd.Function):
 
 
 class LeanDropout(LeanLayer, nn.Dropout):
-    """``nn.Dropout`` that keeps one bit per element; the mask and the generator's state are those of the stock layer."""
+    """``nn.Dropout`` that keeps at most one bit per element; mask and generator's state are those of the stock layer."""
 
     stock = nn.Dropout
 
@@ -192,24 +192,36 @@ class LeanDropout(LeanLayer, nn.Dropout):
 
 
 class _Dropout(torch.autograd.Function):
+    """Keeps the mask's bits, or on the CPU the generator's state where that is fewer bytes and draws the mask anew."""
+
     @staticmethod
     def forward(ctx: Any, x: Tensor, p: float) -> Tensor:
+        ctx.p, ctx.shape, ctx.bits = p, x.shape, None
         if x.is_cuda:
             y, kept = torch.native_dropout(x, p, True)
         else:  # what F.dropout does there
+            state = torch.get_rng_state() if x.is_cpu else None
             noise = torch.empty_like(x).bernoulli_(1 - p)
+            if state is not None and 8 * state.nbytes < x.numel():
+                ctx.save_for_backward(state)
+                ctx.stride = noise.stride()
+                return x * noise.div_(1 - p)
             kept = noise != 0
             y = x * noise.div_(1 - p)
+        ctx.bits = memory_format(kept)
         ctx.save_for_backward(pack(kept))
-        ctx.p, ctx.shape, ctx.format = p, x.shape, memory_format(kept)
         return y
 
     @staticmethod
     @linear_once_differentiable
     def backward(ctx: Any, dy: Tensor) -> tuple[Tensor | None, ...]:  # type: ignore[override]
-        (bits,) = ctx.saved_tensors
-        kept = unpack(bits, ctx.shape, ctx.format)
-        return dy * kept.to(dy.dtype).div_(1 - ctx.p), None
+        (saved,) = ctx.saved_tensors
+        if ctx.bits is not None:
+            noise = unpack(saved, ctx.shape, ctx.bits).to(dy.dtype)
+        else:
+            generator = torch.Generator().set_state(saved)
+            noise = dy.new_empty_strided(ctx.shape, ctx.stride).bernoulli_(1 - ctx.p, generator=generator)
+        return dy * noise.div_(1 - ctx.p), None
 
 
 class LeanConv(LeanLayer, nn.modules.conv._ConvNd):

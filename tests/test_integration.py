@@ -178,3 +178,16 @@ def test_a_cuda_graph_captures_a_training_step(backend):
         got = step()
     graph.replay()
     torch.testing.assert_close(got, want)
+
+
+@pytest.mark.parametrize("lean", [True, False])
+def test_compile_with_symbolic_sizes(lean):
+    model, x = network("1-D")
+    lora_edge.adapt(model, 2, lean=lean)
+    nn.init.normal_(next(lora_edge.trainable_parameters(model)), std=0.1)
+    parameters = list(lora_edge.trainable_parameters(model))
+    want = torch.autograd.grad(model(x).square().sum(), parameters)
+    torch._dynamo.reset()
+    got = torch.autograd.grad(torch.compile(model, dynamic=True, backend="aot_eager")(x).square().sum(), parameters)
+    for g, w in zip(got, want, strict=True):
+        torch.testing.assert_close(g, w, rtol=1e-4, atol=1e-4 * float(w.norm()))

@@ -106,7 +106,6 @@ def without_norms(model: Net) -> None:
 TOOLS = {
     "re-parameterize": reparameterize, "fold BatchNorm": fuse, "exchange": exchange, "BatchNorm taken out": without_norms,
     "fuse_conv_bn_eval": lambda m: fusion.fuse_conv_bn_eval(m.block[0].conv, m.block[0].bn),
-    "convert_sync_batchnorm": nn.SyncBatchNorm.convert_sync_batchnorm,
     "new weight": lambda m: setattr(m.last, "weight", nn.Parameter(torch.zeros(4, 4, 3))),
     "del": lambda m: delattr(m, "last"),
     "None": lambda m: setattr(m, "last", None),
@@ -135,9 +134,7 @@ def test_a_tool_that_would_lose_the_update_says_merge_first(tool, lean, copied):
     torch.testing.assert_close(model(X), want)
 
 
-@pytest.mark.parametrize(
-    "tool", ["re-parameterize", "fold BatchNorm", "convert_sync_batchnorm", "BatchNorm taken out", "save_pretrained"]
-)
+@pytest.mark.parametrize("tool", ["re-parameterize", "fold BatchNorm", "BatchNorm taken out", "save_pretrained"])
 def test_after_merge_every_tool_works(tool):
     model = trained()
     want = model(X).detach()
@@ -147,6 +144,23 @@ def test_after_merge_every_tool_works(tool):
     assert "save_pretrained" not in vars(model)
     if tool in ("re-parameterize", "fold BatchNorm"):
         torch.testing.assert_close(model(X), want)
+
+
+@pytest.mark.parametrize("copied", [False, True], ids=["in place", "copied"])
+@pytest.mark.parametrize("lean", [True, False])
+def test_convert_sync_batchnorm_keeps_it_frozen(lean, copied, tmp_path):
+    model = trained(lean)
+    want = model(X).detach()
+    statistics = {name: value.clone() for name, value in model.named_buffers()}
+    model = nn.SyncBatchNorm.convert_sync_batchnorm(copy.deepcopy(model) if copied else model).train()
+    norms = [m for m in model.modules() if isinstance(m, nn.SyncBatchNorm)]
+    assert norms
+    assert not any(norm.training for norm in norms)
+    torch.testing.assert_close(model(X), want)
+    assert all(torch.equal(value, statistics[name]) for name, value in model.named_buffers())
+    lora_edge.save_adapter(model, tmp_path / "a.safetensors")
+    lora_edge.merge(model)
+    assert all(type(norm) is nn.SyncBatchNorm and norm.training for norm in norms)
 
 
 def test_what_keeps_the_adapted_layers_is_allowed():

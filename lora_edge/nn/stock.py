@@ -21,6 +21,21 @@ from lora_edge.ops.strides import restrided
 _MOST_KNOWN = 64  # sizes and strides of inputs that a door remembers
 
 
+class Sketch:
+    """Sizes and strides of a tensor, without its values."""
+
+    def __init__(self, tensor: Tensor) -> None:
+        self.shape, self.strides = tensor.shape, tensor.stride()
+        self.dtype, self.device = tensor.dtype, tensor.device
+        self.contiguous = tensor.is_contiguous()
+
+    def stride(self) -> tuple[int, ...]:
+        return self.strides
+
+    def is_contiguous(self) -> bool:
+        return self.contiguous
+
+
 class StockStrides:
     """A function of a graph: gives a map in its stock strides.
 
@@ -49,7 +64,7 @@ class StockStrides:
             modules: called :attr:`names`; a graph's function holds none, so that a model goes with its last reference.
             values: of the inputs.
         """
-        tensors = [value for value in values if isinstance(value, Tensor)]
+        tensors = [value for value in values if isinstance(value, (Tensor, Sketch))]
         tensors += [modules[k].weight for k in self.convs]  # type: ignore[misc]
         if all(map(_is_plain, tensors)):
             stride = _dense(y.shape)
@@ -104,14 +119,19 @@ def _stock(module: nn.Module, *args: Any, **kwargs: Any) -> Any:
     return getattr(module, "stock", type(module)).forward(module, *args, **kwargs)
 
 
+<<<<<<< HEAD
 def _alike(value: Any, dtype: torch.dtype | None) -> Any:
     if not isinstance(value, Tensor):
+=======
+def _alike(value: Any) -> Any:
+    if not isinstance(value, (Tensor, Sketch)):
+>>>>>>> main
         return value
     wanted = dtype if dtype is not None and value.is_floating_point() else value.dtype
     return torch.empty_strided(value.shape, value.stride(), dtype=wanted, device=value.device)
 
 
-def _is_plain(tensor: Tensor) -> bool:
+def _is_plain(tensor: Tensor | Sketch) -> bool:
     """Contiguous, and so to torch: where a dimension has one element, its stride decides what kind of map that is."""
     return tensor.is_contiguous() and (1 not in tensor.shape or tensor.stride() == _dense(tensor.shape))
 

@@ -160,7 +160,11 @@ def _run_block(
     tensors = (x, weight, core, suffix, bias, residual)
     if not (torch.is_grad_enabled() and any(t is not None and t.requires_grad for t in tensors)):
         return _forward(x, weight, core, suffix, bias, residual, affine, residual_affine, args, epilogue, False)[0]
-    return _TTBlock.apply(*tensors, *(affine or (None, None)), *(residual_affine or (None, None)), args, epilogue)
+    route = "dense"
+    if core is not None and core.requires_grad:  # here and not in the Function, where torch.compile takes no decision on sizes
+        itemsize = (epilogue.saved_dtype or x.dtype).itemsize
+        route = choose_route(weight.shape, core.shape[1], args, x.shape[2:], itemsize / x.dtype.itemsize)
+    return _TTBlock.apply(*tensors, *(affine or (None, None)), *(residual_affine or (None, None)), args, epilogue, route)
 
 
 def _forward(
@@ -228,6 +232,7 @@ class _TTBlock(torch.autograd.Function):
         residual_b: Tensor | None,
         args: ConvArgs,
         epilogue: Epilogue,
+        route: str,
     ) -> Tensor:
         affine = None if a is None or b is None else (a, b)
         residual_affine = None if residual_a is None or residual_b is None else (residual_a, residual_b)
@@ -238,8 +243,7 @@ class _TTBlock(torch.autograd.Function):
         elif needs_core:
             assert core is not None
             assert suffix is not None
-            itemsize = (epilogue.saved_dtype or x.dtype).itemsize
-            ctx.route = choose_route(weight.shape, core.shape[1], args, x.shape[2:], itemsize / x.dtype.itemsize)
+            ctx.route = route
             saved = x
             if ctx.route == "factor":
                 rows = suffix.to(x.dtype).repeat(args.groups, *[1] * (suffix.dim() - 1))
@@ -293,7 +297,7 @@ class _TTBlock(torch.autograd.Function):
                 add("bias", dz.sum(dim=[0, *range(2, dz.dim())], dtype=torch.promote_types(dz.dtype, torch.float32)))
             if dx is not None:
                 dx[part] = conv_input_grad(dz, fused, ctx.shape[2:], even)
-        return (dx, *_parameter_grads(sums, ctx, weight, core, suffix, a), dresidual, *[None] * 6)
+        return (dx, *_parameter_grads(sums, ctx, weight, core, suffix, a), dresidual, *[None] * 7)
 
 
 def _parameter_grads(

@@ -105,6 +105,9 @@ def _tt_conv(
     needs_grad = any(t is not None and t.requires_grad for t in (x, weight, core, suffix, bias))
     if not (torch.is_grad_enabled() and needs_grad):
         return conv(x, _fused(weight, core, suffix, scale, x.dtype), bias, args)
+    if route == "auto":  # here and not in the Function, where torch.compile takes no decision on sizes that are symbols
+        itemsize = (saved_dtype or x.dtype).itemsize
+        route = choose_route(weight.shape, core.shape[1], args, x.shape[2:], itemsize / x.dtype.itemsize)
     return _TTConv.apply(x, weight, core, suffix, bias, args, scale, route, saved_dtype)
 
 
@@ -131,9 +134,6 @@ class _TTConv(torch.autograd.Function):
         _, needs_weight, needs_core, needs_suffix, *_ = ctx.needs_input_grad
         if needs_weight or needs_suffix:
             route = "dense"
-        elif route == "auto":
-            itemsize = (saved_dtype or x.dtype).itemsize
-            route = choose_route(weight.shape, core.shape[1], args, x.shape[2:], itemsize / x.dtype.itemsize)
         saved = None
         if needs_weight or needs_suffix or (needs_core and route == "dense"):
             saved = x

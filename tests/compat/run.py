@@ -42,7 +42,7 @@ NEEDED = ["numpy", "safetensors", "pytest", "hypothesis", "tensorly", "pybind11>
 # Not the core: they need extras, a compiler, a device or minutes; torch's version is nothing to them or tested by what is left.
 LEFT_OUT = {
     "build", "check", "cli", "cuda_backend", "frame", "har", "host_layer", "kernel_benchmark", "kernels", "methods", "peft",
-    "sm87", "study", "triton",
+    "sm87", "study", "triton", "finds_out_early", "plain_install",
 }  # fmt: skip
 ONLY_NATIVE = {"integration"}  # torch.compile and DistributedDataParallel: a compiler and processes of the emulated machine
 ABOUT = "import json, platform, torch; print(json.dumps([platform.machine(), torch.__version__, platform.python_version()]))"
@@ -89,7 +89,7 @@ def examine(name: str, machine: Machine) -> dict[str, object]:
     about = subprocess.run([machine.python, "-W", "ignore", "-c", ABOUT], capture_output=True, text=True, check=True, cwd=ROOT)
     processor, torch, python = json.loads(about.stdout.splitlines()[-1])
     print(f"{name}: {processor}, torch {torch}, Python {python}", flush=True)
-    command = [machine.python, "-m", "pytest", "-p", "no:cacheprovider", "--every", machine.every, "--durations=10"]
+    command = [machine.python, "-u", "-m", "pytest", "-p", "no:cacheprovider", "--every", machine.every, "--durations=10"]
     started = time.monotonic()
     process = subprocess.Popen(
         [*map(str, [*command, *machine.options]), *(str(path.relative_to(ROOT)) for path in machine.tests)],
