@@ -128,11 +128,7 @@ class Evaluator:
         return node
 
     def finish(self, output: Any) -> None:
-<<<<<<< HEAD
-        """What the graph returns: values of this call, no list or dictionary twice, since the caller may write into them."""
-=======
         """What the graph returns: values of this call, and no list or dictionary twice: the caller may write into them."""
->>>>>>> main
         self._check_output(output, set())
         self.graph.output(self.as_argument(output))
 

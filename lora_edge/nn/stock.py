@@ -82,9 +82,9 @@ class StockStrides:
     def find(self, modules: tuple[nn.Module, ...], values: tuple[Any, ...]) -> tuple[int, ...]:
         """The strides that stock layers give for inputs of these sizes and strides."""
         # in one dtype, whatever autocast makes of it on the way: it is no question of strides
-        dtype = modules[self.convs[0]].weight.dtype if self.convs else None
+        dtype: Any = modules[self.convs[0]].weight.dtype if self.convs else None
         known: dict[fx.Node, Any] = {node: _alike(value, dtype) for node, value in zip(self.inputs, values, strict=True)}
-        device = next((value.device.type for value in values if isinstance(value, Tensor)), "cpu")
+        device = next((value.device.type for value in values if isinstance(value, (Tensor, Sketch))), "cpu")
         with torch.autocast(device, enabled=False):
             self.run(known, modules)
         return known[self.result].stride()  # type: ignore[no-any-return]
@@ -119,15 +119,10 @@ def _stock(module: nn.Module, *args: Any, **kwargs: Any) -> Any:
     return getattr(module, "stock", type(module)).forward(module, *args, **kwargs)
 
 
-<<<<<<< HEAD
 def _alike(value: Any, dtype: torch.dtype | None) -> Any:
-    if not isinstance(value, Tensor):
-=======
-def _alike(value: Any) -> Any:
     if not isinstance(value, (Tensor, Sketch)):
->>>>>>> main
         return value
-    wanted = dtype if dtype is not None and value.is_floating_point() else value.dtype
+    wanted = dtype if dtype is not None and value.dtype.is_floating_point else value.dtype
     return torch.empty_strided(value.shape, value.stride(), dtype=wanted, device=value.device)
 
 
