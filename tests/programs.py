@@ -1,4 +1,3 @@
-# ruff: noqa: E501  # a choice a line
 """Random small programs: the source text of a module's class, and what happens between its steps.
 
 Everything keeps maps at ``(N, 4, *L)``, so that statements can follow each other in any order. A program is text, which is
