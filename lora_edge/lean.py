@@ -24,7 +24,7 @@ from lora_edge.ops.activation import Activation, activate
 from lora_edge.ops.bits import memory_format, pack, unpack
 from lora_edge.ops.once import linear_once_differentiable
 from lora_edge.ops.padding import pad
-from lora_edge.ops.strides import no_view
+from lora_edge.ops.strides import as_a_layer, no_view
 from lora_edge.ops.transforms import plain_ops_only
 
 
@@ -243,7 +243,8 @@ class LeanConv(LeanLayer, nn.modules.conv._ConvNd):
         if self.padding_mode != "zeros":
             input, padding = pad(input, self._reversed_padding_repeated_twice, self.padding_mode), 0
         fixed = (self.stride, padding, self.dilation, self.groups)
-        return tt_block(input, self.weight, None, None, self.bias, *fixed, backend=self.backend)
+        y = tt_block(input, self.weight, None, None, self.bias, *fixed, backend=self.backend)
+        return as_a_layer(y, input, self.weight)
 
 
 class LeanConv1d(LeanConv, nn.Conv1d):
