@@ -27,10 +27,10 @@ from lora_edge import inference
 from lora_edge.frozen_bn import FrozenBatchNorm, FrozenThen
 from lora_edge.layers import LoRAEdgeConv
 from lora_edge.lean import LeanConv
-from lora_edge.nn.calls import base_of
 from lora_edge.nn.evaluator import Evaluator
 from lora_edge.nn.fuser import Fuser, is_conv
 from lora_edge.nn.guards import Guards, static
+from lora_edge.nn.items import base_of
 from lora_edge.nn.layout import Layout
 from lora_edge.nn.pure import SCALARS
 from lora_edge.nn.source import asks_for_its_class
