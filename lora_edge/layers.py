@@ -107,6 +107,10 @@ class LoRAEdgeConv(nn.modules.conv._ConvNd):
     def weight(self, value: Any) -> None:  # weight_norm and the like keep a computed one as a plain attribute
         self.__dict__["weight"] = value
 
+    @weight.deleter
+    def weight(self) -> None:
+        del self.__dict__["weight"]
+
     def _tell_that_weight_is_the_base(self) -> None:
         core = self._parameters.get("core")
         if _told.get(self) is None and core is not None and bool(core.detach().count_nonzero()):
@@ -151,7 +155,9 @@ class LoRAEdgeConv(nn.modules.conv._ConvNd):
             input, self.weight, self.core, self.frozen_suffix(), self.bias, self.stride, padding, self.dilation, self.groups,
             self.scale, saved_dtype=self.saved_dtype, backend=self.backend,
         )  # fmt: skip
-        return y if requested(self.backend)[0] != "cpu" else as_a_layer(y, input, self.weight)
+        if torch.compiler.is_compiling() or requested(self.backend)[0] != "cpu":
+            return y
+        return as_a_layer(y, input, self.weight)
 
     def __setattr__(self, name: str, value: Any) -> None:
         if name in _GUARDED and not self._may_replace:

@@ -80,7 +80,7 @@ class Calls(BuiltIn):
             guards.attribute(own, name, MISSING)
             if name in own.__dict__:
                 refuse(f"the {name} of {what} was replaced")
-        if static(cls, "_call_impl") is not nn.Module._call_impl:
+        if static(cls, "_call_impl") is not static(nn.Module, "_call_impl"):
             refuse(f"{cls.__name__} has a _call_impl of its own")
         if leaf:
             return self._leaf(module, args, kwargs)
