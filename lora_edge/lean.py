@@ -199,15 +199,14 @@ class _Dropout(torch.autograd.Function):
         ctx.p, ctx.shape, ctx.bits = p, x.shape, None
         if x.is_cuda:
             y, kept = torch.native_dropout(x, p, True)
-        else:  # what F.dropout does there
-            state = torch.get_rng_state() if x.is_cpu else None
-            noise = torch.empty_like(x).bernoulli_(1 - p)
+        else:
+            state = torch.get_rng_state() if x.is_cpu and x.is_contiguous() else None
+            noise = F.dropout(torch.ones_like(x), p)  # torch's own draw: in which order it fills a map depends on the version
+            y = x * noise
             if state is not None and 8 * state.nbytes < x.numel():
                 ctx.save_for_backward(state)
-                ctx.stride = noise.stride()
-                return x * noise.div_(1 - p)
+                return y
             kept = noise != 0
-            y = x * noise.div_(1 - p)
         ctx.bits = memory_format(kept)
         ctx.save_for_backward(pack(kept))
         return y
@@ -220,7 +219,7 @@ class _Dropout(torch.autograd.Function):
             noise = unpack(saved, ctx.shape, ctx.bits).to(dy.dtype)
         else:
             generator = torch.Generator().set_state(saved)
-            noise = dy.new_empty_strided(ctx.shape, ctx.stride).bernoulli_(1 - ctx.p, generator=generator)
+            noise = dy.new_empty(ctx.shape).bernoulli_(1 - ctx.p, generator=generator)
         return dy * noise.div_(1 - ctx.p), None
 
 
