@@ -23,6 +23,7 @@ def pytest_addoption(parser):
 
 def pytest_configure(config):
     config.addinivalue_line("markers", "other_python: starts another Python, which an emulated machine cannot")
+    config.addinivalue_line("markers", "timed: bounds seconds, which an emulated machine exceeds")
 
 
 def pytest_collection_modifyitems(config, items):

@@ -119,6 +119,7 @@ def test_saved_bytes_of_w1_with_stock_layers_around():
     assert saved_bytes(model, torch.randn(64, 97, 60)) <= 34e6
 
 
+@pytest.mark.timed
 def test_adapting_resnet18_takes_at_most_ten_seconds():
     import time
 

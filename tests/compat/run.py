@@ -64,7 +64,7 @@ def core(left_out: set[str]) -> list[Path]:
 
 def aarch64(every: int) -> Machine:
     run(["bash", ROOT / "tests" / "compat" / "aarch64.sh", FOLDER / "aarch64"])
-    return Machine(FOLDER / "aarch64" / "python", every, core(LEFT_OUT | ONLY_NATIVE), ["-m", "not other_python"])
+    return Machine(FOLDER / "aarch64" / "python", every, core(LEFT_OUT | ONLY_NATIVE), ["-m", "not other_python and not timed"])
 
 
 def newest(every: int) -> Machine:

@@ -89,7 +89,8 @@ class Names:
         """Line and name of what is in ``names``: modules' members, methods, and keywords of both."""
         methods = {name.removeprefix(of): name for of in _METHODS for name in names if name.startswith(of)}
         for line, path in self.of_torch():
-            yield from ((line, name) for name in names if path == name or path.startswith(f"{name}."))
+            parts = path.split(".")
+            yield from ((line, name) for k in range(len(parts)) if (name := ".".join(parts[: k + 1])) in names)
         for node in ast.walk(self.tree):
             if isinstance(node, ast.Attribute) and node.attr in methods and node.attr not in {*_COMMON, *self.own, *self.here}:
                 yield node.lineno, methods[node.attr]
