@@ -89,7 +89,7 @@ def as_a_layer(y: Tensor, x: Tensor, weight: Tensor) -> Tensor:
 
 def no_view(y: Tensor) -> Tensor:
     """``y`` as no view of another tensor, on the same memory: autograd lets nobody write to a view that a Function returns."""
-    if not y._is_view() or torch.compiler.is_compiling():
+    if torch.compiler.is_compiling() or not y._is_view():  # in this order: torch 2.4 cannot trace the question
         return y
     return y.new_empty(0).set_(y.untyped_storage(), y.storage_offset(), y.shape, y.stride())
 
