@@ -4,7 +4,8 @@
 #   tests/compat/aarch64.sh FOLDER [TORCH]    makes FOLDER/python (minutes, 1 GB; apt-get, as root, on Debian or Ubuntu), and
 #                                             compiles lora_edge/_C of this checkout for it
 #
-# Python and its libraries are Debian's packages of arm64, unpacked and not installed; torch and the rest are wheels from PyPI.
+# The processor is a Cortex-A76, next of kin of Orin's A78AE: no SVE and no bfloat16. On qemu's own, which has both, torch 2.4
+# multiplies float32 matrices in bfloat16. Python and its libraries are Debian's packages of arm64, unpacked and not installed; torch and the rest are wheels from PyPI.
 set -euo pipefail
 checkout=$(cd "$(dirname "$0")/../.." && pwd)
 folder=$(mkdir -p "$1" && cd "$1" && pwd)
@@ -43,7 +44,7 @@ write_python() {
   cat > "$folder/python" <<SCRIPT
 #!/usr/bin/env bash
 export PYTHONPATH="$folder/site\${PYTHONPATH:+:\$PYTHONPATH}" PYTHONDONTWRITEBYTECODE=1 OMP_NUM_THREADS="\${OMP_NUM_THREADS:-1}"
-exec qemu-aarch64-static -L "$folder/root" -E "LD_LIBRARY_PATH=$folder/site/torch.libs:$folder/site/numpy.libs" \\
+exec qemu-aarch64-static -cpu cortex-a76 -L "$folder/root" -E "LD_LIBRARY_PATH=$folder/site/torch.libs:$folder/site/numpy.libs" \\
   "$folder/root/usr/bin/python3.11" "\$@"
 SCRIPT
   chmod +x "$folder/python"
