@@ -25,6 +25,7 @@ from lora_edge.frozen_bn import FrozenNorm
 from lora_edge.layers import LoRAEdgeConv
 from lora_edge.reparametrised import added_tensors
 from lora_edge.sketch import moved_by_rounding, sketch
+from lora_edge.torch_private import non_persistent_buffers
 
 COPY_BYTES = 64 * 1024  # of a buffer; a larger one, such as a memory bank, has its digest alone
 
@@ -301,7 +302,7 @@ def _absent_buffers(model: nn.Module, state: AdaptState) -> list[tuple[nn.Module
         (module, key)
         for prefix, module in model.named_modules()
         for key in module._buffers
-        if key not in module._non_persistent_buffers_set and join(prefix, key) not in state.digests
+        if key not in non_persistent_buffers(module) and join(prefix, key) not in state.digests
     ]
 
 

@@ -27,10 +27,10 @@ from lora_edge import inference
 from lora_edge.frozen_bn import FrozenBatchNorm, FrozenThen
 from lora_edge.layers import LoRAEdgeConv
 from lora_edge.lean import LeanConv
-from lora_edge.nn.calls import base_of
 from lora_edge.nn.evaluator import Evaluator
 from lora_edge.nn.fuser import Fuser, is_conv
 from lora_edge.nn.guards import Guards, static
+from lora_edge.nn.items import base_of
 from lora_edge.nn.layout import Layout
 from lora_edge.nn.pure import SCALARS
 from lora_edge.nn.source import asks_for_its_class
@@ -393,7 +393,7 @@ def _run_of(module: nn.Module, names: list[str], training: bool | None) -> Plan 
         try:
             x = evaluator.argument(("tensor", None))
             for name in names:
-                x = evaluator.follow(lambda child=children[name], x=x: evaluator.calls.enter(child, [x], {}))
+                x = evaluator.follow(functools.partial(evaluator.calls.enter, children[name], [x], {}))
             evaluator.finish(x)
         except (Refused, RecursionError):
             return None

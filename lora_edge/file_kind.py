@@ -64,7 +64,7 @@ def kind_of(path: str | os.PathLike[str]) -> str:
         OSError: the file cannot be read.
     """
     if Path(path).is_dir():
-        return "a folder"
+        return "a directory"
     with open(path, "rb") as file:
         head = file.read(HEAD)
         size = os.fstat(file.fileno()).st_size

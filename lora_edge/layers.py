@@ -20,12 +20,16 @@ from torch.nn.utils import parametrize
 
 from lora_edge import inference
 from lora_edge.ops import reference, tt_conv, tt_fuse
+from lora_edge.ops.backends import requested
 from lora_edge.ops.checks import DTYPES, check_conv
 from lora_edge.ops.padding import pad
+from lora_edge.ops.strides import as_a_layer
 from lora_edge.ops.transforms import plain_ops_only
 from lora_edge.subspace import weight_suffix
 from lora_edge.tt import attainable_ranks, check_rank, contract_suffix
+from lora_edge.unchanged import Beside
 
+_told: Beside[bool] = Beside()  # layers of which somebody was told that their weight is the base's
 _Layer = TypeVar("_Layer", bound="LoRAEdgeConv")
 _GUARDED = ("weight", "core", "suffix")
 
@@ -103,10 +107,14 @@ class LoRAEdgeConv(nn.modules.conv._ConvNd):
     def weight(self, value: Any) -> None:  # weight_norm and the like keep a computed one as a plain attribute
         self.__dict__["weight"] = value
 
+    @weight.deleter
+    def weight(self) -> None:
+        del self.__dict__["weight"]
+
     def _tell_that_weight_is_the_base(self) -> None:
         core = self._parameters.get("core")
-        if "told" not in self.__dict__ and core is not None and bool(core.detach().count_nonzero()):
-            self.told = True
+        if _told.get(self) is None and core is not None and bool(core.detach().count_nonzero()):
+            _told.put(self, True)
             warnings.warn(
                 "the weight of an adapted convolution is the base's, without the update; read layer.fused_weight(), "
                 "or call lora_edge.merge(model) first",
@@ -143,10 +151,13 @@ class LoRAEdgeConv(nn.modules.conv._ConvNd):
         padding = self.padding
         if self.padding_mode != "zeros":
             input, padding = pad(input, self._reversed_padding_repeated_twice, self.padding_mode), 0  # type: ignore[assignment]
-        return tt_conv(
+        y = tt_conv(
             input, self.weight, self.core, self.frozen_suffix(), self.bias, self.stride, padding, self.dilation, self.groups,
             self.scale, saved_dtype=self.saved_dtype, backend=self.backend,
         )  # fmt: skip
+        if torch.compiler.is_compiling() or requested(self.backend)[0] != "cpu":
+            return y
+        return as_a_layer(y, input, self.weight)
 
     def __setattr__(self, name: str, value: Any) -> None:
         if name in _GUARDED and not self._may_replace:
@@ -314,7 +325,7 @@ def detach(layer: LoRAEdgeConv) -> None:
         layer._parameters[name] = layer._parameters.pop(name)
     for name in ("frozen_cores", "scale", "bond_cap", "scaling", "saved_dtype", "enabled", "base_replaced"):
         delattr(layer, name)
-    for name in ("backend", "subspace", "trains_suffix", "belongs_to_adapted", "told"):
+    for name in ("backend", "subspace", "trains_suffix", "belongs_to_adapted"):
         layer.__dict__.pop(name, None)
     layer.__class__ = layer.stock  # type: ignore[assignment]
 

@@ -3,7 +3,7 @@
     BatchNorm on its running statistics     a fixed scale and shift: saves nothing (:mod:`lora_edge.frozen_bn`)
     ReLU, ReLU6, Hardtanh, LeakyReLU, Hardsigmoid     one bit an element
     MaxPool1d/2d/3d                         the place in the window, one byte an element of the output
-    Dropout                                 one bit an element: its mask
+    Dropout                                 its mask, one bit an element, or the generator's state
     Conv1d/2d/3d that is not adapted        nothing: a stock one saves its input, frozen or not (pytorch#133566)
 
 :func:`make_lean` re-classes the stock layers of a model in place, :func:`make_stock` re-classes them back; names, hooks and
@@ -24,7 +24,7 @@ from lora_edge.ops.activation import Activation, activate
 from lora_edge.ops.bits import memory_format, pack, unpack
 from lora_edge.ops.once import linear_once_differentiable
 from lora_edge.ops.padding import pad
-from lora_edge.ops.strides import no_view
+from lora_edge.ops.strides import as_a_layer, no_view
 from lora_edge.ops.transforms import plain_ops_only
 
 
@@ -180,7 +180,7 @@ class _MaxPool(torch.autograd.Function):
 
 
 class LeanDropout(LeanLayer, nn.Dropout):
-    """``nn.Dropout`` that keeps one bit per element; the mask and the generator's state are those of the stock layer."""
+    """``nn.Dropout`` that keeps at most one bit per element; mask and generator's state are those of the stock layer."""
 
     stock = nn.Dropout
 
@@ -192,24 +192,35 @@ class LeanDropout(LeanLayer, nn.Dropout):
 
 
 class _Dropout(torch.autograd.Function):
+    """Keeps the mask's bits, or on the CPU the generator's state where that is fewer bytes and draws the mask anew."""
+
     @staticmethod
     def forward(ctx: Any, x: Tensor, p: float) -> Tensor:
+        ctx.p, ctx.shape, ctx.bits = p, x.shape, None
         if x.is_cuda:
             y, kept = torch.native_dropout(x, p, True)
-        else:  # what F.dropout does there
-            noise = torch.empty_like(x).bernoulli_(1 - p)
+        else:
+            state = torch.get_rng_state() if x.is_cpu and x.is_contiguous() else None
+            noise = F.dropout(torch.ones_like(x), p)  # torch's own draw: in which order it fills a map depends on the version
+            y = x * noise
+            if state is not None and 8 * state.nbytes < x.numel():
+                ctx.save_for_backward(state)
+                return y
             kept = noise != 0
-            y = x * noise.div_(1 - p)
+        ctx.bits = memory_format(kept)
         ctx.save_for_backward(pack(kept))
-        ctx.p, ctx.shape, ctx.format = p, x.shape, memory_format(kept)
         return y
 
     @staticmethod
     @linear_once_differentiable
     def backward(ctx: Any, dy: Tensor) -> tuple[Tensor | None, ...]:  # type: ignore[override]
-        (bits,) = ctx.saved_tensors
-        kept = unpack(bits, ctx.shape, ctx.format)
-        return dy * kept.to(dy.dtype).div_(1 - ctx.p), None
+        (saved,) = ctx.saved_tensors
+        if ctx.bits is not None:
+            noise = unpack(saved, ctx.shape, ctx.bits).to(dy.dtype)
+        else:
+            generator = torch.Generator().set_state(saved)
+            noise = dy.new_empty(ctx.shape).bernoulli_(1 - ctx.p, generator=generator)
+        return dy * noise.div_(1 - ctx.p), None
 
 
 class LeanConv(LeanLayer, nn.modules.conv._ConvNd):
@@ -231,7 +242,8 @@ class LeanConv(LeanLayer, nn.modules.conv._ConvNd):
         if self.padding_mode != "zeros":
             input, padding = pad(input, self._reversed_padding_repeated_twice, self.padding_mode), 0
         fixed = (self.stride, padding, self.dilation, self.groups)
-        return tt_block(input, self.weight, None, None, self.bias, *fixed, backend=self.backend)
+        y = tt_block(input, self.weight, None, None, self.bias, *fixed, backend=self.backend)
+        return as_a_layer(y, input, self.weight)
 
 
 class LeanConv1d(LeanConv, nn.Conv1d):

@@ -68,11 +68,8 @@ def find_head(model: nn.Module, batches: Iterable[Any] | None = None) -> str:
     if len(linears) == 1:
         return linears[0]
     dims = next((module.weight.dim() for module in model.modules() if isinstance(module, _ConvNd)), 2)
-    if (found := classifier(model, dims)) is not None:
-        return found
-    if batches is None:
-        return linears[-1]
-    return _last_that_ran(model, linears, batches) or linears[-1]
+    ran = None if batches is None else _last_that_ran(model, linears, batches)
+    return classifier(model, dims) or ran or linears[-1]
 
 
 def named_head(model: nn.Module, name: str, adapted: Sequence[str]) -> str:

@@ -11,6 +11,7 @@ from collections.abc import Callable
 from typing import Any, TypeVar
 
 import torch
+from torch import nn
 from torch.autograd import forward_ad as _forward_ad
 from torch.nn.modules import module as _module
 
@@ -81,3 +82,15 @@ def current_stream_reader() -> Callable[[int], int]:
     """
     raw = getattr(torch._C, "_cuda_getCurrentRawStream", None)
     return raw or (lambda index: torch.cuda.current_stream(index).cuda_stream)
+
+
+def non_persistent_buffers(module: nn.Module) -> set[str]:
+    """Names of a module's buffers that its state dict leaves out.
+
+    ``Module._non_persistent_buffers_set`` is older than 2.4; without it the state dict itself tells.
+    """
+    found = getattr(module, "_non_persistent_buffers_set", None)
+    if found is not None:
+        return found
+    own = module.state_dict()
+    return {name for name in module._buffers if name not in own}

@@ -9,186 +9,14 @@ from __future__ import annotations
 import linecache
 import random
 import re
-from collections.abc import Callable
 from dataclasses import dataclass, field
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-HEAD = """
-import contextlib, dataclasses, enum, functools, random, types
-import numpy as np
-import torch
-import torch.nn.functional as F
-from torch import nn
+import program_head
 
-FLAG, FACTOR, TABLE, ITEMS, LOG, COUNT = True, 1.25, {"a": 1.0, "b": 2.0}, [1.0, 0.5], [], 0
-
-
-class Mode(enum.Enum):
-    A = 1
-    B = 2
-
-
-@dataclasses.dataclass
-class Config:
-    gain: float = 1.5
-    on: bool = True
-    order: tuple = (0, 1)
-    names: list = dataclasses.field(default_factory=lambda: ["a"])
-
-
-def helper(x, k=0.75, *rest, flag=True, **named):
-    if flag:
-        return x * k
-    return x
-
-
-def count(x):
-    global COUNT
-    COUNT += 1
-    return x * (1 + COUNT / 8)
-
-
-def decorated(function):
-    @functools.wraps(function)
-    def wrapper(*args, **kwargs):
-        return function(*args, **kwargs)
-
-    return wrapper
-
-
-def closure(k):
-    def inner(x):
-        return x * k
-
-    def change(value):
-        nonlocal k
-        k = value
-
-    return inner, change
-
-
-scaled, change_cell = closure(1.5)
-twice = lambda x: x * 2.0; half = lambda x: x * 0.5  # noqa
-
-
-class Outer(nn.Module):
-    def __init__(self, inner):
-        super().__init__()
-        self.inner = inner
-
-    def forward(self, *args, **kwargs):
-        return self.inner(*args, **kwargs)
-
-
-class Noisy(nn.Module):
-    def forward(self, x):
-        return x * random.random()
-
-
-class Caught(nn.Module):
-    def forward(self, x):
-        try:
-            return x * 1.5
-        except ValueError:
-            return x
-
-
-class Block(nn.Module):
-    style = "relu"
-
-    def __init__(self, conv, bn, drop=0.0):
-        super().__init__()
-        self.conv, self.bn, self.act, self.drop, self.flag, self.gain = conv, bn, nn.ReLU(), nn.Dropout(drop), True, 1.0
-
-    @property
-    def doubled(self):
-        return self.gain * 2
-
-    @staticmethod
-    def shift(x, by=0.1):
-        return x + by
-
-    def tail(self, x):
-        return self.act(x) if self.style == "relu" else torch.tanh(x)
-
-    def forward(self, x, add=None, scale=1.0):
-        y = self.bn(self.conv(x))
-        if add is not None:
-            y = y + add
-        if self.flag:
-            y = self.tail(y)
-        return self.drop(y) * scale
-
-
-class Sub(Block):
-    def forward(self, x, *args, **kwargs):
-        return super().forward(self.shift(x), *args, **kwargs) * self.doubled
-
-
-class Stateful(Block):
-    def __init__(self, conv, bn):
-        super().__init__(conv, bn)
-        self.register_buffer("seen", torch.zeros(()))
-        self.calls, self.log = 0, []
-
-    def forward(self, x):
-        self.calls += 1
-        self.log.append(tuple(x.shape))
-        self.seen += 1
-        return super().forward(x) * (1 + self.calls / 16)
-
-
-def math_pi():
-    return 3.0
-
-
-class Above(nn.Module):
-    scale = 1.25
-
-    @property
-    def factor(self):
-        return self.gain * 0.5
-
-    def method(self, x, k=1.5):
-        return x * k * self.gain
-
-    @decorated
-    def wrapped(self, x):
-        return self.method(x)
-
-    @torch.no_grad()
-    def quiet(self, x):
-        return x * 1.5
-
-    @staticmethod
-    def static(x):
-        return x * 0.5
-
-    @classmethod
-    def made(cls, x):
-        return x * cls.scale
-
-    def default(self, x, kept=[]):
-        kept.append(1)
-        return x * len(kept)
-
-    def recursive(self, x, n):
-        return x if n == 0 else self.recursive(x * 0.9, n - 1)
-
-    def bump(self, x, k):
-        x = x * k
-        self.bumped = k
-        return True
-
-    def forward(self, x):
-        return x
-"""
-HEAD_FILE = "<head of the programs>"
-linecache.cache[HEAD_FILE] = (len(HEAD), None, HEAD.splitlines(keepends=True), HEAD_FILE)
-_head = compile(HEAD, HEAD_FILE, "exec", dont_inherit=True)
 IMPURE = """with |try:|random|np\\.|gen|self.calls|self.log|LOG|self.last|self.table\\['n'|self.seen \\+|type\\(x|hasattr|__dict__|float\\(
 x.requires_grad|\\.data|raise|lambda|__|count\\(|quiet|partial|next\\(|sorted|made|default|Noisy|Stateful|is_cuda|x.shape\\[-1\\] >
 x.size\\(0\\) ==|is_contiguous|len\\(x|:=|self.o|Caught|bump|rnd|dice|len\\(\\{|'%d'|shape\\[1\\]|iter|finally|value|is_leaf|\\.T\\."""
@@ -315,7 +143,7 @@ class Writer:
             f"{m}.register_forward_hook(lambda s, a, out: out + 1)", f"{m}.register_full_backward_hook(lambda s, i, o: None)",
             f"once({m})", f"flips({m}, m)", f"{m}.register_forward_pre_hook(lambda s, a, k: (a, k), with_kwargs=True)",
             f"{m}.conv.register_forward_hook(lambda s, a, out: None)", 'ns["Block"].tail = lambda self, x: x * 3',
-            f"{m}.conv.register_full_backward_hook(lambda s, i, o: None)",  # on a BatchNorm torch gets N = 1, channels-last wrong
+            f"{m}.conv.register_full_backward_hook(lambda s, i, o: None)",
         ]  # fmt: skip
         return name
 
@@ -572,10 +400,19 @@ class Writer:
         while True:
             before = len(self.init), len(self.changes), len(self.blocks), self.generator
             lines = self.rng.choice(kinds)()
+            self.drop_unused(lines, *before[:2])
             if not (self.pure and _impure.search("\n".join([*lines, *self.init[before[0] :]]))):
                 return lines
             del self.init[before[0] :], self.changes[before[1] :], self.blocks[before[2] :]
             self.generator = before[3]
+
+    def drop_unused(self, lines: list[str], init: int, changes: int) -> None:
+        """Take back the layers of the choices that were not taken."""
+        used = {*re.findall(r"self\.(\w+)", "\n".join(lines))}
+        made = {line: re.match(r"self\.(\w+) =", line) for line in self.init[init:]}
+        unused = {found[1] for found in made.values() if found and found[1] not in used}
+        self.init[init:] = [line for line, found in made.items() if not found or found[1] not in unused]
+        self.changes[changes:] = [c for c in self.changes[changes:] if not unused & {*re.findall(r"\bm\.(\w+)", c)}]
 
     def program(self) -> Program:
         body: list[str] = []
@@ -589,12 +426,15 @@ class Writer:
         below = self.block_statement_class() if split else []
         returns = self.pick(
             "x", "x", "x", "x, x.mean()", "{'y': x, 'n': x.shape[0]}", "[x, x.flatten(1)]", "x.flatten(1)", "x.view(x.shape[0], -1)",
-            "x.mean(-1)", "F.adaptive_avg_pool%dd(x, 1).flatten(1)" % self.dims, "x.transpose(1, -1)", "(x, )", "(x, x)", "self.log, x",
+            "x.mean(-1)", f"F.adaptive_avg_pool{self.dims}d(x, 1).flatten(1)", "x.transpose(1, -1)", "(x, )", "(x, x)", "self.log, x",
             ", ".join(["x", *keeps]) if keeps else "x",
         )  # fmt: skip
         text = self.text([*body, *below], returns)
         rng = self.rng
         steps = [self.step(k) for k in range(rng.randint(2, 4))]
+        if self.dims == 2:  # torch's BatchNorm gets the gradient of a channels-last map wrong where N = 1 has an odd stride
+            for step in steps:
+                step.batch = 3 if step.batch == 1 else step.batch
         options: dict[str, Any] = {}
         if self.pick(0, 0, 0, 1):
             options["bn"] = "batch"
@@ -662,7 +502,7 @@ class Made:
             linecache.cache[self.filename] = (len(program.text), None, lines, self.filename)
         self.dtype = torch.float32 if program.float32 else torch.float64
         self.scope: dict[str, Any] = {"__name__": "programs_made", "DTYPE": self.dtype}
-        exec(_head, self.scope)
+        exec(program_head.CODE, self.scope)
         exec(compile(program.text, self.filename, "exec", dont_inherit=True), self.scope)
         torch.manual_seed(1)
         self.model: nn.Module = self.scope["Program"]().to(self.dtype)
@@ -714,6 +554,3 @@ def flips(module: nn.Module, root: Any) -> None:
 def write(rng: random.Random) -> Program:
     """A random program."""
     return Writer(rng).program()
-
-
-Call = Callable[[nn.Module], tuple[Any, list[Tensor]]]

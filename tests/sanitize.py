@@ -36,7 +36,7 @@ def overflow() -> None:
     """A weight of 8 of the 24 floats that its launch says."""
     import random
 
-    from fuzz_doors import Call, Launch
+    from fuzz_calls import Call, Launch
 
     launch = next(
         launch for launch in (Launch(Call(random.Random(n)), False) for n in range(99)) if launch.numbers["weight_bytes"] > 32

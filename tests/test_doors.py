@@ -15,7 +15,8 @@ import torch
 from torch import nn
 
 import lora_edge
-from fuzz_doors import DOORS, Call, Launch
+from fuzz_calls import Call, Launch
+from fuzz_doors import DOORS
 from lora_edge import _extension, ops
 from lora_edge.ops import cpu_machine
 

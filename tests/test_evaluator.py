@@ -19,7 +19,7 @@ from torch import nn
 import lora_edge
 from lora_edge import blocks
 from lora_edge.blocks import LeanModule, NoPlan, Plan
-from lora_edge.nn.calls import base_of
+from lora_edge.nn.items import base_of
 from lora_edge.nn.source import source_of
 
 GAIN = [2.0]

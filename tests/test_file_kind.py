@@ -72,7 +72,7 @@ WRITE = {
     "an HTML page": lambda path: path.write_text("\n<!DOCTYPE html><html>"),
     "a Git LFS pointer": lambda path: path.write_text("version https://git-lfs.github.com/spec/v1\noid sha256:0\n"),
     "a PNG picture": lambda path: path.write_bytes(b"\x89PNG\r\n\x1a\n" + b"\0" * 20),
-    "a folder": lambda path: path.mkdir(),
+    "a directory": lambda path: path.mkdir(),
     "a binary file of an unknown kind": lambda path: path.write_bytes(bytes(range(7)) * 9),
 }
 
@@ -116,7 +116,7 @@ def test_state_files(tmp_path, kind):
         load_state(path)
     assert "\n" not in str(caught.value)
     assert str(caught.value).startswith(str(path))
-    assert any(kind.startswith(known) for known in (*READABLE, "a folder")) or kind in str(caught.value)
+    assert any(kind.startswith(known) for known in (*READABLE, "a directory")) or kind in str(caught.value)
 
 
 @pytest.mark.parametrize(

@@ -115,7 +115,12 @@ def test_a_frozen_bn_whose_scale_somebody_trains_gets_its_gradient():
 def test_dropout_draws_the_stock_mask_and_leaves_the_generator_where_stock_does(p):
     lean, stock = nn.Sequential(nn.Dropout(p)), nn.Dropout(p)
     make_lean(lean)
-    for x in (torch.randn(40, 50), torch.randn(4, 6, 5, 7).to(memory_format=torch.channels_last), torch.randn(3, 8, 4).mT):
+    for x in (
+        torch.randn(40, 50),
+        torch.randn(4, 6, 5, 7).to(memory_format=torch.channels_last),
+        torch.randn(3, 8, 4).mT,
+        torch.randn(64, 1280),
+    ):
         results = []
         for model in (lean, stock):
             torch.manual_seed(1)

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import importlib.metadata
-import importlib.util
 import os
 import re
 import subprocess
@@ -18,7 +17,9 @@ from torch import nn
 import lora_edge
 from builds import python
 
-MISSING = [name for name in ("setuptools", "pybind11", "build", "pip") if importlib.util.find_spec(name) is None]
+# not by find_spec: asked for pip, setuptools' finder takes its own distutils away for the rest of the process
+INSTALLED = {distribution.name for distribution in importlib.metadata.distributions()}
+MISSING = sorted({"setuptools", "pybind11", "build", "pip"} - INSTALLED)
 pytestmark = pytest.mark.skipif(bool(MISSING), reason=f'{MISSING} not installed: pip install "lora_edge[test]"')
 NEEDED = ("torch", "numpy", "safetensors")
 EXTRAS = ("sklearn", "scipy", "seglearn", "rich", "matplotlib", "peft", "triton", "pybind11")

@@ -1,7 +1,7 @@
 """Random small programs: an adapted model with fused blocks does at every step what its ``lean=False`` twin does.
 
-``LORA_EDGE_EXAMPLES=20000`` tries more programs than the default, ``LORA_EDGE_SEED`` others; ``python tests/test_same_as_stock.py``
-runs as many and writes what came out as a row of ``benchmarks/results/cpu/same_as_stock.csv``.
+``LORA_EDGE_EXAMPLES=20000`` tries more programs than the default, ``LORA_EDGE_SEED`` others. As a script,
+``python tests/test_same_as_stock.py``, it writes what came out as rows of ``benchmarks/results/cpu/same_as_stock.csv``.
 """
 
 from __future__ import annotations
@@ -9,6 +9,7 @@ from __future__ import annotations
 import contextlib
 import copy
 import csv
+import dataclasses
 import datetime
 import itertools
 import os
@@ -32,6 +33,7 @@ from torch import nn
 import lora_edge
 import programs
 import twins as twins_of
+from lora_edge import blocks
 from lora_edge.nn import source
 from twins import Mismatch, Twins, compare_steps, same, take_step
 
@@ -44,7 +46,7 @@ HALF = 0.1  # under autocast to bfloat16: some roundings of 4e-3
 _numbers = itertools.count()
 
 
-def run(program: programs.Program) -> str:
+def run(program: programs.Program, rounded: float = ROUNDED) -> str:
     """Run a program's twins; how much was fused: "all", "part" or "none".
 
     Raises:
@@ -57,7 +59,7 @@ def run(program: programs.Program) -> str:
     try:
         pair = twins_of.twins(made[0].model, made[1].model, **program.options)
         for step in program.steps:
-            _take(program, step, pair, made)
+            _take(program, step, pair, made, rounded)
         state = pair.ours._lora_edge
         fused, left = len(state.blocks), len(state.not_fused)
         return "none" if not fused else "part" if left else "all"
@@ -66,7 +68,7 @@ def run(program: programs.Program) -> str:
             one.forget()
 
 
-def _take(program: programs.Program, step: programs.Step, pair: Twins, made: list[programs.Made]) -> None:
+def _take(program: programs.Program, step: programs.Step, pair: Twins, made: list[programs.Made], rounded: float) -> None:
     with contextlib.suppress(RuntimeError):  # a map that a model kept cannot be copied
         if step.copies:
             pair.ours, pair.stock = copy.deepcopy(pair.ours), copy.deepcopy(pair.stock)
@@ -74,8 +76,8 @@ def _take(program: programs.Program, step: programs.Step, pair: Twins, made: lis
     for model, one in zip(pair, made, strict=True):
         x = programs.input_of(program, step)
         names = {
-            "m": model, "ns": one.scope, "x": x, "nn": nn, "F": nn.functional, "torch": torch, "types": types, "once": programs.once,
-            "flips": programs.flips, "lora_edge": lora_edge, "contextlib": contextlib,
+            "m": model, "ns": one.scope, "x": x, "nn": nn, "F": nn.functional, "torch": torch, "types": types,
+            "once": programs.once, "flips": programs.flips, "lora_edge": lora_edge, "contextlib": contextlib,
         }  # fmt: skip
         raised = [_change(change, names) for change in step.changes]
 
@@ -90,7 +92,7 @@ def _take(program: programs.Program, step: programs.Step, pair: Twins, made: lis
     (ours_raised, ours), (stock_raised, stock) = outcomes
     if ours_raised != stock_raised:
         raise Mismatch(f"a change raised {ours_raised}, for stock {stock_raised}")
-    tolerance = HALF if "autocast" in step.context else ROUNDED if program.float32 else EXACT
+    tolerance = HALF if "autocast" in step.context else rounded if program.float32 else EXACT
     compare_steps(pair, ours, stock, tolerance)
     mine, its = ({k: v for k, v in one.scope.items() if k.isupper()} for one in made)
     same(mine, its, 0.0, "globals")
@@ -118,13 +120,15 @@ def check(program: programs.Program) -> str:
                 step.seed += k
             with contextlib.suppress(Mismatch):
                 return run(program)
+        if program.float32:  # a BatchNorm of few values magnifies roundings; exact arithmetic tells them from faults
+            run(dataclasses.replace(program, float32=False))
+            return run(program, 100 * ROUNDED)
         raise
 
 
 def report(program: programs.Program, mismatch: BaseException) -> str:
     """All that is needed to run a program again."""
-    text = program.text[program.text.index("class Program") :]
-    return f"{text}\n{program.steps}\n{program.options} float32={program.float32} shown={program.shown}\n{mismatch!r}"
+    return f"{program.text}\n{program.steps}\n{program.options} float32={program.float32} shown={program.shown}\n{mismatch!r}"
 
 
 def try_programs(examples: int, seed: int, on_mismatch: Any = None) -> Counter[str]:
@@ -156,45 +160,52 @@ def test_random_programs_do_what_their_stock_twins_do():
     assert found["all"] + found["part"] > 0.4 * found.total(), f"too few programs have fused blocks: {found}"
 
 
-def test_a_difference_is_noticed(monkeypatch):
-    """The comparison is no good if it lets a fault through: blocks that leave out their activation, or one guard that is gone."""
-    from lora_edge import blocks
-    from lora_edge.nn import fuser
-
+def _no_activation(monkeypatch):
     run_block = blocks.run_block
     monkeypatch.setattr(blocks, "run_block", lambda *args, **kwargs: run_block(*args[:10], None, *args[11:], **kwargs))
-    with pytest.raises(AssertionError, match="differs by"):
-        try_programs(40, 1)
-    monkeypatch.undo()
-    monkeypatch.setattr(fuser.Fuser, "written_between", lambda *args: False)
+
+
+def _no_guards(monkeypatch):
     monkeypatch.setattr("lora_edge.nn.guards.Guards.hold", lambda self, root: True)
-    with pytest.raises(AssertionError):
-        try_programs(150, 1)
+
+
+def _no_doors(monkeypatch):
+    monkeypatch.setattr("lora_edge.nn.layout.Layout.restore_after", lambda self, node: None)
+
+
+@pytest.mark.parametrize("fault", [_no_activation, _no_guards, _no_doors])
+def test_faults_are_noticed(fault, monkeypatch):
+    """The comparison shows nothing if it lets a fault through."""
+    fault(monkeypatch)
+    assert try_programs(40, 1, lambda program, error: None)["mismatch"] > 0
 
 
 def main() -> None:
-    """Write one row: when, on what, how many programs, and what came out."""
+    """Write a row for each 500 programs: when, on what, from which seed, and what came out."""
     torch.set_num_threads(1)
-    started = time.time()
+    mismatches = 0
 
     def on_mismatch(program: programs.Program, error: BaseException) -> None:
         print("=" * 100 + "\n" + report(program, error), flush=True)
 
-    found = try_programs(EXAMPLES, SEED, on_mismatch)
-    row = {
-        "date": datetime.date.today().isoformat(), "machine": platform.machine(), "python": platform.python_version(),
-        "torch": torch.__version__, "hypothesis": hypothesis.__version__, "seed": SEED, "programs": found.total(),
-        "fused": found["all"], "fused_in_part": found["part"], "not_fused": found["none"], "mismatches": found["mismatch"],
-        "seconds": round(time.time() - started),
-    }  # fmt: skip
-    is_new = not ROWS.exists()
-    with ROWS.open("a", newline="") as file:
-        writer = csv.DictWriter(file, list(row))
-        if is_new:
-            writer.writeheader()
-        writer.writerow(row)
-    print(row)
-    sys.exit(bool(found["mismatch"]))
+    for k, start in enumerate(range(0, EXAMPLES, 500)):
+        started = time.time()
+        found = try_programs(min(500, EXAMPLES - start), SEED + k, on_mismatch)
+        mismatches += found["mismatch"]
+        row = {
+            "date": datetime.date.today().isoformat(), "machine": platform.machine(), "python": platform.python_version(),
+            "torch": torch.__version__, "hypothesis": hypothesis.__version__, "seed": SEED + k, "programs": found.total(),
+            "fused": found["all"], "fused_in_part": found["part"], "not_fused": found["none"], "mismatches": found["mismatch"],
+            "seconds": round(time.time() - started),
+        }  # fmt: skip
+        is_new = not ROWS.exists()
+        with ROWS.open("a", newline="") as file:
+            writer = csv.DictWriter(file, list(row), lineterminator="\n")
+            if is_new:
+                writer.writeheader()
+            writer.writerow(row)
+        print(row, flush=True)
+    sys.exit(bool(mismatches))
 
 
 if __name__ == "__main__":

@@ -19,7 +19,7 @@ from lora_edge.lean import LeanActivation, LeanConv, LeanMaxPool
 from lora_edge.nn import pure
 from lora_edge.nn.calls import normalized
 from lora_edge.nn.fuser import activate_
-from lora_edge.nn.stock import StockStrides
+from lora_edge.nn.stock import Sketch, StockStrides
 from lora_edge.ops.activation import activate
 from lora_edge.ops.strides import laid_out
 
@@ -57,6 +57,7 @@ class Layout:
         self.private: dict[fx.Node, None] = {}  # maps that may lie in the engine's strides
 
     def run(self) -> None:
+        self.sketches: dict[fx.Node, fx.Node] = {}
         self.name_results_of_writing()
         for node in list(self.graph.nodes):
             if self.keeps(node):
@@ -120,7 +121,16 @@ class Layout:
                 inputs[original] = now[original]
             else:
                 waiting += original.all_input_nodes
-        return StockStrides(node.meta["original"], list(inputs), self.modules), list(inputs.values())
+        return StockStrides(node.meta["original"], list(inputs), self.modules), [self.sketch(node) for node in inputs.values()]
+
+    def sketch(self, node: fx.Node) -> fx.Node:
+        """A node's sizes and strides in place of its value, so that a door keeps no map alive."""
+        if node.op in ("placeholder", "get_attr") or node.meta.get("kind") != pure.TENSOR:
+            return node
+        if node not in self.sketches:
+            with self.graph.inserting_after(node):
+                self.sketches[node] = self.graph.call_function(Sketch, (node,))
+        return self.sketches[node]
 
     def lay_out_inputs(self) -> None:
         """One copy of each map that blocks read and that other code made, as long as nothing is written in between."""

@@ -21,6 +21,21 @@ from lora_edge.ops.strides import restrided
 _MOST_KNOWN = 64  # sizes and strides of inputs that a door remembers
 
 
+class Sketch:
+    """Sizes and strides of a tensor, without its values."""
+
+    def __init__(self, tensor: Tensor) -> None:
+        self.shape, self.strides = tensor.shape, tensor.stride()
+        self.dtype, self.device = tensor.dtype, tensor.device
+        self.contiguous = tensor.is_contiguous()
+
+    def stride(self) -> tuple[int, ...]:
+        return self.strides
+
+    def is_contiguous(self) -> bool:
+        return self.contiguous
+
+
 class StockStrides:
     """A function of a graph: gives a map in its stock strides.
 
@@ -49,7 +64,7 @@ class StockStrides:
             modules: called :attr:`names`; a graph's function holds none, so that a model goes with its last reference.
             values: of the inputs.
         """
-        tensors = [value for value in values if isinstance(value, Tensor)]
+        tensors = [value for value in values if isinstance(value, (Tensor, Sketch))]
         tensors += [modules[k].weight for k in self.convs]  # type: ignore[misc]
         if all(map(_is_plain, tensors)):
             stride = _dense(y.shape)
@@ -66,7 +81,16 @@ class StockStrides:
     @torch.no_grad()
     def find(self, modules: tuple[nn.Module, ...], values: tuple[Any, ...]) -> tuple[int, ...]:
         """The strides that stock layers give for inputs of these sizes and strides."""
-        known: dict[fx.Node, Any] = {node: _alike(value) for node, value in zip(self.inputs, values, strict=True)}
+        # in one dtype, whatever autocast makes of it on the way: it is no question of strides
+        dtype: Any = modules[self.convs[0]].weight.dtype if self.convs else None
+        known: dict[fx.Node, Any] = {node: _alike(value, dtype) for node, value in zip(self.inputs, values, strict=True)}
+        device = next((value.device.type for value in values if isinstance(value, (Tensor, Sketch))), "cpu")
+        with torch.autocast(device, enabled=False):
+            self.run(known, modules)
+        return known[self.result].stride()  # type: ignore[no-any-return]
+
+    def run(self, known: dict[fx.Node, Any], modules: tuple[nn.Module, ...]) -> None:
+        """Run the steps on what is known of the inputs."""
         for step in self.steps:
             args = fx.node.map_arg(step.args, known.__getitem__)
             kwargs = fx.node.map_arg(step.kwargs, known.__getitem__)
@@ -76,7 +100,6 @@ class StockStrides:
                 known[step] = getattr(args[0], step.target)(*args[1:], **kwargs)  # type: ignore[arg-type]
             else:
                 known[step] = step.target(*args, **kwargs)  # type: ignore[operator]
-        return known[self.result].stride()  # type: ignore[no-any-return]
 
 
 def _steps(result: fx.Node, inputs: list[fx.Node]) -> list[fx.Node]:
@@ -96,13 +119,14 @@ def _stock(module: nn.Module, *args: Any, **kwargs: Any) -> Any:
     return getattr(module, "stock", type(module)).forward(module, *args, **kwargs)
 
 
-def _alike(value: Any) -> Any:
-    if not isinstance(value, Tensor):
+def _alike(value: Any, dtype: torch.dtype | None) -> Any:
+    if not isinstance(value, (Tensor, Sketch)):
         return value
-    return torch.empty_strided(value.shape, value.stride(), dtype=value.dtype, device=value.device)
+    wanted = dtype if dtype is not None and value.dtype.is_floating_point else value.dtype
+    return torch.empty_strided(value.shape, value.stride(), dtype=wanted, device=value.device)
 
 
-def _is_plain(tensor: Tensor) -> bool:
+def _is_plain(tensor: Tensor | Sketch) -> bool:
     """Contiguous, and so to torch: where a dimension has one element, its stride decides what kind of map that is."""
     return tensor.is_contiguous() and (1 not in tensor.shape or tensor.stride() == _dense(tensor.shape))
 

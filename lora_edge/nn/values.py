@@ -102,3 +102,10 @@ class Super:
 
     cls: type
     instance: Any
+
+
+class Constant:
+    """A function without arguments whose value is known."""
+
+    def __init__(self, value: Any) -> None:
+        self.value = value

@@ -78,13 +78,12 @@ def check_forward(
     plan: BlockPlan, x: Tensor, weight: Tensor, core: Tensor | None, bias: Tensor | None, residual: Tensor | None,
     factors: Sequence[Tensor], vectors: Sequence[Tensor | None],
 ) -> None:  # fmt: skip
-    """Check what is not in the plan's key: the core's and the residual's shapes, dtypes, and every device.
-
-    The sizes of bias and affines are left to the compiled code, which gets their bytes (csrc/check.h).
+    """Check what is not in the plan's key: the core's and the residual's shapes, vectors' sizes, dtypes, and every device.
 
     Raises:
         TypeError, ValueError: a tensor is not what the plan takes; the message names it.
     """
+    (outputs,) = plan.vector_shape
     index = x.get_device()  # of all devices the number, -1 of a CPU: a quarter of the time that comparing devices takes
     good = weight.get_device() == index
     if core is not None:
@@ -92,11 +91,11 @@ def check_forward(
     for factor in factors:
         good = good and factor.get_device() == index
     if bias is not None:
-        good = good and bias.dtype is x.dtype and bias.get_device() == index
+        good = good and bias.numel() == outputs and bias.dtype is x.dtype and bias.get_device() == index
     if residual is not None:
         good = good and residual.shape == plan.y_shape and residual.dtype is x.dtype and residual.get_device() == index
     for vector in vectors:
-        good = good and (vector is None or vector.get_device() == index)
+        good = good and (vector is None or (vector.numel() == outputs and vector.get_device() == index))
     if not good:
         check_all_forward(plan, x, weight, core, bias, residual, factors, vectors)
 
@@ -128,7 +127,9 @@ def check_backward(
         good = good and core.shape == plan.core_shape and core.dtype is dtypes.core and core.get_device() == index
     for factor, shape in zip(factors, plan.factor_shapes, strict=False):
         good = good and factor.shape == shape and factor.dtype is dtypes.factor and factor.get_device() == index
-    good = good and (a is None or a.get_device() == index) and (residual_a is None or residual_a.get_device() == index)
+    (outputs,) = plan.vector_shape
+    good = good and (a is None or (a.numel() == outputs and a.get_device() == index))
+    good = good and (residual_a is None or (residual_a.numel() == outputs and residual_a.get_device() == index))
     if saved is None:
         good = good and plan.saved.bytes == 0
     else:

@@ -9,7 +9,7 @@ from torch import Tensor
 
 from lora_edge.ops.kernels import channels_last_for_the_cpu
 from lora_edge.ops.once import linear_once_differentiable
-from lora_edge.ops.plan import dense_stride
+from lora_edge.ops.plan import dense_stride, is_channels_last
 
 
 class _LaidOut(torch.autograd.Function):
@@ -73,8 +73,15 @@ def _differ_by_nothing(shape: torch.Size, now: tuple[int, ...], wanted: tuple[in
     return all(size == 1 or a == b for size, a, b in zip(shape, now, wanted, strict=True))
 
 
-def stock_strides_on_the_cpu(y: Tensor, x: Tensor, weight: Tensor) -> Tensor:
-    """:func:`in_stock_strides` of one convolution; the other engines keep to ``x``'s layout by themselves."""
+def in_layout_of(y: Tensor, x: Tensor, weight: Tensor) -> Tensor:
+    """``y`` in the layout of ``x`` or the weight, 1-D too, as all engines but the CPU's lay it out by themselves."""
+    if not y.is_cpu or torch.compiler.is_compiling() or is_channels_last(x) or is_channels_last(weight):
+        return y
+    return in_stock_strides(y)
+
+
+def as_a_layer(y: Tensor, x: Tensor, weight: Tensor) -> Tensor:
+    """``y`` in the strides that a stock convolution gives."""
     if not y.is_cpu or torch.compiler.is_compiling():
         return y
     return in_stock_strides(y, (x,), (weight,))

@@ -33,7 +33,7 @@ from lora_edge.ops.half_precision import narrowed
 from lora_edge.ops.once import once_differentiable
 from lora_edge.ops.plan import Epilogue
 from lora_edge.ops.route import choose_route
-from lora_edge.ops.strides import stock_strides_on_the_cpu
+from lora_edge.ops.strides import in_layout_of
 from lora_edge.ops.tt_conv import factor_core_grad, factor_suffix_grad
 from lora_edge.ops.tt_fuse import core_grad, suffix_grad
 from lora_edge.tt import contracted
@@ -100,7 +100,7 @@ def tt_block(
     y = run_block(
         x, weight, core, suffix, bias, args, scale, affine, residual, residual_affine, activation, saved_dtype, backend=backend
     )  # fmt: skip
-    return stock_strides_on_the_cpu(y, x, weight)
+    return in_layout_of(y, x, weight)
 
 
 def run_block(

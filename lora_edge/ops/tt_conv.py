@@ -19,7 +19,7 @@ from lora_edge.ops.half_precision import narrowed
 from lora_edge.ops.once import once_differentiable
 from lora_edge.ops.plan import Epilogue
 from lora_edge.ops.route import ROUTES, choose_route
-from lora_edge.ops.strides import stock_strides_on_the_cpu
+from lora_edge.ops.strides import in_layout_of
 from lora_edge.ops.tt_fuse import core_grad, suffix_grad
 from lora_edge.tt import contracted
 
@@ -100,7 +100,7 @@ def _tt_conv(
     epilogue = Epilogue(scale, saved_dtype=saved_dtype)
     y = kernels.try_block("tt_conv", backend, x, weight, core, suffix, bias, None, None, None, args, epilogue, route)
     if y is not None:
-        return stock_strides_on_the_cpu(y, x, weight)
+        return in_layout_of(y, x, weight)
     suffix = contracted(suffix)
     needs_grad = any(t is not None and t.requires_grad for t in (x, weight, core, suffix, bias))
     if not (torch.is_grad_enabled() and needs_grad):
