@@ -63,9 +63,10 @@ def is_transformed() -> bool:
 def constant_when_traced(function: _Function) -> _Function:
     """``torch.compiler.assume_constant_result`` without its import of all of torch._dynamo: runs when a call is traced.
 
-    The attribute is older than 2.4. A torch that did not know it would trace into the function and break the graph there. Torch
-    keeps the result as a global variable beside the code that it compiles, under the name in the function's code; torch 2.4 puts
-    it in the place of what has that name there, such as the function itself. So the name is made one that nobody else has.
+    The attribute is older than 2.4. A torch that did not know it would trace into the function and break the graph there.
+
+    Torch keeps the result as a global variable beside the code that it compiles, under the name in the function's code; torch 2.4
+    puts it in the place of what has that name there, such as the function itself. So the name is made one that nobody else has.
     """
     code: Any = function.__code__  # type: ignore[attr-defined]
     name = f"_{function.__module__}_{code.co_name}".replace(".", "_")
