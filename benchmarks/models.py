@@ -5,8 +5,8 @@
     same_output     bit-identical to the frozen base without gradients, in evaluation mode, right after ``adapt``
     output_error    forward in training mode, random cores, float64: the largest relative error beside ``lean=False``
     gradient_error  the same of every core's gradient
-    moved           buffers that forward and backward in training mode moved although BatchNorm is frozen, beyond those that
-                    the base model moves in evaluation mode
+    moved           BatchNorm's statistics that training mode moved although they are frozen, and buffers that it left
+                    otherwise than with ``lean=False``
     saved_bytes     kept for backward by the adapted model; ``full_bytes``: by full fine-tuning
     fused           convolutions that run as one op with at least one neighbour; ``alone``: without; ``why_not``: the rest
     round_trip      train one step, save, load into a fresh base: the same output
@@ -54,6 +54,7 @@ MEASURES = (
     "full_bytes", "fused", "alone", "why_not", "left_alone", "round_trip", "merged_keys", "merge_error",
 )  # fmt: skip
 FIELDS = ("model", "verdict", "source", "input", *MEASURES, "seconds", "lora_edge", "torch", "processor", "date")
+STATISTICS = ("running_mean", "running_var", "num_batches_tracked")
 # of relative errors: float64 sums of a few thousand terms through a hundred layers; float32 kernels through as many
 BOUNDS = {"output_error": 1e-9, "gradient_error": 1e-8, "merge_error": 1e-3}
 
@@ -123,8 +124,9 @@ class Examination:
             loss = sum((t * torch.randn(t.shape, generator=generator, dtype=t.dtype)).sum() for t in y)
             loss.backward()  # type: ignore[union-attr]
             grads = {name: core.grad for name, core in cores_of(model).items()}
-            found.append((y, grads, {n for n, value in model.named_buffers() if not torch.equal(value, before[n])}))
-        (y, lean_grads, moved), (want_y, want, _) = found
+            now = dict(model.named_buffers())
+            found.append((y, grads, now, {name for name, value in now.items() if not torch.equal(value, before[name])}))
+        (y, lean_grads, buffers, moved), (want_y, want, other_buffers, _) = found
         self.row["output_error"] = f"{error_of(y, want_y):.1e}"
         none = [name for name in want if (want[name] is None) != (lean_grads[name] is None)]
         if none:
@@ -134,13 +136,8 @@ class Examination:
         floors = norms.clamp_min(max(1e-9 * float(norms.max()), 1e-30))
         errors = torch.stack([(got - g).norm() for got, g in pairs]) / floors
         self.row["gradient_error"] = f"{float(errors.max()):.1e}"  # not a number where one is not
-        self.row["moved"] = len(moved - self.moved_in_evaluation())
-
-    def moved_in_evaluation(self) -> set[str]:
-        model = copy.deepcopy(self.base)
-        before = {name: value.clone() for name, value in model.named_buffers()}
-        output(model, self.x)
-        return {name for name, value in model.named_buffers() if not torch.equal(value, before[name])}
+        statistics = {name for name in moved if name.rpartition(".")[2] in STATISTICS}
+        self.row["moved"] = len(statistics | {n for n, value in other_buffers.items() if not close(buffers[n], value)})
 
     def bytes(self) -> None:
         self.row["saved_bytes"] = saved_bytes(copy.deepcopy(self.trained).train(), self.x)
@@ -210,8 +207,12 @@ def output(model: nn.Module, x: Tensor) -> list[Tensor]:
 
 def error_of(got: list[Tensor], want: list[Tensor]) -> float:
     """The largest relative error of several tensors, in norm."""
-    errors = [(a - b).norm() / b.norm().clamp_min(1e-30) for a, b in zip(got, want, strict=True)]
+    errors = [((a - b).norm() / b.norm().clamp_min(1e-30)).detach() for a, b in zip(got, want, strict=True)]
     return float(torch.stack(errors).max())
+
+
+def close(got: Tensor, want: Tensor) -> bool:
+    return torch.equal(got, want) if not want.is_floating_point() else error_of([got], [want]) <= BOUNDS["output_error"]
 
 
 def same(got: list[Tensor], want: list[Tensor]) -> str:
@@ -260,8 +261,6 @@ def machine() -> dict[str, str]:
 def examine(definition: Definition) -> dict[str, Any]:
     """The model's row."""
     started = time.perf_counter()
-    warnings.simplefilter("ignore")
-    torch.set_num_threads(1)
     try:
         row = Examination(definition).run()
         row["verdict"] = verdict(row)
@@ -298,6 +297,8 @@ def in_a_process(definition: Definition, work: Callable[[Definition], dict[str, 
 
 
 def _send(pipe: Connection, definition: Definition, work: Callable[[Definition], dict[str, Any]]) -> None:
+    warnings.simplefilter("ignore")
+    torch.set_num_threads(1)  # a forked process has no other
     pipe.send(work(definition))
     pipe.close()
 

@@ -65,8 +65,8 @@ def constant_when_traced(function: _Function) -> _Function:
 
     The attribute is older than 2.4. A torch that did not know it would trace into the function and break the graph there.
 
-    Torch keeps the result as a global variable beside the code that it compiles, under the name in the function's code; torch 2.4
-    puts it in the place of what has that name there, such as the function itself. So the name is made one that nobody else has.
+    Torch keeps the result as a global variable beside the code that it compiles, under the name in the function's code: torch
+    2.4 in the place of what has that name there, such as the function itself. So the name is made one that nobody else has.
     """
     code: Any = function.__code__  # type: ignore[attr-defined]
     name = f"_{function.__module__}_{code.co_name}".replace(".", "_")
