@@ -14,7 +14,7 @@ from torch import Tensor
 
 from lora_edge.ops import reference
 from lora_edge.ops.backends import requested
-from lora_edge.unchanged import Beside, Bytes
+from lora_edge.unchanged import Beside, Bytes, Sample
 
 if TYPE_CHECKING:
     from lora_edge.layers import LoRAEdgeConv
@@ -24,20 +24,22 @@ class _Kept(NamedTuple):
     """A fused kernel and what it was made of.
 
     A frozen tensor is the one it was made of where it is the same object on the same memory in the same version. The memory
-    is held by an alias, so that no other tensor comes to lie there. An in-place change under ``.data`` counts no version: the
-    core, which is small and which some optimizers write so, is compared byte by byte instead.
+    is held by an alias, so that no other tensor comes to lie there. An in-place change under ``.data`` counts no version: so
+    the core, which some optimizers write so, is compared byte by byte, and of the frozen tensors a value in each row; all of
+    them once somebody was handed the layer's weight.
     """
 
     ids: tuple[int, int]  # of weight and suffix
     versions: tuple[int, int]
-    weight: Tensor
-    suffix: Tensor
+    weight: Sample
+    suffix: Sample
     core: Bytes
     scale: float
     fused: Tensor
 
 
 _kept: Beside[_Kept] = Beside()
+_handed_out: Beside[bool] = Beside()  # layers whose weight somebody read, who may write into it
 
 
 def inference_weight(layer: LoRAEdgeConv) -> Tensor | None:
@@ -54,8 +56,8 @@ def inference_weight(layer: LoRAEdgeConv) -> Tensor | None:
     if (
         kept is not None
         and kept.ids == (id(weight), id(suffix))
-        and kept.weight.is_set_to(weight)
-        and kept.suffix.is_set_to(suffix)
+        and kept.weight.hold(weight)
+        and kept.suffix.hold(suffix)
         and kept.versions == (weight._version, suffix._version)
         and kept.core.hold(core)
         and kept.scale == layer.scale
@@ -69,13 +71,22 @@ def _keep(layer: LoRAEdgeConv, weight: Tensor, core: Tensor, suffix: Tensor) -> 
     if weight.is_inference() or suffix.is_inference() or not Bytes.readable(core):  # inference tensors count no versions
         return None
     ids, versions = (id(weight), id(suffix)), (weight._version, suffix._version)
+    every_value = _handed_out.get(layer) is not None
+    samples = Sample(weight, every_value), Sample(suffix, every_value)
     weight, core, suffix = weight.detach(), core.detach(), suffix.detach()
     with torch.autocast("cpu", enabled=False):  # it casts the fused kernel as it casts a stock one
         fused = reference.tt_fuse(weight, core, suffix, layer.scale)
-    _kept.put(layer, _Kept(ids, versions, weight, suffix, Bytes(core), layer.scale, fused))
+    _kept.put(layer, _Kept(ids, versions, *samples, Bytes(core), layer.scale, fused))
     return fused
 
 
 def drop(layer: LoRAEdgeConv) -> None:
     """Forget a layer's fused kernel: it is trained, or moved."""
     _kept.drop(layer)
+
+
+def hand_out(layer: LoRAEdgeConv) -> None:
+    """Somebody outside reads the layer's weight: from now on all of its values are compared at every forward."""
+    if _handed_out.get(layer) is None:
+        _handed_out.put(layer, True)
+        drop(layer)

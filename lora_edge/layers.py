@@ -99,6 +99,7 @@ class LoRAEdgeConv(nn.modules.conv._ConvNd):
         for tensors in (self._parameters, self.__dict__, self._buffers):
             if (found := tensors.get("weight")) is not None:
                 if not torch.compiler.is_compiling() and _read_from_outside():
+                    inference.hand_out(self)
                     self._tell_that_weight_is_the_base()
                 return found
         raise AttributeError(f"{type(self).__name__} has no weight")

@@ -9,6 +9,7 @@ import ctypes
 import weakref
 from typing import Generic, TypeVar
 
+import torch
 from torch import Tensor, nn
 
 _Value = TypeVar("_Value")
@@ -56,3 +57,32 @@ class Bytes:
     def hold(self, tensor: Tensor) -> bool:
         """Whether ``tensor`` is what it was: on the same memory, with the same sizes, strides and bytes."""
         return self.alias.is_set_to(tensor) and self.memory.raw == self.bytes
+
+
+class Sample:
+    """Values of a frozen tensor, which tell most in-place changes under ``.data``, ``.numpy()`` and the like.
+
+    They lie ``columns - 1`` elements apart: at least one in every row (output channel) and, over the rows, in every column.
+    Comparing them costs a quarter of a microsecond, comparing all bytes of a wide layer a hundred. Only of a tensor on the CPU.
+    """
+
+    __slots__ = ("alias", "bytes", "values")
+
+    SMALL = 8192  # bytes: below, all of them are compared in as short a time
+
+    def __init__(self, tensor: Tensor, every_value: bool) -> None:
+        """``every_value`` compares a large tensor's bytes too, one by one."""
+        self.alias = tensor.detach()
+        integers = {2: torch.int16, 4: torch.int32, 8: torch.int64}[tensor.element_size()]
+        flat = self.alias.view(integers)
+        if tensor.ndim > 1 and tensor.nbytes > self.SMALL and not every_value:
+            if not tensor.is_contiguous():  # the rows of a channels-last kernel lie one behind the other too
+                flat = flat.movedim(1, -1)
+            if flat.is_contiguous():
+                flat = flat.view(-1)[:: max(1, tensor[0].numel() - 1)]
+        self.values = flat.numpy()
+        self.bytes = self.values.tobytes()
+
+    def hold(self, tensor: Tensor) -> bool:
+        """Whether ``tensor`` is what it was: on the same memory, with the same sizes and strides, and these values."""
+        return self.alias.is_set_to(tensor) and self.values.tobytes() == self.bytes

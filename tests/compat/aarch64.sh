@@ -5,7 +5,8 @@
 #                                             compiles lora_edge/_C of this checkout for it
 #
 # The processor is a Cortex-A76, next of kin of Orin's A78AE: no SVE and no bfloat16. On qemu's own, which has both, torch 2.4
-# multiplies float32 matrices in bfloat16. Python and its libraries are Debian's packages of arm64, unpacked and not installed; torch and the rest are wheels from PyPI.
+# multiplies float32 matrices in bfloat16. Python and its libraries are Debian's packages of arm64, unpacked and not installed;
+# torch and the rest are wheels from PyPI.
 set -euo pipefail
 checkout=$(cd "$(dirname "$0")/../.." && pwd)
 folder=$(mkdir -p "$1" && cd "$1" && pwd)
