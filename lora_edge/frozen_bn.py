@@ -16,7 +16,7 @@ from torch.nn.modules.batchnorm import _BatchNorm
 from lora_edge.frozen_trial import first_line, why_evaluation_moves
 from lora_edge.ops.once import linear_once_differentiable
 from lora_edge.ops.strides import no_view
-from lora_edge.ops.transforms import plain_ops_only
+from lora_edge.ops.transforms import plain_ops_only, refuse_proxy
 from lora_edge.unchanged import Beside, Bytes
 
 
@@ -103,6 +103,8 @@ class FrozenBatchNorm(FrozenNorm):
     dims: ClassVar[tuple[int, ...]] = ()  # of an input that needs none of the stock layer's own checks
 
     def forward(self, input: Tensor) -> Tensor:
+        if not isinstance(input, Tensor):
+            refuse_proxy(input)
         if torch.is_grad_enabled() and self.is_lean() and not plain_ops_only():
             self._check_input_dim(input)
             return self._frozen(input)
@@ -185,6 +187,8 @@ class FrozenThen(FrozenSubclass):
         return FrozenNorm.is_lean(self)
 
     def forward(self, input: Tensor) -> Tensor:
+        if not isinstance(input, Tensor):
+            refuse_proxy(input)
         if not (torch.is_grad_enabled() and self.is_lean()) or plain_ops_only():
             return self.stock.forward(self, input)
         y = self.normalized(input)

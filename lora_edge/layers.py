@@ -24,7 +24,7 @@ from lora_edge.ops.backends import requested
 from lora_edge.ops.checks import DTYPES, check_conv
 from lora_edge.ops.padding import pad
 from lora_edge.ops.strides import as_a_layer
-from lora_edge.ops.transforms import plain_ops_only
+from lora_edge.ops.transforms import plain_ops_only, refuse_proxy
 from lora_edge.subspace import weight_suffix
 from lora_edge.tt import attainable_ranks, check_rank, contract_suffix
 from lora_edge.unchanged import Beside
@@ -132,6 +132,8 @@ class LoRAEdgeConv(nn.modules.conv._ConvNd):
         return suffix.detach() if suffix.requires_grad and not self.trains_suffix else suffix
 
     def forward(self, input: Tensor) -> Tensor:
+        if not isinstance(input, Tensor):
+            refuse_proxy(input)
         if not self.enabled:
             return self.stock.forward(self, input)  # type: ignore[misc, arg-type]
         if plain_ops_only():

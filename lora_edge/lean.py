@@ -25,7 +25,7 @@ from lora_edge.ops.bits import memory_format, pack, unpack
 from lora_edge.ops.once import linear_once_differentiable
 from lora_edge.ops.padding import pad
 from lora_edge.ops.strides import as_a_layer, no_view
-from lora_edge.ops.transforms import plain_ops_only
+from lora_edge.ops.transforms import plain_ops_only, refuse_proxy
 
 
 class LeanLayer(nn.Module):
@@ -44,6 +44,8 @@ class LeanActivation(LeanLayer):
         raise NotImplementedError
 
     def forward(self, input: Tensor) -> Tensor:
+        if not isinstance(input, Tensor):
+            refuse_proxy(input)
         if not (torch.is_grad_enabled() and input.requires_grad) or plain_ops_only():
             return self.stock.forward(self, input)
         if self.inplace and input._is_view():  # autograd takes no custom in-place function on a view
@@ -100,6 +102,8 @@ class LeanMaxPool(LeanLayer):
     """A max-pool that saves the place in the window, one byte an element of its output."""
 
     def forward(self, input: Tensor) -> Tensor:
+        if not isinstance(input, Tensor):
+            refuse_proxy(input)
         if not (torch.is_grad_enabled() and input.requires_grad) or plain_ops_only():
             return self.stock.forward(self, input)
         dims = int(self.stock.__name__[-2])
@@ -185,6 +189,8 @@ class LeanDropout(LeanLayer, nn.Dropout):
     stock = nn.Dropout
 
     def forward(self, input: Tensor) -> Tensor:
+        if not isinstance(input, Tensor):
+            refuse_proxy(input)
         wants_gradient = torch.is_grad_enabled() and input.requires_grad
         if not self.training or not wants_gradient or not 0.0 < self.p < 1.0 or input.is_meta or plain_ops_only():
             return self.stock.forward(self, input)
@@ -229,6 +235,8 @@ class LeanConv(LeanLayer, nn.modules.conv._ConvNd):
     backend: str = "auto"  # what its op is called with
 
     def forward(self, input: Tensor) -> Tensor:
+        if not isinstance(input, Tensor):
+            refuse_proxy(input)
         if (
             not (torch.is_grad_enabled() and input.requires_grad)
             or self.weight.requires_grad

@@ -7,7 +7,7 @@ import io
 
 import pytest
 import torch
-from torch import Tensor, nn
+from torch import Tensor, fx, nn
 from torch.autograd import forward_ad
 from torch.func import functional_call, grad, hessian, jacrev, jvp, stack_module_state, vmap
 
@@ -168,3 +168,17 @@ def test_layers_take_their_input_by_name(layer, adapt_it):
     torch.testing.assert_close(model[0](input=x), want)
     with torch.no_grad():
         torch.testing.assert_close(model[0](input=x), want)
+
+
+@pytest.mark.parametrize("first", [nn.Conv1d(3, 3, 1), nn.BatchNorm1d(3), nn.ReLU()], ids=lambda layer: type(layer).__name__)
+def test_fx_is_refused_in_one_line_and_traces_what_is_merged(first):
+    model = (
+        nn.Sequential(copy.deepcopy(first), nn.Conv1d(3, 4, 3), nn.BatchNorm1d(4), nn.MaxPool1d(2), nn.Dropout(0.5))
+        .double()
+        .eval()
+    )
+    lora_edge.adapt(model, 2)
+    with pytest.raises(RuntimeError, match=r"torch.fx cannot trace an adapted model; call lora_edge.merge\(model\) first"):
+        fx.symbolic_trace(model)
+    merged = lora_edge.merge(model)
+    torch.testing.assert_close(fx.symbolic_trace(merged)(X), merged(X))
