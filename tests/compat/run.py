@@ -42,7 +42,7 @@ NEEDED = ["numpy", "safetensors", "pytest", "hypothesis", "tensorly", "pybind11>
 # Not the core: they need extras, a compiler, a device or minutes; torch's version is nothing to them or tested by what is left.
 LEFT_OUT = {
     "build", "check", "cli", "cuda_backend", "frame", "har", "host_layer", "kernel_benchmark", "kernels", "methods", "peft",
-    "sm87", "study", "triton", "finds_out_early", "plain_install",
+    "sm87", "study", "triton", "finds_out_early", "not_a_number", "plain_install",
 }  # fmt: skip
 ONLY_NATIVE = {"integration"}  # torch.compile and DistributedDataParallel: a compiler and processes of the emulated machine
 ABOUT = "import json, platform, torch; print(json.dumps([platform.machine(), torch.__version__, platform.python_version()]))"
