@@ -27,6 +27,7 @@ CALLS = int(os.environ.get("LORA_EDGE_FUZZ_CALLS") or 150)
 SECONDS_A_CALL = 1.0  # a call takes some milliseconds; the sanitizers and a busy machine tens of times that
 
 
+@pytest.mark.other_python
 @pytest.mark.parametrize("door", DOORS)
 def test_random_calls(door):
     command = [sys.executable, "tests/fuzz_doors.py", door, str(CALLS)]

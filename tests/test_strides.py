@@ -184,6 +184,7 @@ def _functions():
 
 
 def test_every_function_is_called_here():
+    pytest.importorskip("triton")  # its kernels' files are imported too
     assert set(_functions()) == {*CALLS, *ELSEWHERE}
 
 

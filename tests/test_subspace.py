@@ -451,6 +451,7 @@ def test_zero_loss_and_nan_gradients():
 
 @pytest.mark.parametrize("subspace", ["input", "gradient"])
 def test_peak_memory_on_w1_is_below_twice_a_training_steps(subspace):
+    pytest.importorskip("rich")  # of the extra har
     from benchmarks.subspace_pass import MOST_PEAK, actions, peak_bytes
 
     named, known = actions("W1", 64, 4)

@@ -53,13 +53,16 @@ def test_matrix(case: ConvCase, dtype):
     if layer.bias is not None:
         layer.bias.requires_grad_(True)
     x = case.x(dtype).requires_grad_()
+    try:
+        stock = case.conv(dtype)(x)
+    except RuntimeError as error:  # torch 2.4 pads no channels-last map of float16
+        pytest.skip(f"the stock layer does not run here: {error}")
     y = layer(x)
     dy = torch.randn(y.shape, dtype=torch.float64).to(dtype)
     inputs = [t for t in (x, layer.core, layer.bias) if t is not None]
     got = torch.autograd.grad(y, inputs, dy)
     want_y, want = oracle(case, layer, x, dy)
 
-    stock = case.conv(dtype)(x)
     assert y.dtype == dtype
     assert y.shape == stock.shape
     assert y.stride() == stock.stride() or y.numel() == 0, "memory format of the stock layer"

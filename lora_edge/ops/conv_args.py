@@ -104,7 +104,7 @@ def symmetric(weight: Tensor, args: ConvArgs) -> tuple[Tensor, ConvArgs]:
         padding.append(max(low, high))
     if any(front or back for front, back in taps):
         weight = F.pad(weight, [amount for pair in reversed(taps) for amount in pair])
-    return weight, args._replace(padding=tuple(padding))
+    return weight, ConvArgs(args.stride, tuple(padding), args.dilation, args.groups)
 
 
 def conv_input_grad(dy: Tensor, weight: Tensor, size: Sequence[int], args: ConvArgs) -> Tensor:

@@ -58,6 +58,10 @@ class Epilogue(NamedTuple):
     saved_dtype: torch.dtype | None = None
     overwrite: bool = False
 
+    def without_overwriting(self) -> Epilogue:
+        """The same where ``x`` is needed; torch 2.4 cannot trace ``_replace``."""
+        return Epilogue(self.scale, self.activation, self.saved_dtype)
+
 
 class Saves(NamedTuple):
     """What backward will need: ``h`` where the core is trained, bits where the activation lies on a gradient's way."""

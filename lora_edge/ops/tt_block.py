@@ -134,7 +134,7 @@ def run_block(
         dtype = torch.get_autocast_dtype(x.device.type)
         bias, residual = (None if t is None else t.to(dtype) for t in (bias, residual))
         with torch.autocast(x.device.type, enabled=False):
-            rest = (args, epilogue._replace(overwrite=False), affine, residual_affine)
+            rest = (args, epilogue.without_overwriting(), affine, residual_affine)
             return _run_block(x.to(dtype), weight, core, suffix, bias, residual, *rest, backend)
     return _run_block(x, weight, core, suffix, bias, residual, args, epilogue, affine, residual_affine, backend)
 
@@ -250,7 +250,7 @@ class _TTBlock(torch.autograd.Function):
                 rows, even = symmetric(rows, args)
                 saved = narrowed(conv(x, rows, None, even), epilogue.saved_dtype or x.dtype)
         if saved is x:
-            epilogue = epilogue._replace(overwrite=False)
+            epilogue = epilogue.without_overwriting()
         y, bits = _forward(x, weight, core, suffix, bias, residual, affine, residual_affine, args, epilogue, True)
         if y is x:
             ctx.mark_dirty(x)
