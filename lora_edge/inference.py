@@ -25,8 +25,8 @@ class _Kept(NamedTuple):
 
     A frozen tensor is the one it was made of where it is the same object on the same memory in the same version. The memory
     is held by an alias, so that no other tensor comes to lie there. An in-place change under ``.data`` counts no version: so
-    the core, which some optimizers write so, is compared byte by byte, and of the frozen tensors a value in each row; all of
-    them once somebody was handed the layer's weight.
+    the core, which some optimizers write so, is compared byte by byte, and of the frozen tensors a sample; every value once
+    somebody read ``layer.weight``. What writes a part of a weight that it has from ``model.parameters()`` must not use ``.data``.
     """
 
     ids: tuple[int, int]  # of weight and suffix
