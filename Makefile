@@ -31,7 +31,7 @@ test-all: $(VENV)/test
 # The whole suite instead of what computes: make test-isa TESTS=tests
 TESTS ?=
 test-isa: $(VENV)/test
-	$(BIN)/python tests/isa.py $(TESTS)
+	$(BIN)/python tests/tools/isa.py $(TESTS)
 
 check: $(VENV)/check
 	$(BIN)/ruff check .
@@ -39,17 +39,17 @@ check: $(VENV)/check
 	$(BIN)/mypy
 
 mutate: $(VENV)/test
-	$(BIN)/python tests/mutate.py
+	PYTHONPATH=tests:. $(BIN)/python tests/tools/mutate.py
 
 compat: $(VENV)/test
-	$(BIN)/python tests/compat/run.py $(MACHINES)
+	$(BIN)/python tests/tools/compat/run.py $(MACHINES)
 
 results: $(VENV)/har
-	$(BIN)/python -m lora_edge.har.study_report benchmarks/results/cpu/study_*.csv --page README.md \
+	$(BIN)/python -m benchmarks.study.report benchmarks/results/cpu/study_*.csv --page README.md \
 	  --picture benchmarks/results/study.png
 
 # A copy is built with the sanitizers (setup.py compiles C++ with CXXFLAGS alone); their runtimes must be there before Python is.
-# tests/sanitize.py fails unless the library holds their symbols and planted faults are found. Python itself leaks on purpose, and
+# tests/tools/sanitize.py fails unless the library holds their symbols and planted faults are found. Python itself leaks on purpose, and
 # an allocation that is too large is left to torch, whose error the tests expect.
 SANITIZE := -fsanitize=address,undefined -fno-sanitize-recover=undefined
 SANITIZED := -O1 -g $(SANITIZE) -fno-omit-frame-pointer
@@ -62,8 +62,8 @@ sanitize: $(VENV)/test
 	cd build/sanitize && export CXX="$(CXX)" CXXFLAGS="$(SANITIZED)" LORA_EDGE_FUZZ_CALLS=2000 \
 	  LD_PRELOAD="$$(for l in asan ubsan stdc++; do $(CXX) -print-file-name=lib$$l.so; done | tr '\n' ' ')" \
 	  ASAN_OPTIONS=detect_leaks=0:allocator_may_return_null=1 UBSAN_OPTIONS=halt_on_error=1:print_stacktrace=1 && \
-	  $(abspath $(BIN))/python tests/sanitize.py && \
-	  $(abspath $(BIN))/python -m pytest -s tests/test_cpu_engine.py tests/test_doors.py
+	  $(abspath $(BIN))/python tests/tools/sanitize.py && \
+	  $(abspath $(BIN))/python -m pytest -s tests/engines/test_cpu_engine.py tests/ops/test_doors.py
 
 # The torch that is there is written down as a constraint, so that no other package can replace it.
 $(VENV)/torch.txt:
@@ -79,7 +79,7 @@ $(VENV)/har $(VENV)/test $(VENV)/check: $(VENV)/%: $(VENV)/torch.txt pyproject.t
 	$(PIP) install -c $(VENV)/torch.txt -e ".[$*]"
 	@touch $@
 
-$(VENV)/har $(VENV)/test: setup.py $(wildcard csrc/*.*)
+$(VENV)/har $(VENV)/test: setup.py $(wildcard csrc/*.* csrc/*/*.*)
 
 clean:
 	rm -rf $(VENV) demo build *.egg-info lora_edge/_C*.so

@@ -123,10 +123,10 @@ def jobs() -> int:
 
 
 def compile_kernels(toolkit: Toolkit, targets: list[str]) -> list[str]:
-    """Compile csrc/*.cu and return the object files. With ninja, several at once and only what has changed."""
+    """Compile csrc/cuda/*.cu and return the object files. With ninja, several at once and only what has changed."""
     folder = Path("build", "cuda", "_".join(targets))
     folder.mkdir(parents=True, exist_ok=True)
-    objects = {source: folder / f"{source.stem}.o" for source in sorted(Path("csrc").glob("*.cu"))}
+    objects = {source: folder / f"{source.stem}.o" for source in sorted(Path("csrc/cuda").glob("*.cu"))}
     flags = dict.fromkeys(flag for target in targets for flag in gencode(target))
     nvcc = [toolkit.nvcc, "-std=c++17", "-O3", "-Xcompiler=-fPIC,-fvisibility=hidden", *flags]
     ninja = [sys.executable, "-m", "ninja"] if importlib.util.find_spec("ninja") else [shutil.which("ninja")]

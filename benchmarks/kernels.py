@@ -23,15 +23,16 @@ import torch
 from torch import Tensor
 
 from lora_edge.cli import OneLineParser
+from lora_edge.environment.machine import machine
 from lora_edge.error_text import first_line
-from lora_edge.machine import machine
-from lora_edge.ops import engines, tt_fuse
+from lora_edge.files.output import check_file, make_folder
+from lora_edge.ops import tt_fuse
 from lora_edge.ops.activation import Activation
 from lora_edge.ops.backends import AVAILABLE, state
 from lora_edge.ops.conv_args import ConvArgs
-from lora_edge.ops.kernels import REFUSED
+from lora_edge.ops.dispatch import REFUSED
+from lora_edge.ops.engines import registry as engines
 from lora_edge.ops.tt_block import run_block
-from lora_edge.output import check_file, make_folder
 
 from . import write_rows
 from .device import results_folder, title

@@ -9,7 +9,7 @@ from unittest import mock
 from torch import nn
 
 import lora_edge
-from lora_edge import blocks
+from lora_edge.nn import blocks
 
 from .workloads import WORKLOADS
 

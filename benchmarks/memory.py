@@ -23,7 +23,7 @@ from rich.console import Console
 from rich.table import Table
 
 import lora_edge
-from lora_edge.machine import machine
+from lora_edge.environment.machine import machine
 from lora_edge.memory import training_step_bytes
 
 from . import RESULTS, write_rows

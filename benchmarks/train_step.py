@@ -27,8 +27,8 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 import lora_edge
-from lora_edge.machine import machine
-from lora_edge.ops import cpu_launch
+from lora_edge.environment.machine import machine
+from lora_edge.ops.engines.cpu import launch as cpu_launch
 
 from . import write_rows
 from .device import results_folder, title

@@ -7,7 +7,7 @@ lora_edge.save_adapter(model, "me.safetensors")                 # kilobytes
 lora_edge.merge(model)                                          # plain nn.Conv* again
 """
 
-from lora_edge._torch_version import check_torch_version
+from lora_edge.environment.torch_version import check_torch_version
 
 check_torch_version()
 
@@ -16,7 +16,7 @@ from lora_edge._version import VERSION  # noqa: E402
 from lora_edge.adapt import adapt, disabled, merge, trainable_parameters  # noqa: E402
 from lora_edge.adapter_file import load_adapter, save_adapter  # noqa: E402
 from lora_edge.calibration import calibrate_bn  # noqa: E402
-from lora_edge.layers import LoRAEdgeConv1d, LoRAEdgeConv2d, LoRAEdgeConv3d  # noqa: E402
+from lora_edge.nn.layers import LoRAEdgeConv1d, LoRAEdgeConv2d, LoRAEdgeConv3d  # noqa: E402
 from lora_edge.ops import backends  # noqa: E402
 from lora_edge.summary import summary  # noqa: E402
 from lora_edge.tt import tt_contract, tt_svd  # noqa: E402

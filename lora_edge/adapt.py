@@ -11,23 +11,10 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from lora_edge import base_state, blocks, calibration, frozen_bn, lean
-from lora_edge.base_state import fingerprint, fingerprint_state, renew_base
-from lora_edge.budget import parse_budget
-from lora_edge.choice import choose, named
-from lora_edge.find import (
-    Adapted,
-    AdaptState,
-    adapt_state,
-    adapted_layers,
-    refuse_adapted,
-    require_adapted,
-    unwrap,
-)
+from lora_edge import calibration
 from lora_edge.finite import check_finite, check_variances
-from lora_edge.guarded import guard, unguard
-from lora_edge.idle import end_watch, warn_of_idle_cores, watch
-from lora_edge.layers import (
+from lora_edge.nn import blocks, frozen_bn, lean
+from lora_edge.nn.layers import (
     ADAPTED_CLASS,
     LoRAEdgeConv,
     attach,
@@ -37,13 +24,28 @@ from lora_edge.layers import (
     require_whole,
     set_weights,
 )
+from lora_edge.nn.reparametrised import Reparametrisation, bake, reparametrised_layers
 from lora_edge.ops import tt_fuse
 from lora_edge.ops.backends import require_backend
-from lora_edge.reparametrised import Reparametrisation, bake, reparametrised_layers
-from lora_edge.samples import MOST_BATCHES
-from lora_edge.selection import find_head, left_alone, named_head, select
-from lora_edge.subspace import FROM_BATCHES, SCALINGS, SUBSPACES
-from lora_edge.ties import share, tied_groups
+from lora_edge.subspaces.budget import parse_budget
+from lora_edge.subspaces.samples import MOST_BATCHES
+from lora_edge.subspaces.weight import FROM_BATCHES, SCALINGS, SUBSPACES
+from lora_edge.surgery import base_state
+from lora_edge.surgery.base_state import fingerprint, fingerprint_state, renew_base
+from lora_edge.surgery.choice import choose, named
+from lora_edge.surgery.find import (
+    Adapted,
+    AdaptState,
+    adapt_state,
+    adapted_layers,
+    refuse_adapted,
+    require_adapted,
+    unwrap,
+)
+from lora_edge.surgery.guarded import guard, unguard
+from lora_edge.surgery.idle import end_watch, warn_of_idle_cores, watch
+from lora_edge.surgery.selection import find_head, left_alone, named_head, select
+from lora_edge.surgery.ties import share, tied_groups
 from lora_edge.tt import check_rank, contracted
 
 __all__ = [

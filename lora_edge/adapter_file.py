@@ -27,7 +27,11 @@ from torch import Tensor, nn
 
 from lora_edge import calibration
 from lora_edge.adapt import LayerPlan, install
-from lora_edge.base_state import (
+from lora_edge.files.safetensors_file import PathLike, read_safetensors, write_safetensors
+from lora_edge.finite import check_finite, check_variances
+from lora_edge.nn.layers import ADAPTED_CLASS, LoRAEdgeConv
+from lora_edge.ops import tt_fuse
+from lora_edge.surgery.base_state import (
     back_to_base,
     base_state,
     changes,
@@ -38,12 +42,8 @@ from lora_edge.base_state import (
     set_values,
     why_not_settable,
 )
-from lora_edge.find import Adapted, AdaptState, adapt_state, adapted_layers, find_adapted, places, unwrap
-from lora_edge.finite import check_finite, check_variances
-from lora_edge.idle import warn_of_idle_cores
-from lora_edge.layers import ADAPTED_CLASS, LoRAEdgeConv
-from lora_edge.ops import tt_fuse
-from lora_edge.safetensors_file import PathLike, read_safetensors, write_safetensors
+from lora_edge.surgery.find import Adapted, AdaptState, adapt_state, adapted_layers, find_adapted, places, unwrap
+from lora_edge.surgery.idle import warn_of_idle_cores
 from lora_edge.tt import contract_suffix
 
 FORMAT = "lora_edge adapter 2"

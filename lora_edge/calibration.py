@@ -10,9 +10,9 @@ import torch
 from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _BatchNorm
 
-from lora_edge.find import unwrap
-from lora_edge.pooling import pool_statistics
-from lora_edge.training_flags import in_evaluation
+from lora_edge.surgery.find import unwrap
+from lora_edge.surgery.pooling import pool_statistics
+from lora_edge.surgery.training_flags import in_evaluation
 
 STATISTICS = ("running_mean", "running_var", "num_batches_tracked")
 

@@ -16,10 +16,12 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from lora_edge import _extension, ops
+from lora_edge import ops
 from lora_edge._version import VERSION
-from lora_edge.ops import engines, reference
+from lora_edge.environment import extension as _extension
+from lora_edge.ops import reference
 from lora_edge.ops.backends import AVAILABLE, backends
+from lora_edge.ops.engines import registry as engines
 from lora_edge.tt import contract_suffix, tt_svd
 
 TOLERANCE = {torch.float32: 1e-5, torch.float16: 1e-2, torch.bfloat16: 1e-2}  # ||a - b|| / ||b||, of value and gradients
@@ -87,7 +89,7 @@ def check(show: Callable[[str], None] = print) -> bool:
 
 def _triton_as_it_is(show: Callable[[str], None]) -> AbstractContextManager[None]:
     """Inside, no configuration of a kernel is measured for the checks' small shapes; that would take minutes more."""
-    from lora_edge.ops.triton_kernels import tuner
+    from lora_edge.ops.engines.triton.kernels import tuner
 
     show("  each kernel is compiled at its first call; that takes minutes, once")
     return tuner.without_measuring()

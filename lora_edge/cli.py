@@ -11,8 +11,8 @@ from pathlib import Path
 from typing import Any, NoReturn
 
 import lora_edge
+from lora_edge.environment.extras import require
 from lora_edge.error_text import first_line
-from lora_edge.extras import require
 
 
 class OneLineParser(argparse.ArgumentParser):
@@ -87,7 +87,7 @@ def _parser() -> argparse.ArgumentParser:
 
 
 def _adapt(options: argparse.Namespace) -> None:
-    from lora_edge.har.train import LARGEST_RATE
+    from lora_edge.har.training import LARGEST_RATE
 
     _positive(options, "steps", "epochs")
     if options.lr is not None and not 0 < options.lr <= LARGEST_RATE:
@@ -95,7 +95,7 @@ def _adapt(options: argparse.Namespace) -> None:
     require("lora-edge adapt")
     from rich.progress import BarColumn, MofNCompleteColumn, Progress, TaskID, TextColumn, TimeRemainingColumn
 
-    from lora_edge.har.adaptation import FILES, Settings, run
+    from lora_edge.har.main_job import FILES, Settings, run
     from lora_edge.har.report import print_table
 
     fields = {name: value for name, value in vars(options).items() if name not in ("run", "rest")}
@@ -116,8 +116,8 @@ def _adapt(options: argparse.Namespace) -> None:
 
 def _merge(options: argparse.Namespace) -> None:
     from lora_edge.adapter_file import merge_state, read_adapter
-    from lora_edge.safetensors_file import write_safetensors
-    from lora_edge.state_file import load_state
+    from lora_edge.files.safetensors_file import write_safetensors
+    from lora_edge.files.state_file import load_state
 
     state = load_state(options.base)
     merged = merge_state(state, read_adapter(options.adapter), str(options.adapter))

@@ -7,19 +7,20 @@ from dataclasses import dataclass, field
 import torch
 from torch import Tensor, nn
 
-from lora_edge.base_state import join, thawed_norms
-from lora_edge.blocks import describe
-from lora_edge.find import Adapted, require_adapted, unwrap
-from lora_edge.idle import idle_cores
-from lora_edge.layers import LoRAEdgeConv
-from lora_edge.ops import engines, kernels
+from lora_edge.nn.blocks import describe
+from lora_edge.nn.layers import LoRAEdgeConv
+from lora_edge.nn.reparametrised import reparametrised_layers
+from lora_edge.ops import dispatch as kernels
 from lora_edge.ops.activation import Activation
 from lora_edge.ops.backends import AVAILABLE, NAMES, requested, state
 from lora_edge.ops.conv_args import ConvArgs, conv_args
+from lora_edge.ops.engines import registry as engines
 from lora_edge.ops.plan import Epilogue
 from lora_edge.ops.route import choose_route, saved_channels_positions
-from lora_edge.reparametrised import reparametrised_layers
-from lora_edge.training_flags import in_evaluation
+from lora_edge.surgery.base_state import join, thawed_norms
+from lora_edge.surgery.find import Adapted, require_adapted, unwrap
+from lora_edge.surgery.idle import idle_cores
+from lora_edge.surgery.training_flags import in_evaluation
 
 
 @dataclass(frozen=True)

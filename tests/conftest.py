@@ -12,7 +12,8 @@ from pathlib import Path
 import pytest
 import torch
 
-from builds import ROOT, python
+pytest.register_assert_rewrite("helpers")  # before they are imported: failing asserts in them show their values
+from helpers.builds import ROOT, python  # noqa: E402
 
 SPSW = Path(__file__).resolve().parents[2] / "shared" / "data" / "har_spsw_1s.npz"
 

@@ -27,7 +27,7 @@ from pathlib import Path
 
 import numpy as np
 
-from lora_edge.file_kind import NPZ, kind_of, require_file
+from lora_edge.files.file_kind import NPZ, kind_of, require_file
 
 WATCH_SHA256 = "eb122f23cdf06ef6bd6c6c5312958ec5cf9d038e2e6d457b8081662c75a42537"
 WATCH_RATE_HZ = 50

@@ -24,9 +24,9 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
-from lora_edge.batch_statistics import has_statistics
 from lora_edge.calibration import on_batch_statistics
 from lora_edge.har.data import Split, Windows
+from lora_edge.surgery.batch_statistics import has_statistics
 
 SAMPLES = 16  # windows that choose, spread over those to adapt on
 FLIPS = 7  # turns that exchange no axes, the first after as worn

@@ -7,7 +7,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from lora_edge.har.train import Curve
+from lora_edge.har.training import Curve
 
 Progress = Callable[[str, int, int], None]  # progress(title, done, total)
 

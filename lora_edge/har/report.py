@@ -4,9 +4,9 @@ from __future__ import annotations
 
 from pathlib import Path
 
-from lora_edge.extras import require
+from lora_edge.environment.extras import require
+from lora_edge.files.output import whole_file
 from lora_edge.har.job import Report
-from lora_edge.output import whole_file
 
 
 def print_table(report: Report) -> None:

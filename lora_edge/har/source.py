@@ -17,14 +17,14 @@ from torch import Tensor, nn
 
 import lora_edge
 from lora_edge.error_text import first_line, in_words
+from lora_edge.files.output import make_folder
+from lora_edge.files.safetensors_file import own_memory, write_safetensors
+from lora_edge.files.state_file import load_state
 from lora_edge.finite import check_weights
 from lora_edge.har.data import Split, Windows, load_npz, load_watch, split
 from lora_edge.har.job import Progress, Settings
 from lora_edge.har.models import TResNet
-from lora_edge.har.train import tensors, train_source
-from lora_edge.output import make_folder
-from lora_edge.safetensors_file import own_memory, write_safetensors
-from lora_edge.state_file import load_state
+from lora_edge.har.training import tensors, train_source
 
 
 def source(settings: Settings, tell: Progress) -> tuple[Split, nn.Module]:

@@ -12,12 +12,13 @@ from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _BatchNorm
 from torch.nn.modules.conv import _ConvNd
 
-from lora_edge import calibration, frozen_bn
+from lora_edge import calibration
 from lora_edge.adapt import AdaptState, adapt, fingerprint, select, trainable_parameters
-from lora_edge.batch_statistics import has_statistics
-from lora_edge.layers import LoRAEdgeConv, check_adaptable
-from lora_edge.reparametrised import Reparametrisation, added_tensors, attach
-from lora_edge.subspace import FROM_BATCHES
+from lora_edge.nn import frozen_bn
+from lora_edge.nn.layers import LoRAEdgeConv, check_adaptable
+from lora_edge.nn.reparametrised import Reparametrisation, added_tensors, attach
+from lora_edge.subspaces.weight import FROM_BATCHES
+from lora_edge.surgery.batch_statistics import has_statistics
 from lora_edge.tt import check_rank
 
 SOURCE_SAMPLES = 16  # what the source's BatchNorm statistics count beside the target's windows

@@ -10,7 +10,7 @@ from torch.nn.modules.conv import _ConvNd
 
 from lora_edge.adapt import merge
 from lora_edge.methods.base import Method, reparametrised
-from lora_edge.reparametrised import Reparametrisation, random, zeros
+from lora_edge.nn.reparametrised import Reparametrisation, random, zeros
 
 
 class LoRACFactors(Reparametrisation):

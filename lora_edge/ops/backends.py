@@ -13,8 +13,8 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from contextvars import ContextVar
 
-from lora_edge.ops import engines
-from lora_edge.torch_private import constant_when_traced
+from lora_edge.environment.torch_private import constant_when_traced
+from lora_edge.ops.engines import registry as engines
 
 AVAILABLE = "available"
 NAMES = ("auto", "cuda", "triton", "cpu", "torch")

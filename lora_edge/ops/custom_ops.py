@@ -1,4 +1,4 @@
-"""The launches of an engine (:mod:`lora_edge.ops.engines`) as operators of torch, one node each for ``torch.compile``.
+"""The launches of an engine (:mod:`lora_edge.ops.engines.registry`) as operators of torch, one node each for ``torch.compile``.
 
 ``lora_edge::tt_block``, ``lora_edge::tt_fuse`` and their backwards, with shapes for fake tensors and gradients.
 """
@@ -15,8 +15,8 @@ from torch.library import custom_op
 from lora_edge.ops import plan
 from lora_edge.ops.activation import Activation
 from lora_edge.ops.conv_args import ConvArgs
-from lora_edge.ops.engines import ENGINES, Engine, engine, reason
-from lora_edge.ops.launch_checks import check_weight_sizes
+from lora_edge.ops.engines.launch_checks import check_weight_sizes
+from lora_edge.ops.engines.registry import ENGINES, Engine, engine, reason
 from lora_edge.ops.plan import BlockPlan, Epilogue, FusePlan, Saves, Sizes
 
 # the engine's name and what is fixed for a layer, as arguments of an operator; padding is low and high of each dimension, flat

@@ -14,12 +14,12 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
+from lora_edge.environment.torch_private import constant_when_traced, convolutions_run_in_tf32
 from lora_edge.ops.activation import Activation
 from lora_edge.ops.conv_args import ConvArgs
-from lora_edge.ops.engines import Engine, engine
-from lora_edge.ops.launch_checks import check_factor_sizes, check_sizes, check_weight_sizes
+from lora_edge.ops.engines.launch_checks import check_factor_sizes, check_sizes, check_weight_sizes
+from lora_edge.ops.engines.registry import Engine, engine
 from lora_edge.ops.route import choose_route
-from lora_edge.torch_private import constant_when_traced, convolutions_run_in_tf32
 
 PLANS = 1024
 MOST_ELEMENTS = 2**31 - 1

@@ -7,7 +7,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from lora_edge.ops.kernels import channels_last_for_the_cpu
+from lora_edge.ops.dispatch import channels_last_for_the_cpu
 from lora_edge.ops.once import linear_once_differentiable
 from lora_edge.ops.plan import dense_stride, is_channels_last
 

@@ -10,7 +10,7 @@ from typing import Any
 import torch
 from torch import fx
 
-from lora_edge.torch_private import is_transformed
+from lora_edge.environment.torch_private import is_transformed
 
 
 def plain_ops_only() -> bool:

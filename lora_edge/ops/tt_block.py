@@ -16,7 +16,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from lora_edge.ops import kernels, reference
+from lora_edge.ops import dispatch as kernels
+from lora_edge.ops import reference
 from lora_edge.ops.activation import Activation, apply, check_activation, inside, masked
 from lora_edge.ops.bits import memory_format, pack, unpack
 from lora_edge.ops.checks import (

@@ -12,7 +12,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from lora_edge.ops import kernels, reference
+from lora_edge.ops import dispatch as kernels
+from lora_edge.ops import reference
 from lora_edge.ops.checks import check_conv, check_factors, check_output, check_saved_dtype
 from lora_edge.ops.conv_args import ConvArgs, conv, conv_args, conv_input_grad, conv_weight_grad
 from lora_edge.ops.half_precision import narrowed

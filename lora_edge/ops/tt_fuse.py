@@ -8,7 +8,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from lora_edge.ops import kernels, reference
+from lora_edge.ops import dispatch as kernels
+from lora_edge.ops import reference
 from lora_edge.ops.checks import check_factors
 from lora_edge.ops.once import once_differentiable
 from lora_edge.tt import contracted

@@ -1,1 +1,0 @@
-"""The kernels on a model of Orin (sm_87): ``python -m benchmarks.sm87``."""

@@ -1,0 +1,15 @@
+// The backward kernels of tt_conv and tt_block. See tt_conv_backward.cu.
+#pragma once
+
+#include "../plan.h"
+#include "../problem.h"
+
+namespace lora_edge {
+
+// `call.packed` holds a * W' already, as Packing::backward, where dx is wanted.
+const char* conv_backward(const Problem&, const BackwardCall&, Stream);
+
+// Bytes of float32 scratch that the first stage of dcore and dbias takes.
+int64_t conv_partial_bytes(const Problem&);
+
+}  // namespace lora_edge

@@ -1,0 +1,180 @@
+"""Training loops: the source model and one adaptation, with F1 against time. Neither goes on from NaN or an infinity."""
+
+from __future__ import annotations
+
+import math
+import time
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass, field
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from lora_edge.environment.extras import require
+from lora_edge.finite import NotFiniteError, check_finite, check_variances, check_weights
+from lora_edge.har.data import Windows
+from lora_edge.surgery.training_flags import in_evaluation
+
+BATCH = 64
+LARGEST_RATE = 1e30  # somewhat above it a step of Adam leaves float32
+
+
+@dataclass
+class Curve:
+    """Macro-F1 on the test windows against training steps and seconds of set-up and training (evaluation not counted)."""
+
+    step: list[int] = field(default_factory=list)
+    seconds: list[float] = field(default_factory=list)
+    f1: list[float] = field(default_factory=list)
+
+    def seconds_to(self, target: float) -> float | None:
+        """Seconds until the first evaluation at ``target`` or above; None if it never came."""
+        return next((s for s, f1 in zip(self.seconds, self.f1, strict=True) if f1 >= target), None)
+
+
+def tensors(windows: Windows) -> tuple[Tensor, Tensor]:
+    """``x (N, channels, time)`` float32 and ``y (N,)`` int64."""
+    return torch.from_numpy(np.ascontiguousarray(windows.x)), torch.from_numpy(windows.y)
+
+
+def batches(count: int, size: int, generator: torch.Generator) -> Iterator[Tensor]:
+    """Endless index batches of ``min(size, count)``, reshuffled every epoch, never a smaller rest."""
+    size = min(size, count)
+    while True:
+        order = torch.randperm(count, generator=generator)
+        yield from order[: count - count % size].split(size)
+
+
+def one_batch(samples: Tensor) -> Tensor:
+    """The first 64 of some samples or labels, from the beginning again where there are fewer."""
+    return samples[torch.arange(BATCH) % len(samples)]
+
+
+def predict(model: nn.Module, x: Tensor, size: int = 256) -> Tensor:
+    """Classes ``(N,)`` in evaluation mode; the training flags are left as they were.
+
+    Raises:
+        NotFiniteError: a logit is NaN; the message says of which window.
+    """
+    with torch.no_grad(), in_evaluation(model):
+        logits = torch.cat([model(part) for part in x.split(size)])
+    odd = logits.isnan().any(dim=1)
+    if bool(odd.any()):
+        raise NotFiniteError(
+            f"the model gives NaN for {int(odd.sum())} of {len(x)} windows, first for window {int(odd.int().argmax())}; "
+            "check its weights and the window"
+        )
+    return logits.argmax(dim=1)
+
+
+def macro_f1(model: nn.Module, windows: Windows) -> float:
+    """Macro-F1 over the classes that occur in ``windows``, 0 to 1; NotFiniteError where the model gives NaN."""
+    try:
+        from sklearn.metrics import f1_score
+    except ImportError:
+        require("the F1 score")
+        raise  # it is there and broken
+
+    x, y = tensors(windows)
+    present = np.unique(windows.y)
+    return float(f1_score(y, predict(model, x), labels=present, average="macro", zero_division=0))
+
+
+def training_step(model: nn.Module, optimizer: torch.optim.Optimizer, x: Tensor, y: Tensor, step: int = 1) -> None:
+    """One step on one batch, cross-entropy.
+
+    Raises:
+        NotFiniteError: the loss is NaN or infinite; nothing is trained by it. The message names ``step`` and what
+            is not finite either, if anything: the batch or a weight.
+    """
+    optimizer.zero_grad(set_to_none=True)
+    loss = F.cross_entropy(model(x), y)
+    if not math.isfinite(value := float(loss.detach())):
+        what = f"step {step} of training: the loss is {value}"
+        remedy = f"check the windows, or give a smaller learning rate than {optimizer.param_groups[0]['lr']:g}"
+        check_finite({"the batch": x, **dict(model.named_parameters())}, what, remedy)  # not the statistics: x moves them
+        check_variances(model, what, remedy)
+        raise NotFiniteError(f"{what}, although all weights are finite; {remedy}")
+    loss.backward()
+    optimizer.step()
+
+
+def check_rate(lr: float) -> None:
+    """Raise ValueError where Adam would take a rate that trains nothing but NaN."""
+    if not 0 < lr <= LARGEST_RATE:
+        raise ValueError(f"the learning rate is {lr}; give a number above 0, at most {LARGEST_RATE:g}")
+
+
+def train_source(
+    model: nn.Module,
+    windows: Windows,
+    *,
+    epochs: int,
+    lr: float = 1e-3,
+    seed: int = 0,
+    progress: Callable[[int, int], None] | None = None,
+) -> nn.Module:
+    """Pre-train ``model`` in place by Adam with a one-cycle rate; ``progress(done, total)`` after every step.
+
+    Raises:
+        NotFiniteError: the loss or, at the end, a weight is NaN or infinite.
+    """
+    check_rate(lr)
+    x, y = tensors(windows)
+    steps = epochs * max(1, len(y) // BATCH)
+    optimizer = torch.optim.Adam(model.parameters(), lr=lr)
+    schedule = torch.optim.lr_scheduler.OneCycleLR(optimizer, max_lr=lr, total_steps=steps)
+    stream = batches(len(y), BATCH, torch.Generator().manual_seed(seed))
+    model.train()
+    for done in range(1, steps + 1):
+        index = next(stream)
+        training_step(model, optimizer, x[index], y[index], done)
+        schedule.step()
+        if progress is not None:
+            progress(done, steps)
+    check_weights(model, f"after step {steps} of training", f"give a smaller learning rate than {lr:g}")
+    return model.eval()
+
+
+def train_target(
+    model: nn.Module,
+    parameters: list[nn.Parameter],
+    windows: Windows,
+    test: Windows,
+    *,
+    steps: int,
+    lr: float,
+    seed: int = 0,
+    evaluate_every: int = 5,
+    setup_seconds: float = 0.0,
+    progress: Callable[[int, int], None] | None = None,
+) -> Curve:
+    """Adapt ``model`` by Adam at a constant rate; the clock starts at ``setup_seconds`` and stands still during evaluation.
+
+    Every step draws a batch of up to 64 windows. The test windows are only looked at, nothing is chosen by them.
+
+    Raises:
+        NotFiniteError: the loss, a weight at the end or a test window's logit is NaN or infinite.
+    """
+    check_rate(lr)
+    x, y = tensors(windows)
+    optimizer = torch.optim.Adam(parameters, lr=lr)
+    stream = batches(len(y), BATCH, torch.Generator().manual_seed(seed))
+    curve = Curve([0], [setup_seconds], [macro_f1(model, test)])
+    model.train()
+    seconds = setup_seconds
+    for step in range(1, steps + 1):
+        index = next(stream)
+        start = time.perf_counter()
+        training_step(model, optimizer, x[index], y[index], step)
+        seconds += time.perf_counter() - start
+        if step % evaluate_every == 0 or step == steps:
+            curve.step.append(step)
+            curve.seconds.append(seconds)
+            curve.f1.append(macro_f1(model, test))
+        if progress is not None:
+            progress(step, steps)
+    check_weights(model, f"after step {steps} of training", f"give a smaller learning rate than {lr:g}")
+    return curve

@@ -1,0 +1,146 @@
+"""One run of the CPU engine (csrc/cpu): outputs and scratch from torch's allocator, work on torch's own threads.
+
+Maps are channels-last, in 1-D too, where a 3-D tensor is so in memory: what comes otherwise is copied, what goes out stays so,
+and one copy at a network's door is the only one. ``h`` is computed in float32 and kept in the dtype asked for.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from lora_edge.ops.engines.cpu import available as cpu_machine
+from lora_edge.ops.engines.launch_checks import check_backward, check_forward
+from lora_edge.ops.engines.memory_layout import NOWHERE, Place, channels_last, dense_places, near, place, place_of_view, strides
+from lora_edge.ops.engines.outputs import new_gradients, new_outputs, saved_parts
+from lora_edge.ops.plan import BlockPlan, FusePlan
+from lora_edge.tt import contracted
+
+_NO_CORES = (0,) * 6
+
+
+def block_forward(
+    plan: BlockPlan,
+    x: Tensor,
+    weight: Tensor,
+    core: Tensor | None,
+    bias: Tensor | None,
+    residual: Tensor | None,
+    factors: Sequence[Tensor],
+    a: Tensor | None,
+    b: Tensor | None,
+    residual_a: Tensor | None,
+    residual_b: Tensor | None,
+) -> tuple[Tensor, Tensor | None]:
+    """``y``, and what backward needs as one buffer of bytes, None where it needs nothing."""
+    check_forward(plan, x, weight, core, bias, residual, factors, (a, b, residual_a, residual_b))
+    x, residual = (
+        channels_last(near(x, plan.dx_stride)),
+        None if residual is None else channels_last(near(residual, plan.y_stride)),
+    )
+    y, saved = new_outputs(plan, x, plan.overwrites and x.stride() == plan.y_stride)
+    if plan.y_shape[0] == 0:
+        return y, saved
+    _held, at = dense_places([weight, core, _suffix(factors), bias, a, b, residual_a, residual_b])
+    packed = x.new_empty(plan.packed_forward, dtype=torch.uint8)
+    at_h, at_bits, kept = _saved(plan, saved)
+    if kept is not None:
+        h = torch.empty_like(kept, dtype=torch.float32)
+        at_h = place(h)
+    plan.native.run.cpu_block_forward(
+        (
+            *at[:6], *_NO_CORES, *place_of_view(x), *strides(x), *at[6:12],
+            *place_of_view(residual), *strides(residual), *at[12:],
+            *place(y), *strides(y), *at_h, *at_bits, *place(packed),
+        ),
+        torch.get_num_threads(),
+    )  # fmt: skip
+    if kept is not None:
+        kept.copy_(h)
+    return y, saved
+
+
+def block_backward(
+    plan: BlockPlan,
+    dy: Tensor,
+    saved: Tensor | None,
+    weight: Tensor,
+    core: Tensor | None,
+    factors: Sequence[Tensor],
+    a: Tensor | None,
+    residual_a: Tensor | None,
+    needs: Sequence[bool],
+) -> tuple[Tensor | None, Tensor | None, Tensor | None, Tensor | None]:
+    """Gradients of x, core, bias and residual, each None where ``needs`` says so. ``dy`` may have any strides."""
+    check_backward(plan, dy, saved, weight, core, factors, a, residual_a, needs)
+    dx, dcore, dbias, dresidual = new_gradients(plan, dy, core, needs)
+    if plan.y_shape[0] == 0:
+        return dx, dcore, dbias, dresidual
+    dy = channels_last(near(dy, plan.y_stride))
+    _held, at = dense_places([weight, core, _suffix(factors), a, residual_a])
+    packed = dy.new_empty(plan.packed_backward if dx is not None else 0, dtype=torch.uint8)
+    at_h, at_bits, kept = _saved(plan, saved)
+    if kept is not None:
+        h = kept.float()
+        at_h = place(h)
+    plan.native.run.cpu_block_backward(
+        (
+            *at[:6], *_NO_CORES,
+            *place_of_view(dy), *strides(dy), *(at_h if dcore is not None else NOWHERE), *at_bits, *at[6:],
+            *place(dx), *strides(dx), *place(dresidual), *strides(dresidual),
+            *place(dcore), *place(dbias), *place(packed), *NOWHERE,
+        ),
+        torch.get_num_threads(),
+    )  # fmt: skip
+    return dx, dcore, dbias, dresidual
+
+
+def fuse_forward(plan: FusePlan, weight: Tensor, core: Tensor, factors: Sequence[Tensor]) -> Tensor:
+    """Never called: :class:`Plan` leaves ``tt_fuse`` to torch."""
+    raise NotImplementedError
+
+
+def fuse_backward(plan: FusePlan, dout: Tensor, core: Tensor, factors: Sequence[Tensor]) -> Tensor:
+    """Never called: :class:`Plan` leaves ``tt_fuse`` to torch."""
+    raise NotImplementedError
+
+
+class Plan:
+    """The extension's plan, asked about the CPU engine."""
+
+    def __init__(self, **fields: int | float) -> None:
+        self.run = cpu_machine.machine().module.Plan(**fields)  # type: ignore[union-attr]
+
+    def refusal(self, op: str) -> str | None:
+        """Why the engine does not take this plan, None where it does."""
+        return "tt_fuse by itself, which torch does at the memory's rate" if op == "tt_fuse" else self.run.cpu_refusal()
+
+    def scratch(self) -> dict[str, int]:
+        """Bytes that a run writes besides its results."""
+        return {**self.run.cpu_scratch(), "partial": 0, "fuse_partial": 0}
+
+
+def plan_type() -> Any:
+    """The class of plans."""
+    return Plan
+
+
+def _saved(plan: BlockPlan, saved: Tensor | None) -> tuple[Place, Place, Tensor | None]:
+    """Places of ``h`` and of the bits, and ``h`` itself where it is not kept in float32, which the engine computes it in.
+
+    Addresses and no views: each view takes torch about a tenth of the time that the engine takes for a small block.
+    """
+    if saved is None:
+        return NOWHERE, NOWHERE, None
+    at, layout = saved.data_ptr(), plan.saved
+    at_bits = (at + layout.bits_at, layout.bytes - layout.bits_at) if plan.saves.bits else NOWHERE
+    if not plan.saves.h:
+        return NOWHERE, at_bits, None
+    return (at, layout.h_bytes), at_bits, None if layout.h_dtype == torch.float32 else saved_parts(plan, saved)[0]
+
+
+def _suffix(factors: Sequence[Tensor]) -> Tensor | None:
+    return contracted(factors[0] if len(factors) == 1 else list(factors)) if factors else None

@@ -1,0 +1,172 @@
+"""Which frozen suffix a layer adapts in: the rows of ``S`` span the directions that the update may use.
+
+One function a subspace. Each returns the frozen cores ``[G2, ..., Gd]`` of one layer in float32 on the CPU (float64 for a
+float64 weight), scaled already.
+
+No row of a suffix is zero, because a row of zeros never lets its column of the core learn. Where the kernel has no direction
+left (it is all zero, as the last layer of a branch often is at the start, or its rank is below the one asked for), the row is a
+random direction at right angles to the others: always the same one for a shape, with the norm of :func:`common_norm` in either
+scaling.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from lora_edge.tt import contract_suffix, tt_svd
+
+SCALINGS = ("balanced", "paper")
+FROM_BATCHES = ("input", "gradient")  # made of target batches, so they need some
+SUBSPACES = ("weight", *FROM_BATCHES, "auto")
+FRESH_NORM = 3**-0.5  # of a filter that torch initialises: fan-in entries from U(-1/sqrt(fan-in), 1/sqrt(fan-in))
+FILL = 1e-5  # size of the weight's rows beside others: above float32's noise, too small to turn them
+
+
+def weight_suffix(weight: Tensor, rank: int, scaling: str = "balanced") -> list[Tensor]:
+    """Frozen cores from the TT-SVD of the pre-trained weight: the paper's subspace.
+
+    Args:
+        weight: pre-trained kernel ``(O, I/g, *K)``.
+        rank: cap of every bond.
+        scaling: ``"paper"`` leaves the singular values in the rows, so the row norms are the singular values, but for rows
+            beyond the kernel's rank; ``"balanced"`` gives all rows the norm of :func:`common_norm`, for which one learning
+            rate serves every layer and rank.
+
+    Returns:
+        ``[G2 (r1, I/g, r2), ..., Gd (r_{d-1}, K_last, 1)]``.
+    """
+    if scaling not in SCALINGS:
+        raise ValueError(f"scaling is {scaling!r}; give one of {', '.join(map(repr, SCALINGS))}")
+    exact = weight.detach().cpu().to(torch.float64)
+    cores = tt_svd(exact, rank)[1:]
+    live = _live(cores)
+    if not bool(live.all()):
+        cores = _filled(cores, live, rank)
+    norm = common_norm(exact, cores[0].shape[0])
+    every = scaling == "balanced" or _is_zero(exact)
+    cores = balance(cores, norm, torch.ones_like(live) if every else ~live)
+    dtype = torch.float64 if weight.dtype == torch.float64 else torch.float32
+    return [core.to(dtype) for core in cores]
+
+
+def gradient_suffix(weight: Tensor, gradient: Tensor, rank: int, scaling: str = "balanced") -> list[Tensor]:
+    """Frozen cores from the TT-SVD of the dense weight gradient: its leading right singular directions.
+
+    Where the gradient has a lower rank than is asked for, as behind a pooled layer with few classes, the weight's leading
+    directions take the rows that are left.
+
+    Args:
+        weight: pre-trained kernel ``(O, I/g, *K)``.
+        gradient: ``dW``, or ``Q^T dW (q, I/g, *K)`` of :func:`lora_edge.subspaces.gradient.leading_gradients`, which has the
+            same suffix.
+        rank, scaling: as for :func:`weight_suffix`.
+
+    Returns:
+        ``[G2 (r1, I/g, r2), ..., Gd (r_{d-1}, K_last, 1)]``.
+
+    Raises:
+        ValueError: the gradient is zero.
+    """
+    if not 0 < float(gradient.abs().max()) < float("inf"):
+        raise ValueError(
+            'the batches yield no gradient for it, so it has no such directions; exclude it, or use subspace="weight"'
+        )
+    return suffix_along(weight, gradient, rank, scaling)
+
+
+def suffix_along(weight: Tensor, rows: Tensor, rank: int, scaling: str = "balanced") -> list[Tensor]:
+    """Frozen cores from the TT-SVD of other rows than the weight's own, such as those of
+    :func:`lora_edge.subspaces.inputs.leading_inputs`.
+
+    The weight's leading directions take what the rows leave: without one a row of the core could not learn. The suffix has the
+    norm that the weight's own suffix has, so that a learning rate does not depend on how large the rows are.
+
+    Args:
+        weight: pre-trained kernel ``(O, I/g, *K)``.
+        rows: ``(q, I/g, *K)``, finite; if all are zero the suffix is the weight's own.
+        rank, scaling: as for :func:`weight_suffix`.
+
+    Returns:
+        ``[G2 (r1, I/g, r2), ..., Gd (r_{d-1}, K_last, 1)]``.
+    """
+    if not bool(rows.count_nonzero()):
+        return weight_suffix(weight, rank, scaling)
+    exact = rows.to(torch.float64)
+    exact = exact / exact.abs().max()
+    own = contract_suffix(weight_suffix(weight.detach().cpu().to(torch.float64), rank, scaling))
+    size = own.norm()
+    rows = torch.cat([exact / exact.norm(), FILL * own / size])
+    if len(rows) > len(weight):  # a bond holds no more than O
+        _, energy, directions = torch.linalg.svd(rows.flatten(1), full_matrices=False)
+        rows = (energy[:, None] * directions)[: len(weight)].unflatten(1, rows.shape[1:])
+    cores = weight_suffix(rows, rank, scaling)
+    factor = size / contract_suffix(cores).norm()
+    dtype = torch.float64 if weight.dtype == torch.float64 else torch.float32
+    return [(core if k else core * factor).to(dtype) for k, core in enumerate(cores)]
+
+
+def row_energies(tensor: Tensor, rank: int) -> Tensor:
+    """Energy ``(r1,)`` of each suffix row of a weight or gradient ``(O, I/g, *K)``: its squared singular value, in float64."""
+    rows = contract_suffix(tt_svd(tensor.detach().cpu().to(torch.float64), rank)[1:])
+    return rows.flatten(1).square().sum(dim=1)
+
+
+def weight_energies(weight: Tensor, rank: int) -> Tensor:
+    """As :func:`row_energies`; a kernel of zeros has a fresh one's energy, evenly in all directions, so that it can learn."""
+    energies = row_energies(weight, rank)
+    if bool(energies.count_nonzero()):
+        return energies
+    count = len(weight)
+    return torch.full_like(energies, count * FRESH_NORM**2 / min(count, weight[0].numel()))
+
+
+def common_norm(weight: Tensor, rank: int) -> float:
+    """The norm of a balanced suffix row: a filter's, ``|W| / sqrt(O)`` by root mean square, over ``sqrt(2 r1)``.
+
+    A kernel of zeros counts as a fresh one: with the norm that torch's own initialisation gives a filter.
+
+    The first step of Adam moves each entry of the core by the learning rate. The rows of a TT-SVD are orthogonal (but for
+    what the later bonds cut off), so an output channel's update has ``rate * sqrt(r1)`` times a row's norm: with this one,
+    ``rate / sqrt(2)`` of a filter of the layer's usual norm, whatever the layer's width, kernel, fan-in and rank. The 2 is
+    only the unit of the rate: at rank 2 a row has half a filter's norm. (Source: after muP, Yang et al. 2022, arXiv
+    2203.03466, for the core alone. If the rows' responses all added up, ``1 / r1`` would be the law; the rates by rank in
+    README.md say that they do not.)
+
+    A step of SGD is ``dW`` seen by the unit rows, times the rate and the square of this norm: fine-tuning's own step in the
+    subspace at ``|W|^2 / (2 O r1)`` of its rate, so there a rate does not carry over from layer to layer and rank to rank.
+    """
+    filter_norm = float(weight.norm()) / weight.shape[0] ** 0.5
+    return (FRESH_NORM if _is_zero(weight) else filter_norm) / (2 * rank) ** 0.5
+
+
+def _is_zero(weight: Tensor) -> bool:
+    """Whether a kernel is zero to float32 precision, beside one that torch initialises."""
+    return float(weight.norm()) < torch.finfo(torch.float32).eps * FRESH_NORM * weight.shape[0] ** 0.5
+
+
+def balance(cores: list[Tensor], norm: float, which: Tensor) -> list[Tensor]:
+    """Scale the first bond of ``G2`` so that each row of the suffix for which ``which (r1,)`` is true has this norm."""
+    rows = contract_suffix(cores).flatten(1).norm(dim=1)
+    factor = torch.where(which, norm / rows, torch.ones_like(rows))
+    return [cores[0] * factor[:, None, None], *cores[1:]]
+
+
+def _live(cores: list[Tensor]) -> Tensor:
+    """Which rows ``(r1,)`` of the suffix have a direction of their own: more than float32's rounding of the largest one."""
+    rows = contract_suffix(cores).flatten(1).norm(dim=1)
+    return rows > rows.max() * torch.finfo(torch.float32).eps
+
+
+def _filled(cores: list[Tensor], live: Tensor, rank: int) -> list[Tensor]:
+    """The cores with random directions, orthogonal to the others as far as the later bonds allow, in the rows without one."""
+    rows = contract_suffix(cores)
+    flat = rows.flatten(1).clone()
+    generator = torch.Generator().manual_seed(0)  # of its own: torch's is the user's
+    random = torch.randn(flat.shape[1], int((~live).sum()), generator=generator, dtype=flat.dtype)
+    own = torch.linalg.qr(flat[live].T)[0]
+    directions = torch.linalg.qr(random - own @ (own.T @ random))[0]
+    least = float(flat[live].norm(dim=1).min()) if bool(live.any()) else 1.0
+    flat[~live] = FILL * least * directions.T  # small, so that the later bonds keep what the kernel's own rows need
+    first, *rest = tt_svd(flat.reshape(-1, *rows.shape[2:]), rank)
+    return [first.reshape(*rows.shape[:2], -1), *rest]

@@ -1,0 +1,120 @@
+"""The whole Python side of the Triton backend in the interpreter, on CPU tensors: the tests of the compiled extension's.
+
+Only what :mod:`lora_edge.ops.engines.triton.available` says of the machine is replaced.
+"""
+
+from __future__ import annotations
+
+import pytest
+import torch
+
+from helpers.backend_tests import (  # noqa: F401
+    test_1d_in_channels_last_memory,
+    test_a_network_trains_as_on_torch,
+    test_auto_takes_the_kernels_and_torch_does_not,
+    test_autocast,
+    test_bad_input_is_refused_before_any_launch,
+    test_compile_without_graph_breaks,
+    test_double_backward_is_refused_and_changed_factors_are_noticed,
+    test_factors_in_any_layout,
+    test_frozen_cores_and_routes,
+    test_fuse,
+    test_half_precision,
+    test_matrix,
+    test_opcheck,
+    test_opcheck_of_fuse,
+    test_plans_are_bounded,
+    test_precision_follows_torch,
+    test_residual_without_activation_gets_dy_itself,
+    test_saved_dtype,
+    test_saves_and_computes_only_what_is_needed,
+    test_saves_h_and_bits_and_nothing_else,
+    test_strided_overlapping_and_misaligned_tensors,
+    test_unbatched,
+)
+from helpers.block_calls import arguments
+from helpers.cases import ConvCase
+from lora_edge import check
+from lora_edge.ops import tt_block, tt_conv
+from lora_edge.ops.activation import Activation
+from lora_edge.ops.engines.triton import available as triton_machine
+from lora_edge.ops.engines.triton.kernels import tt_block as block_launches
+from lora_edge.ops.engines.triton.kernels import tt_fuse as fuse_launches
+
+
+class Launches:
+    """Counts the calls that come to a launch."""
+
+    name = "triton"
+    count = 0
+
+    def counted(self, function):
+        def call(*args):
+            self.count += 1
+            return function(*args)
+
+        return call
+
+
+@pytest.fixture
+def kernels(monkeypatch):
+    """The kernels take CPU tensors, in full float32; counts their launches."""
+    launches = Launches()
+    for module in (block_launches, fuse_launches):
+        for name in ("forward", "backward"):
+            monkeypatch.setattr(module, name, launches.counted(getattr(module, name)))
+    monkeypatch.setattr(triton_machine, "machine", lambda: None)
+    monkeypatch.setattr(triton_machine, "DEVICE_TYPE", "cpu")
+    monkeypatch.setattr(torch.backends.cudnn, "allow_tf32", False)
+    return launches
+
+
+@pytest.mark.parametrize(
+    ("change", "why"),
+    [
+        ({"activation": Activation("leaky_relu", (0.1,))}, "activation leaky_relu; the kernels take relu, relu6 and hardtanh"),
+        ({"saved_dtype": torch.float64}, "saved_dtype is torch.float64; the kernels take float32, float16 and bfloat16"),
+        ({"core": torch.randn(8, 17), "suffix": torch.randn(17, 6, 3, 3)}, "rank 17: the kernels take up to 16"),
+        (
+            {"suffix": [torch.randn(2, 6, 65), torch.randn(65, 3, 2), torch.randn(2, 3, 1)]},
+            "a bond of 65 between the frozen cores: the kernels take up to 64",
+        ),
+        ({"x": torch.zeros(1).expand(5_000_000, 6, 9, 8)}, "x has 2160000000 elements; the kernels take fewer than 2..31"),
+        ({"x": torch.zeros(1).expand(4_971_026, 6, 9, 8)}, "2147483232 elements: the kernels take up to 2147479552"),
+    ],
+    ids=lambda change: next(iter(change)) if isinstance(change, dict) else "",
+)
+def test_what_the_kernels_do_not_take(change, why, kernels):
+    positional, options = arguments(ConvCase("x"), {}, torch.float32)
+    names = ("x", "weight", "core", "suffix", "bias", "stride", "padding", "dilation", "groups", "scale")
+    call = {**dict(zip(names, positional, strict=True)), **options, **change}
+    with pytest.raises(RuntimeError, match=f"tt_block: backend 'triton' does not take this call: .*{why}") as caught:
+        tt_block(**call, backend="triton")
+    assert "\n" not in str(caught.value)
+    assert kernels.count == 0
+
+
+def test_strides_beyond_the_extensions(kernels):
+    positional, options = arguments(ConvCase("x", stride=(5, 6), padding=2), {"activation": "relu"}, torch.float32)
+    y = tt_block(*positional, **options, backend="triton")
+    want = tt_block(*positional, **options, backend="torch")
+    torch.testing.assert_close(y, want)
+    gradients = [torch.autograd.grad(z.sum(), positional[0])[0] for z in (y, want)]
+    torch.testing.assert_close(*gradients)
+
+
+def test_check(kernels, monkeypatch):
+    """lora-edge check runs its ops, TF32 among the types."""
+    monkeypatch.setattr(check, "CASES", check.CASES[:1])
+    outcomes = list(check.check_backend("triton"))
+    assert [outcome for outcome in outcomes if not outcome.passed] == []
+    assert len(outcomes) == 4 * 3
+    assert kernels.count == 2 * len(outcomes)
+
+
+def test_sums_in_one_order(kernels):
+    positional, _ = arguments(ConvCase("x", padding=1), {}, torch.float32)
+    y = tt_conv(*positional, backend="triton")
+    dy = torch.randn_like(y)
+    once, again = (torch.autograd.grad(y, positional[2], dy, retain_graph=True)[0] for _ in range(2))
+    assert torch.equal(once, again)

@@ -1,0 +1,127 @@
+"""The whole Python side of the compiled extension with the real kernels, on the host layer and CPU tensors.
+
+Only :func:`lora_edge.ops.engines.cuda.available.machine` is replaced. What the kernels compute is tested case by case in
+test_kernels.py; here it is how they are called, by the tests that every backend of kernels passes and some of its own.
+"""
+
+from __future__ import annotations
+
+import pytest
+import torch
+
+from helpers import emulator as host_layer
+from helpers.backend_tests import (  # noqa: F401
+    FEW,
+    PLAIN,
+    WIDE,
+    compare,
+    operator_arguments,
+    takes_factor_route,
+    test_1d_in_channels_last_memory,
+    test_a_network_trains_as_on_torch,
+    test_auto_takes_the_kernels_and_torch_does_not,
+    test_autocast,
+    test_bad_input_is_refused_before_any_launch,
+    test_compile_without_graph_breaks,
+    test_double_backward_is_refused_and_changed_factors_are_noticed,
+    test_factors_in_any_layout,
+    test_frozen_cores_and_routes,
+    test_fuse,
+    test_half_precision,
+    test_matrix,
+    test_opcheck,
+    test_opcheck_of_fuse,
+    test_plans_are_bounded,
+    test_precision_follows_torch,
+    test_residual_without_activation_gets_dy_itself,
+    test_saved_dtype,
+    test_saves_and_computes_only_what_is_needed,
+    test_saves_h_and_bits_and_nothing_else,
+    test_strided_overlapping_and_misaligned_tensors,
+    test_unbatched,
+)
+from helpers.block_calls import arguments
+from helpers.cases import ConvCase
+from helpers.emulated_cuda import kernels  # noqa: F401
+from lora_edge.ops import plan, tt_block, tt_conv, tt_fuse
+from lora_edge.ops.activation import Activation
+from lora_edge.ops.conv_args import conv_args
+from lora_edge.ops.engines import memory_layout
+from lora_edge.ops.engines.cuda import launch as cuda_launch
+from lora_edge.ops.plan import Epilogue, Saves
+
+
+@pytest.mark.parametrize("case", PLAIN, ids=lambda c: c.name)
+def test_saved_buffer_is_as_large_as_the_kernels_say(case, kernels):
+    positional, _ = arguments(case, {}, torch.float32)
+    x, weight, core, suffix, _, *conv, _ = positional
+    sizes = plan.sizes_of(x, weight, core, [suffix], ())
+    args, epilogue = conv_args(*conv, case.dims, "test"), Epilogue(1.0, Activation("relu"))
+    found = (cuda_launch, host_layer.extension().Plan)
+    planned = plan.block_plan(*found, sizes, args, epilogue, Saves(True, True), "factor", plan.FP32)
+    scratch = planned.native.scratch()
+    assert scratch["h"] <= planned.saved.bits_at < scratch["h"] + 16
+    assert planned.saved.bits_at + scratch["bits"] == planned.saved.bytes
+
+
+def test_views_that_reach_too_far_are_copied():
+    far = torch.empty_strided((2, 3), (2**31, 1), dtype=torch.uint8, device="meta")
+    assert memory_layout.near(far).is_contiguous()
+    near = torch.empty_strided((2, 3), (2**30, 1), dtype=torch.uint8, device="meta")
+    assert memory_layout.near(near) is near
+
+
+@pytest.mark.parametrize(
+    ("change", "why"),
+    [
+        ({"activation": Activation("leaky_relu", (0.1,))}, "activation leaky_relu; the kernels take relu, relu6 and hardtanh"),
+        ({"saved_dtype": torch.float64}, "saved_dtype is torch.float64; the kernels take float32, float16 and bfloat16"),
+        ({"stride": 5}, "stride"),
+        ({"weight": "requires grad"}, "weight requires a gradient; the kernels compute it for x, core, bias and residual"),
+        ({"suffix": "requires grad"}, "suffix requires a gradient"),
+        ({"affine": (torch.ones(8), torch.ones(8).half())}, "affines of several dtypes"),
+        (
+            {"suffix": [torch.randn(2, 6, 2), torch.randn(2, 3, 2).half(), torch.randn(2, 3, 1)]},
+            "frozen cores of several dtypes",
+        ),
+        ({"core": torch.randn(8, 65), "suffix": torch.randn(65, 6, 3, 3)}, "rank"),
+        ({"x": torch.zeros(1).expand(5_000_000, 6, 9, 8)}, "x has 2160000000 elements; the kernels take fewer than 2..31"),
+    ],
+    ids=lambda change: next(iter(change)) if isinstance(change, dict) else "",
+)
+def test_what_the_kernels_do_not_take(change, why, kernels):
+    positional, options = arguments(ConvCase("x", padding=2), {}, torch.float32)
+    names = ("x", "weight", "core", "suffix", "bias", "stride", "padding", "dilation", "groups", "scale")
+    call = dict(zip(names, positional, strict=True)) | options
+    for name, value in change.items():
+        call[name] = call[name].requires_grad_() if isinstance(value, str) else value
+    with pytest.raises(RuntimeError, match=f"tt_block: backend '{kernels.name}' does not take this call: .*{why}") as caught:
+        tt_block(**call, backend=kernels.name)
+    assert "\n" not in str(caught.value)
+    if "x" not in change:
+        assert tt_block(**call).shape[1] == 8  # "auto" gives it to torch
+    assert kernels.count == 0
+
+
+def test_3d_and_float64_go_to_torch(kernels):
+    for case, dtype, why in (
+        (ConvCase("3-D", dims=3, size=(5, 6, 4)), torch.float32, "3-D"),
+        (ConvCase("x"), torch.float64, "64"),
+    ):
+        positional, _ = arguments(case, {}, dtype)
+        with pytest.raises(RuntimeError, match=f"tt_conv: backend '{kernels.name}' does not take this call: .*{why}"):
+            tt_conv(*positional, backend=kernels.name)
+        tt_conv(*positional)
+        with pytest.raises(RuntimeError, match=f"tt_fuse: backend '{kernels.name}' does not take this call: .*{why}"):
+            tt_fuse(*positional[1:4], backend=kernels.name)
+    assert kernels.count == 0
+
+
+def test_compile_gives_the_same_calls_to_torch(kernels):
+    torch._dynamo.reset()
+    positional, options = arguments(ConvCase("x", stride=5, padding=2), {"activation": "relu"}, torch.float32)
+    torch.compile(lambda: tt_block(*positional, **options).sum(), backend="eager")().backward()
+    assert kernels.count == 0
+    torch._dynamo.reset()
+    with pytest.raises(RuntimeError, match="does not take this call"):
+        torch.compile(lambda: tt_block(*positional, **options, backend=kernels.name), backend="eager")()

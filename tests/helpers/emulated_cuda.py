@@ -1,0 +1,35 @@
+"""The fixture ``kernels``: the CUDA backend on CPU tensors, its kernels run by the emulator."""
+
+from __future__ import annotations
+
+import importlib.util
+import shutil
+
+import pytest
+import torch
+
+from helpers import emulator as host_layer
+from lora_edge.ops.engines.cuda import available as extension
+
+
+class Launches:
+    """Counts the launches of an engine: each asks for its stream once."""
+
+    name = "cuda"
+    count = 0
+
+    def stream(self, index: int) -> int:
+        self.count += 1
+        return 0
+
+
+@pytest.fixture
+def kernels(monkeypatch):
+    """The kernels take CPU tensors, in full float32; counts their launches."""
+    if importlib.util.find_spec("pybind11") is None or shutil.which(host_layer.CXX) is None:
+        pytest.skip("pybind11 or a C++ compiler is missing: the host layer is not built")
+    launches = Launches()
+    machine = extension.Machine(host_layer.extension(), "cpu", launches.stream)
+    monkeypatch.setattr(extension, "machine", lambda: machine)
+    monkeypatch.setattr(torch.backends.cudnn, "allow_tf32", False)
+    return launches
