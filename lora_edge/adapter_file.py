@@ -1,16 +1,16 @@
-"""The adapter file: everything ``adapt`` and training changed, in one safetensors file of a few kilobytes.
+"""The adapter file: everything that ``adapt`` and training changed, in one safetensors file of a few kilobytes.
 
 Tensors
     ``LAYER.core``               ``B (O, r1)``
     ``LAYER.frozen.2`` ... ``d`` the frozen cores ``G2 ... Gd`` (an SVD is not reproducible from machine to machine), or
-    ``LAYER.suffix``             ``(r1, I/g, *K)`` where the layer's suffix did not come as cores
-    ``statistics``               ``(2, C)``: running means and variances of every BatchNorm that was moved, side by side; one
-                                 tensor, because a tensor's entry in the file's head is as long as a small BatchNorm
-    ``changed.NAME``             a trained head, buffers that moved, and what else was trained, by every name it has
+    ``LAYER.suffix``             ``(r1, I/g, *K)`` if the layer's suffix was given contracted
+    ``statistics``               ``(2, C)``: running means and variances of every BatchNorm that moved, concatenated; one
+                                 tensor, because a tensor's entry in the file's header is as long as a small BatchNorm
+    ``changed.NAME``             a trained head, buffers that moved, and whatever else was trained, under each of its names
 
 Metadata (strings)
-    ``format``, ``base`` (the base model's fingerprint), ``layers`` (JSON: scale and rank of each, and ``also``: the other names
-    of the module), ``norms`` (JSON: channels and batches of each BatchNorm in ``statistics``, in order), ``options`` (JSON:
+    ``format``, ``base`` (the base model's fingerprint), ``layers`` (JSON: scale and rank of each, and ``also``: the module's
+    other names), ``norms`` (JSON: channels and batches of each BatchNorm in ``statistics``, in order), ``options`` (JSON:
     scaling, bn, head, subspace, and ``replaced``: names that the fingerprint leaves out, because the base's values of them are
     not known), ``checksum`` (SHA-256 over all of the above)
 """
@@ -25,12 +25,13 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from lora_edge import calibration
-from lora_edge.adapt import LayerPlan, install
+from lora_edge.adapt import LayerUpdate, install
 from lora_edge.files.safetensors_file import PathLike, read_safetensors, write_safetensors
 from lora_edge.finite import check_finite, check_variances
+from lora_edge.nn.bn_statistics import STATISTICS, batch_norms, is_batch_norm, remember_statistics
 from lora_edge.nn.layers import ADAPTED_CLASS, LoRAEdgeConv
 from lora_edge.ops import tt_fuse
+from lora_edge.surgery.adapted import Adapted, AdaptState, adapt_state, adapted_layers, find_adapted, places, unwrap
 from lora_edge.surgery.base_state import (
     back_to_base,
     base_state,
@@ -42,8 +43,7 @@ from lora_edge.surgery.base_state import (
     set_values,
     why_not_settable,
 )
-from lora_edge.surgery.find import Adapted, AdaptState, adapt_state, adapted_layers, find_adapted, places, unwrap
-from lora_edge.surgery.idle import warn_of_idle_cores
+from lora_edge.surgery.idle_cores import warn_of_idle_cores
 from lora_edge.tt import contract_suffix
 
 FORMAT = "lora_edge adapter 2"
@@ -62,7 +62,7 @@ class Adapter:
     tensors: dict[str, Tensor]
 
     def frozen(self, layer: str) -> Tensor | list[Tensor]:
-        """The layer's suffix as the file holds it: the frozen cores, or contracted."""
+        """Return the layer's suffix as the file holds it: the frozen cores, or contracted."""
         if f"{layer}.suffix" in self.tensors:
             return self.tensors[f"{layer}.suffix"]
         cores: list[Tensor] = []
@@ -71,11 +71,11 @@ class Adapter:
         return cores
 
     def replaced(self) -> set[str]:
-        """Names that the base's fingerprint leaves out."""
+        """Return the names that the base's fingerprint leaves out."""
         return set(self.options.get("replaced", ()))
 
     def changed(self) -> dict[str, Tensor]:
-        """Name and value of every other tensor that was changed."""
+        """Return name and value of every other tensor that changed."""
         head = {k.removeprefix("changed."): v for k, v in self.tensors.items() if k.startswith("changed.")}
         return {**head, **self._statistics()}
 
@@ -91,16 +91,16 @@ class Adapter:
 
 
 def save_adapter(model: nn.Module, path: PathLike) -> None:
-    """Write the model's adapter to ``path``, atomically: the old file stays until the new one is whole.
+    """Write the model's adapter to ``path``, atomically: an old file stays until the new one is complete.
 
     Args:
         model: an adapted model, or a module that holds one: a LightningModule, ``AveragedModel``, any outer module.
 
     Raises:
-        RuntimeError: nothing in the model is adapted, there are several adapted models in it, or a frozen tensor was changed
-            since ``adapt``; the message names it.
-        ValueError: something to be saved holds NaN or infinity, or a negative variance; the message names it.
-        OSError: the file cannot be written; nothing is left behind.
+        RuntimeError: nothing in the model is adapted, several adapted models are in it, or a frozen tensor changed since
+            ``adapt``; the message names it.
+        ValueError: something to save holds NaN, infinity or a negative variance; the message names it.
+        OSError: the file cannot be written; no partial file is left.
     """
     one = _the_adapted(model)
     state = one.state
@@ -120,7 +120,7 @@ def save_adapter(model: nn.Module, path: PathLike) -> None:
         if also := [other for other in names[layer] if other != name]:
             about[name]["also"] = also
     values = dict(found.values)
-    if state.head is not None:  # whether it moved or not
+    if state.head is not None:  # saved whether it moved or not
         values.update({name: own for name, own in one.model.state_dict().items() if name in _head_names(one, state)})
     norms, statistics = _statistics(one.model, values)
     if statistics is not None:
@@ -144,11 +144,9 @@ def save_adapter(model: nn.Module, path: PathLike) -> None:
     metadata["checksum"] = _checksum(tensors, metadata)
     try:
         write_safetensors(tensors, path, metadata)
-    except KeyError as error:  # of safetensors, for a dtype that it does not have
+    except KeyError as error:  # from safetensors, for a dtype that it does not support
         odd = next((name for name, value in tensors.items() if value.is_complex()), "a tensor")
-        raise RuntimeError(
-            f"{path}: {odd} has a dtype that a safetensors file does not hold ({error}); keep it fixed"
-        ) from None
+        raise RuntimeError(f"{path}: {odd} has a dtype that a safetensors file cannot hold ({error}); keep it frozen") from None
     warn_of_idle_cores(one)
 
 
@@ -164,8 +162,8 @@ def load_adapter(model: nn.Module, path: PathLike) -> nn.Module:
     Raises:
         OSError: the file cannot be read.
         ValueError: it is not an adapter file, is damaged, holds NaN, infinity or a negative variance, or belongs to another
-            base, other layers or another rank. The message says which; the model is left as it was.
-        RuntimeError: there are several adapted models in the module; give one of them.
+            base, other layers or another rank. The message says which; the model is then left unchanged.
+        RuntimeError: several adapted models are in the module.
     """
     outer = model
     adapter = read_adapter(path)
@@ -184,7 +182,7 @@ def load_adapter(model: nn.Module, path: PathLike) -> nn.Module:
         if why := why_not_settable(model, name, value):
             raise ValueError(
                 f"{path}: {name} has shape {tuple(value.shape)}, in this model it {why}; load it into its own base, with the "
-                "same head in place"
+                "same head"
             )
     base = fingerprint(model, adapter.replaced())
     if base != adapter.base:
@@ -193,14 +191,14 @@ def load_adapter(model: nn.Module, path: PathLike) -> nn.Module:
             "load it into the model that it was made from"
         )
     checked = {name: t for name, t in adapter.tensors.items() if not _may_be_infinite(model, name)}
-    check_finite(checked, str(path), "the adapter was trained to nothing; train it again")
-    check_variances(changed, str(path), "save the adapter again from a sound model")
+    check_finite(checked, str(path), "its training diverged; train it again")
+    check_variances(changed, str(path), "save the adapter again from a model without it")
     if state is None:
-        plans = {
-            name: LayerPlan(adapter.frozen(name), adapter.tensors[f"{name}.core"], about["scale"], about["rank"])
+        updates = {
+            name: LayerUpdate(adapter.frozen(name), adapter.tensors[f"{name}.core"], about["scale"], about["rank"])
             for name, about in adapter.layers.items()
         }
-        install(model, plans, **adapter.options, keep=changed)
+        install(model, updates, **adapter.options, keep=changed)
         state = adapt_state(model)
         assert state is not None
     else:
@@ -210,7 +208,7 @@ def load_adapter(model: nn.Module, path: PathLike) -> nn.Module:
         )
         state.subspace = adapter.options.get("subspace", "weight")
         state.replaced = sorted({*state.replaced, *adapter.replaced()})
-        back_to_base(model, state)  # what another adapter moved
+        back_to_base(model, state)  # undoes what another adapter moved
         with torch.no_grad():
             for name, layer in layers.items():
                 frozen = adapter.frozen(name)
@@ -220,11 +218,11 @@ def load_adapter(model: nn.Module, path: PathLike) -> nn.Module:
                 layer.scale = adapter.layers[name]["scale"]
                 layer.bond_cap = adapter.layers[name]["rank"]
                 layer.subspace = state.subspace
-    for _, norm in calibration.batch_norms(model):
-        calibration.remember_statistics(norm)
+    for _, norm in batch_norms(model):
+        remember_statistics(norm)
     set_values(model, changed)
     for name, parameter in model.named_parameters(remove_duplicate=False):
-        if name in changed:  # it was trained, and may be trained on
+        if name in changed:  # it was trained, and may be trained further
             parameter.requires_grad_(True)
     return outer
 
@@ -246,9 +244,14 @@ def read_adapter(path: PathLike) -> Adapter:
 
 
 def merge_state(state: dict[str, Tensor], adapter: Adapter, name: str) -> dict[str, Tensor]:
-    """The base model's state dict with the adapter fused in: :func:`lora_edge.merge` without the model's code.
+    """Return the base model's state dict with the adapter fused in: :func:`lora_edge.merge` without the model's code.
 
-    A weight under several names gets the update under each; every tensor has memory of its own.
+    A weight with several names gets the update under each; no two tensors share memory.
+
+    Args:
+        state: the base model's state dict.
+        adapter: from :func:`read_adapter`.
+        name: of the adapter or its file, the beginning of error messages.
 
     Raises:
         ValueError: the state dict is not the base that the adapter belongs to, or a merged weight would be NaN or infinite.
@@ -267,7 +270,7 @@ def merge_state(state: dict[str, Tensor], adapter: Adapter, name: str) -> dict[s
         fused = tt_fuse(merged[join(layer, "weight")], core, frozen, about["scale"])
         merged.update({join(other, "weight"): fused for other in [layer, *about.get("also", ())]})
     new = {key: value for key, value in merged.items() if isinstance(value, Tensor) and state.get(key) is not value}
-    was = {key for key in new if key in state and not bool(torch.isfinite(state[key]).all())}  # an observer begins at infinity
+    was = {key for key in new if key in state and not bool(torch.isfinite(state[key]).all())}  # an observer starts at infinity
     check_finite({key: value for key, value in new.items() if key not in was}, name, "train the adapter again")
     check_variances(merged, name)
     seen: set[int] = set()
@@ -280,7 +283,7 @@ def merge_state(state: dict[str, Tensor], adapter: Adapter, name: str) -> dict[s
 
 
 def _the_adapted(model: nn.Module) -> Adapted:
-    """The one adapted model in what ``save_adapter`` is given."""
+    """Return the one adapted model in what ``save_adapter`` is given."""
     found = find_adapted(model)
     if not found:
         raise RuntimeError("the model is not adapted, so there is no adapter to save; call lora_edge.adapt(model) first")
@@ -297,7 +300,7 @@ def _the_adapted(model: nn.Module) -> Adapted:
 
 
 def _where_it_fits(model: nn.Module, adapter: Adapter, path: PathLike) -> nn.Module:
-    """The adapted model in what ``load_adapter`` is given, or the only part of it that has the file's layers."""
+    """Return the adapted model in what ``load_adapter`` is given, or the only part of it that has the file's layers."""
     found = find_adapted(model)
     if len(found) > 1:
         raise RuntimeError(f"{path}: {len(found)} adapted models are inside, at {places(found)}; load into one of them")
@@ -321,16 +324,18 @@ def _has_layers(model: nn.Module, adapter: Adapter) -> bool:
 
 
 def _check_ties(layers: dict[str, LoRAEdgeConv], adapter: Adapter, path: PathLike) -> None:
-    """Refuse a file with two updates for a weight that two adapted layers share."""
+    """Refuse a file with different updates for layers that share a weight."""
     by_core: dict[int, str] = {}
     for name, layer in layers.items():
         first = by_core.setdefault(id(layer.core), name)
         if first != name and not torch.equal(adapter.tensors[f"{first}.core"], adapter.tensors[f"{name}.core"]):
-            raise ValueError(f"{path}: {first} and {name} share one weight in this model, but have an update each in the file")
+            raise ValueError(
+                f"{path}: {first} and {name} share one weight in this model but have different updates in the file"
+            )
 
 
 def _names(model: nn.Module) -> dict[nn.Module, list[str]]:
-    """Every name of each module."""
+    """Return every name of each module."""
     names: dict[nn.Module, list[str]] = {}
     for name, module in model.named_modules(remove_duplicate=False):
         names.setdefault(module, []).append(name)
@@ -344,13 +349,13 @@ def _head_names(one: Adapted, state: AdaptState) -> set[str]:
 
 
 def _statistics(model: nn.Module, values: dict[str, Tensor]) -> tuple[dict[str, list[int]], Tensor | None]:
-    """Take BatchNorm's statistics out of ``values`` and put them side by side: channels and batches of each, and the tensor."""
+    """Move BatchNorm statistics out of ``values`` into one tensor; return it and the channels and batches of each layer."""
     norms: dict[str, list[int]] = {}
     found: list[Tensor] = []
     for name, norm in model.named_modules(remove_duplicate=False):
-        keys = [join(name, key) for key in calibration.STATISTICS]
-        if calibration.is_batch_norm(norm) and any(key in values for key in keys):
-            mean, variance, batches = (getattr(norm, key) for key in calibration.STATISTICS)
+        keys = [join(name, key) for key in STATISTICS]
+        if is_batch_norm(norm) and any(key in values for key in keys):
+            mean, variance, batches = (getattr(norm, key) for key in STATISTICS)
             norms[name] = [len(mean), int(batches)]
             found.append(torch.stack([mean.detach(), variance.detach()]).cpu())
             for key in keys:
@@ -359,7 +364,7 @@ def _statistics(model: nn.Module, values: dict[str, Tensor]) -> tuple[dict[str, 
 
 
 def _may_be_infinite(model: nn.Module, name: str) -> bool:
-    """Whether a changed tensor is a buffer that is not BatchNorm's: an observer's begins at infinity."""
+    """Whether a changed tensor is a buffer other than BatchNorm's; an observer's starts at infinity."""
     owner, _, key = name.removeprefix("changed.").rpartition(".")
     module = dict(model.named_modules(remove_duplicate=False)).get(owner)
     return name.startswith("changed.") and module is not None and key in module._buffers

@@ -10,6 +10,7 @@ from torch import Tensor, nn
 from lora_edge.nn.blocks import describe
 from lora_edge.nn.layers import LoRAEdgeConv
 from lora_edge.nn.reparametrised import reparametrised_layers
+from lora_edge.nn.training_flags import in_evaluation
 from lora_edge.ops import dispatch as kernels
 from lora_edge.ops.activation import Activation
 from lora_edge.ops.backends import AVAILABLE, NAMES, requested, state
@@ -17,10 +18,9 @@ from lora_edge.ops.conv_args import ConvArgs, conv_args
 from lora_edge.ops.engines import registry as engines
 from lora_edge.ops.plan import Epilogue
 from lora_edge.ops.route import choose_route, saved_channels_positions
+from lora_edge.surgery.adapted import Adapted, require_adapted, unwrap
 from lora_edge.surgery.base_state import join, thawed_norms
-from lora_edge.surgery.find import Adapted, require_adapted, unwrap
-from lora_edge.surgery.idle import idle_cores
-from lora_edge.surgery.training_flags import in_evaluation
+from lora_edge.surgery.idle_cores import idle_cores
 
 
 @dataclass(frozen=True)

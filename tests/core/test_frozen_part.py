@@ -150,7 +150,7 @@ def test_a_fresh_head_put_in_after_adapt(tmp_path):
     train(model, x, list(lora_edge.trainable_parameters(model)))
     lora_edge.save_adapter(model.eval(), tmp_path / "a")
     y = output(model, x)
-    with pytest.raises(RuntimeError, match=r"6\.weight was put in or trained since adapt"), lora_edge.disabled(model):
+    with pytest.raises(RuntimeError, match=r"6\.weight was added or trained since adapt"), lora_edge.disabled(model):
         pass
     before = snapshot(base)
     with pytest.raises(ValueError, match=r"6\.(weight|bias) has shape \(5,.*, in this model it has shape \(3,"):

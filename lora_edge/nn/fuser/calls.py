@@ -11,9 +11,9 @@ from torch import Tensor, fx, nn
 
 from lora_edge.nn.frozen_bn import FrozenBatchNorm, FrozenThen
 from lora_edge.nn.fuser import pure
-from lora_edge.nn.fuser.built_in import BuiltIn
+from lora_edge.nn.fuser.access import base_of
+from lora_edge.nn.fuser.builtin_calls import BuiltIn
 from lora_edge.nn.fuser.guards import MISSING, has_hooks, static
-from lora_edge.nn.fuser.items import base_of
 from lora_edge.nn.fuser.values import Bound, Container, Method, Module, Object, Once, Refused, Submodules, Super, View, refuse
 from lora_edge.nn.layers import LoRAEdgeConv
 from lora_edge.nn.lean import LeanLayer

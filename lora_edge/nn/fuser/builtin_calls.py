@@ -8,8 +8,8 @@ from typing import Any
 from torch import Tensor, fx, nn
 
 from lora_edge.nn.fuser import pure
+from lora_edge.nn.fuser.access import Items, base_of
 from lora_edge.nn.fuser.guards import MISSING, static
-from lora_edge.nn.fuser.items import Items, base_of
 from lora_edge.nn.fuser.values import Constant, Container, Module, Object, Once, Submodules, View, refuse
 
 
