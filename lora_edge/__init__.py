@@ -1,6 +1,6 @@
-"""LoRA-Edge for PyTorch: adapt a pre-trained CNN by its output-side tensor-train cores (arXiv 2511.03765).
+"""LoRA-Edge for PyTorch: adapt a pre-trained CNN by training its output-side tensor-train cores (arXiv 2511.03765).
 
-lora_edge.adapt(model, rank=2)                                  # in place; output unchanged
+lora_edge.adapt(model, rank=2)                                  # in place; the output stays the same
 optimizer = torch.optim.Adam(lora_edge.trainable_parameters(model), lr=2e-2)
 ...                                                             # train as usual
 lora_edge.save_adapter(model, "me.safetensors")                 # kilobytes

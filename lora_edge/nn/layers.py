@@ -20,7 +20,7 @@ from torch.nn.utils import parametrize
 
 from lora_edge.nn import fused_weight_cache
 from lora_edge.nn.per_module import PerModule
-from lora_edge.ops import reference, tt_conv, tt_fuse
+from lora_edge.ops import reference, tt_conv
 from lora_edge.ops.backends import requested
 from lora_edge.ops.checks import DTYPES, check_conv
 from lora_edge.ops.padding import pad
@@ -117,14 +117,10 @@ class LoRAEdgeConv(nn.modules.conv._ConvNd):
         if _warned.get(self) is None and core is not None and bool(core.detach().count_nonzero()):
             _warned.put(self, True)
             warnings.warn(
-                "the weight of an adapted convolution is the base's, without the update; read layer.fused_weight(), "
-                "or call lora_edge.merge(model) first",
+                "the weight of an adapted convolution is the base's, without the update; call lora_edge.merge(model) first, or "
+                "compute lora_edge.ops.tt_fuse(layer.weight, layer.core, layer.suffix, layer.scale)",
                 stacklevel=3,
             )
-
-    def fused_weight(self) -> Tensor:
-        """Return ``W' = W + scale * core @ suffix`` in the weight's shape and dtype."""
-        return tt_fuse(self.weight, self.core, self.suffix, self.scale, backend=self.backend)
 
     def frozen_suffix(self) -> Tensor:
         """Return the suffix, detached if something made it require a gradient, so that it is not trained by accident."""
