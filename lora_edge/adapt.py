@@ -130,7 +130,7 @@ def adapt(
     if subspace == "auto":
         subspace = "weight"
     elif subspace == "weight" and batches is not None and params is None and train_head is not True:
-        raise ValueError('batches is given, but subspace="weight" uses it with params only; leave it out, or give one of them')
+        raise ValueError('batches is given, but subspace="weight" uses it only with params; leave it out, or give params')
     if not isinstance(train_head, (bool, str)):
         raise TypeError(f"train_head is {train_head!r}, a {type(train_head).__name__}; give a bool or a module's dotted name")
     outer, model = model, _inner(model)

@@ -13,7 +13,7 @@ from safetensors.torch import save_file
 import lora_edge
 from helpers.networks import BUILD, network, output, train
 from helpers.snapshots import assert_same, snapshot
-from lora_edge.adapter_file import read_adapter
+from lora_edge.adapter_format import read_adapter
 from lora_edge.har.models import TResNet
 
 

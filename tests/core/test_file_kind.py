@@ -14,7 +14,7 @@ from safetensors.torch import save_file, save_model
 from torch import nn
 
 import lora_edge
-from lora_edge.adapter_file import read_adapter
+from lora_edge.adapter_format import read_adapter
 from lora_edge.files import file_kind
 from lora_edge.files.file_kind import kind_of
 from lora_edge.files.state_file import load_state

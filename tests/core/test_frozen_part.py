@@ -13,7 +13,7 @@ from torch.nn.utils import parametrizations
 import lora_edge
 from helpers.networks import network, output, train
 from helpers.snapshots import assert_same, snapshot
-from lora_edge.adapter_file import merge_state, read_adapter
+from lora_edge.adapter_format import merge_state, read_adapter
 
 X = (6, 3, 20)
 

@@ -384,7 +384,7 @@ X, Y = torch.randn(4, 3, 12, 10), torch.tensor([0, 1, 2, 3])
         (
             {"batches": [X]},
             ValueError,
-            'batches is given, but subspace="weight" uses it with params only',
+            'batches is given, but subspace="weight" uses it only with params',
         ),
         ({"subspace": "gradient", "batches": []}, ValueError, "batches holds no samples"),
         ({"subspace": "gradient", "batches": iter(())}, ValueError, "its iterator was already used up"),

@@ -110,7 +110,7 @@ class Layout:
             and any(i in self.private for i in node.all_input_nodes)
         )
 
-    def door(self, node: fx.Node) -> tuple[StockStrides, list[fx.Node]]:
+    def stock_strides_of(self, node: fx.Node) -> tuple[StockStrides, list[fx.Node]]:
         """Return the function that gives a map its stock strides, and the further nodes that it needs."""
         now = {other.meta["original"]: other for other in self.graph.nodes if "original" in other.meta}
         inputs: dict[fx.Node, fx.Node] = {}
@@ -124,9 +124,8 @@ class Layout:
                 inputs[original] = now[original]
             else:
                 waiting += original.all_input_nodes
-        return StockStrides(node.meta["original"], list(inputs), self.modules), [
-            self.sizes_of(node) for node in inputs.values()
-        ]
+        in_stock_strides = StockStrides(node.meta["original"], list(inputs), self.modules)
+        return in_stock_strides, [self.sizes_of(node) for node in inputs.values()]
 
     def sizes_of(self, node: fx.Node) -> fx.Node:
         """Return a node for sizes and strides instead of the value, so that no map is kept alive for them."""
@@ -162,10 +161,10 @@ class Layout:
             return
         first = min(order[user] for user in strict)
         later = [user for user in node.users if order[user] >= first]
-        door, inputs = self.door(node)
+        in_stock_strides, inputs = self.stock_strides_of(node)
         with self.graph.inserting_before(next(user for user in strict if order[user] == first)):
-            modules = tuple(self.graph.get_attr(name) for name in door.names)
-            stock = self.graph.call_function(door, (node, modules, *inputs))
+            modules = tuple(self.graph.get_attr(name) for name in in_stock_strides.names)
+            stock = self.graph.call_function(in_stock_strides, (node, modules, *inputs))
         stock.meta["kind"] = pure.TENSOR
         for user in later:
             user.replace_input_with(node, stock)
