@@ -29,7 +29,7 @@ from lora_edge.ops.transforms import plain_ops_only, refuse_proxy
 from lora_edge.subspaces.weight import weight_suffix
 from lora_edge.tt import attainable_ranks, check_rank, contract_suffix
 
-_warned: PerModule[bool] = PerModule()  # layers for which it was said that their weight is the base's
+_warned: PerModule[bool] = PerModule()  # layers that have warned that their weight is the base's
 _Layer = TypeVar("_Layer", bound="LoRAEdgeConv")
 _GUARDED = ("weight", "core", "suffix")
 
@@ -45,12 +45,12 @@ class LoRAEdgeConv(nn.modules.conv._ConvNd):
     bond_cap: int  # the requested rank; a renewed suffix is made with it and with ``scaling``
     scaling: str
     saved_dtype: torch.dtype | None  # of ``h`` between forward and backward, None for its own dtype
-    backend: str = "auto"  # that its ops are called with
-    subspace: str = "weight"  # that its suffix was made from; only one made from the weight can be renewed from a new weight
+    backend: str = "auto"  # passed to its ops
+    subspace: str = "weight"  # what its suffix was made from; only one made from the weight can be renewed from a new weight
     enabled: bool  # False inside lora_edge.disabled: the base convolution
     frozen_cores: list[Tensor] | None  # [G2, ..., Gd] on the CPU, None if the suffix was given contracted
     belongs_to_adapted: bool = False  # adapted with a whole model, which holds the state; else built on its own
-    base_replaced: bool  # load_state_dict brought another base weight since adapt
+    base_replaced: bool  # load_state_dict loaded another base weight since adapt
     trains_suffix: bool = False  # if False, a suffix gets no gradient even where it requires one
     _may_replace: bool = False  # inside load_state_dict, which assigns parameters with assign=True
 
@@ -327,7 +327,7 @@ def remove_core(layer: LoRAEdgeConv) -> None:
     """Undo :func:`add_core` and re-class to the stock convolution; the weight is not changed."""
     for name in ("core", "suffix"):
         del layer._parameters[name]
-    for name in [name for name in layer._parameters if name != "weight"]:  # a weight that was computed in between is last
+    for name in [name for name in layer._parameters if name != "weight"]:  # a weight that was computed in between comes last
         layer._parameters[name] = layer._parameters.pop(name)
     for name in ("frozen_cores", "scale", "bond_cap", "scaling", "saved_dtype", "enabled", "base_replaced"):
         delattr(layer, name)

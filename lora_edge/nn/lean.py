@@ -233,7 +233,7 @@ class _Dropout(torch.autograd.Function):
 class LeanConv(LeanLayer, nn.modules.conv._ConvNd):
     """A convolution that is not adapted: saves nothing while its weight is frozen."""
 
-    backend: str = "auto"  # that its op is called with
+    backend: str = "auto"  # passed to its op
 
     def forward(self, input: Tensor) -> Tensor:
         if not isinstance(input, Tensor):

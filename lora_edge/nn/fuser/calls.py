@@ -191,7 +191,7 @@ class Calls(BuiltinCalls):
             if kind == pure.NUMBERS and (args or kwargs):
                 kind = pure.NUMBER
             if name == "type" and not args and not kwargs:
-                kind = pure.VALUE  # a text
+                kind = pure.VALUE  # a string
             return self.evaluator.emit(name, (owner, *args), kwargs, kind)
         if isinstance(owner, Submodules):
             return self._container_method(owner.owner, name, args, kwargs)
