@@ -115,7 +115,7 @@ def test_batches_of_every_usual_form(batch):
         ([(None, X)], ValueError, "batch 0 is a tuple that starts with a NoneType"),
         ([torch.tensor(1.0)], ValueError, "batch 0 is a Tensor"),
         (3, TypeError, "batches is a int"),
-        (iter(()), ValueError, "batches is empty, or its iterator was used up"),
+        (iter(()), ValueError, "batches is empty, or its iterator was already used up"),
         ([X[:0]], ValueError, "batches is empty"),
         ([X[:1, :, :3]], ValueError, "n saw one value per channel"),
         ([X[:, :2]], ValueError, "the model does not accept batch 0: .*channels"),
