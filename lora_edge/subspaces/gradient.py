@@ -159,8 +159,9 @@ def _summed_cross_entropy(model: nn.Module, x: Tensor, y: Tensor) -> Tensor:
     try:
         loss = F.cross_entropy(logits.to(torch.promote_types(logits.dtype, torch.float32)), y, reduction="sum")
     except (RuntimeError, IndexError, ValueError) as error:
+        why = first_line(error)
         raise ValueError(
-            f"batches: no cross-entropy of output {tuple(logits.shape)}, y {tuple(y.shape)} {y.dtype} ({first_line(error)}); "
+            f"batches: no cross-entropy of output {tuple(logits.shape)} and y {tuple(y.shape)} {y.dtype} ({why}); "
             "give pairs (x, y) of inputs and classes"
         ) from None
     if not bool(torch.isfinite(loss)):
