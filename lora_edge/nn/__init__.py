@@ -11,5 +11,5 @@
 - ``fused_weight_cache``: fused weights for inference, with the checks of ``staleness``, kept in a ``per_module`` table.
 - ``training_flags``: evaluation mode that leaves the training flags as they were.
 
-What is here builds on :mod:`lora_edge.ops`, and the starting suffix of a layer on :mod:`lora_edge.subspaces.weight`.
+Everything here builds on :mod:`lora_edge.ops`; ``layers`` computes a new layer's suffix with :mod:`lora_edge.subspaces.weight`.
 """
