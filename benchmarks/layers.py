@@ -9,7 +9,7 @@ from unittest import mock
 from torch import nn
 
 import lora_edge
-from lora_edge.nn import blocks
+from lora_edge.nn import fused_block
 
 from .workloads import WORKLOADS
 
@@ -118,7 +118,7 @@ def layers_of(workload: str) -> dict[str, Layer]:
     model = WORKLOADS[workload].model()
     lora_edge.adapt(model, RANK, targets=WORKLOADS[workload].targets(model))
     names = {id(m.weight): name for name, m in model.named_modules() if isinstance(m, nn.modules.conv._ConvNd)}
-    with mock.patch.object(blocks, "run_block", wraps=blocks.run_block) as run_block:
+    with mock.patch.object(fused_block, "run_block", wraps=fused_block.run_block) as run_block:
         model.train()(WORKLOADS[workload].batch(2)[0])
     found = {names[id(call.args[1])]: _layer(*call.args) for call in run_block.call_args_list}
     if len(found) != len(names):

@@ -22,10 +22,10 @@ from rich.table import Table
 from torch import Tensor
 
 import lora_edge
-from lora_edge.adapt import select
 from lora_edge.memory import StorageTracker
 from lora_edge.subspaces.gradient import leading_gradients
 from lora_edge.subspaces.inputs import leading_inputs
+from lora_edge.surgery.selection import select
 
 from .workloads import WORKLOADS
 

@@ -27,7 +27,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 import lora_edge
-from lora_edge.environment.machine import machine
+from lora_edge.environment.machine import describe_machine
 from lora_edge.ops.engines.cpu import launch as cpu_launch
 
 from . import write_rows
@@ -307,7 +307,7 @@ def main() -> int:
     warnings.simplefilter("ignore")
     device = torch.device(options.device)
     is_cpu = device.type == "cpu"
-    about = {key: machine()[key] for key in ("lora_edge", "torch", "threads", "date")} | {"device": title(device)}
+    about = {key: describe_machine()[key] for key in ("lora_edge", "torch", "threads", "date")} | {"device": title(device)}
     rows: list[dict[str, Any]] = []
     blocks: list[dict[str, Any]] = []
     for name in options.workload:

@@ -1,77 +1,49 @@
-"""Model surgery: adapt, merge, disabled, trainable_parameters. In place; module identity, names and hooks survive."""
+"""``adapt``: give a model's convolutions trained cores, in place; and ``trainable_parameters``, what an optimizer then trains.
+
+Module identity, names, hooks and the order of keys are preserved. :func:`install` carries out an adaptation whose suffixes are
+known; ``load_adapter`` uses it too.
+"""
 
 from __future__ import annotations
 
 import itertools
 from collections.abc import Iterable, Iterator, Sequence
-from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-from lora_edge import calibration
-from lora_edge.finite import check_finite, check_variances
 from lora_edge.nn import blocks, frozen_bn, lean
-from lora_edge.nn.layers import (
-    ADAPTED_CLASS,
-    LoRAEdgeConv,
-    attach,
-    check_adaptable,
-    check_suffix,
-    detach,
-    require_whole,
-    set_weights,
-)
-from lora_edge.nn.reparametrised import Reparametrisation, bake, reparametrised_layers
-from lora_edge.ops import tt_fuse
+from lora_edge.nn.bn_statistics import batch_norms, remember_statistics
+from lora_edge.nn.layers import ADAPTED_CLASS, LoRAEdgeConv, add_core, check_adaptable, check_suffix
 from lora_edge.ops.backends import require_backend
 from lora_edge.subspaces.budget import parse_budget
+from lora_edge.subspaces.choose import choose_suffixes, naming_layer
 from lora_edge.subspaces.samples import MOST_BATCHES
 from lora_edge.subspaces.weight import FROM_BATCHES, SCALINGS, SUBSPACES
 from lora_edge.surgery import base_state
-from lora_edge.surgery.base_state import fingerprint, fingerprint_state, renew_base
-from lora_edge.surgery.choice import choose, named
-from lora_edge.surgery.find import (
-    Adapted,
-    AdaptState,
-    adapt_state,
-    adapted_layers,
-    refuse_adapted,
-    require_adapted,
-    unwrap,
-)
-from lora_edge.surgery.guarded import guard, unguard
-from lora_edge.surgery.idle import end_watch, warn_of_idle_cores, watch
-from lora_edge.surgery.selection import find_head, left_alone, named_head, select
+from lora_edge.surgery.adapted import AdaptState, adapt_state, adapted_layers, refuse_adapted, require_adapted, unwrap
+from lora_edge.surgery.head import find_head, named_head
+from lora_edge.surgery.idle_cores import watch
+from lora_edge.surgery.protect import protect
+from lora_edge.surgery.selection import left_alone, select
 from lora_edge.surgery.ties import share, tied_groups
 from lora_edge.tt import check_rank, contracted
-
-__all__ = [
-    "AdaptState",
-    "LayerPlan",
-    "adapt",
-    "adapt_state",
-    "adapted_layers",
-    "disabled",
-    "find_head",
-    "fingerprint",
-    "fingerprint_state",
-    "install",
-    "merge",
-    "require_adapted",
-    "select",
-    "trainable_parameters",
-    "unwrap",
-]
 
 BN_MODES = ("frozen", "batch")
 
 
 @dataclass
-class LayerPlan:
-    """How one convolution is adapted: its frozen cores or contracted suffix, and the core (None: zero)."""
+class LayerUpdate:
+    """The update of one convolution.
+
+    Attributes:
+        frozen: its frozen cores ``[G2, ..., Gd]``, or the contracted suffix ``(r1, I/g, *K)``.
+        core: ``(O, r1)``; None for zeros.
+        scale: factor of the update.
+        bond_cap: the requested rank; None for ``r1``.
+    """
 
     frozen: Tensor | Sequence[Tensor]
     core: Tensor | None = None
@@ -95,55 +67,56 @@ def adapt(
     saved_dtype: str | torch.dtype | None = None,
     backend: str = "auto",
 ) -> nn.Module:
-    """Adapt a model's convolutions in place: freeze everything, give each convolution a trained core.
+    """Adapt a model's convolutions in place: freeze everything and give each convolution a trained core.
 
     Right afterwards the output is bit-identical to the base model's (where gradients are needed, fused blocks agree with it
-    within 1e-6 in relative norm). Train what :func:`trainable_parameters` yields, then
-    call :func:`merge`.
+    within 1e-6 in relative norm). Train what :func:`trainable_parameters` yields, then call :func:`lora_edge.merge`.
 
-    Convolutions that share one weight share one core. Buffers that move in training (statistics, counters) belong to the
-    adapter: it saves them, and :func:`disabled` goes back to the base's.
+    Convolutions that share a weight share a core. Buffers that move in training (statistics, counters) belong to the adapter:
+    it saves them, and :func:`lora_edge.disabled` restores the base's.
 
     Args:
-        model: any module; its ``nn.Conv1d/2d/3d`` are adapted, subclasses of them are left alone. Inside ``DataParallel`` or
-            ``torch.compile`` it is the inner model that is adapted.
-        rank: cap of every TT bond, at least 1; without meaning where ``params`` is given.
-        targets: dotted names or globs of the convolutions to adapt; None takes all.
-        exclude: dotted names or globs to leave out; also of a BatchNorm subclass that cannot be frozen, which is refused else.
-        params: a budget of trained parameters in the place of one rank: a share of the model's parameters as "0.5%", the cores'
-            bytes as "20kB", or their number. It is spread over the layers as ranks from 1 to 16, by the energy that a further
-            rank catches of the gradient where ``batches`` are given, by the weight's squared singular values where not. A
-            layer that gets nothing stays frozen, and ``summary`` says so. A trained head does not count.
-        subspace: which directions the update may use. "weight": the leading right singular directions of the pre-trained
-            kernel, as the paper has it. "input": the principal directions of what each layer reads on ``batches``. "gradient":
-            the leading right singular directions of the gradient on ``batches``. "auto" is "weight": in the study neither of
-            the other two is ahead of it over all data sets.
-        batches: the target's inputs, ``x`` or tuples that start with it; with "gradient" or ``params`` pairs ``(x, y)`` with
-            classes, the loss is the cross-entropy then. Equal parts of the first four are used, together as many samples as
-            the largest holds. "input" takes one to two training steps, "gradient" three to five at batch 64. BatchNorm is on
-            its running statistics, whatever ``bn`` says, so :func:`calibrate_bn` comes first.
-        scaling: "balanced" gives the suffix rows one common norm a layer, "paper" leaves the singular values in them.
-        bn: "frozen" keeps BatchNorm on its running statistics through ``model.train()`` until ``merge``; "batch" leaves it
-            to ``train()`` and ``eval()`` as it was, which saves its input for backward and keeps blocks from being fused. Its
-            affine parameters are frozen either way.
-        train_head: also train the classifier: its dotted name, or True to have it found: the last ``nn.Linear`` that runs on
-            ``batches`` where they are given, else the last one registered. ``summary`` says which it is.
-        lean: run ``conv → BN → (+ residual) → activation`` as one op and the other layers in lean form, so that next to
-            nothing is saved for backward; ``summary`` shows what was fused. False leaves all other layers stock.
-        saved_dtype: "float16" or "bfloat16" keeps ``h`` in half precision between forward and backward; None in its own.
-        backend: "auto", "torch", "cuda" or "triton" for the convolutions of this model; see :mod:`lora_edge.ops.backends`.
+        model: any module; its ``nn.Conv1d/2d/3d`` are adapted, subclasses of them are left alone. If it is wrapped in
+            ``DataParallel`` or ``torch.compile``, the inner model is adapted.
+        rank: cap of every TT bond, at least 1; ignored if ``params`` is given.
+        targets: dotted names or globs of the convolutions to adapt; None for all.
+        exclude: dotted names or globs to leave out. It may also name a BatchNorm subclass that cannot be frozen, which would
+            otherwise be refused.
+        params: a budget of trained parameters instead of one rank: a share of the model's parameters as "0.5%", the bytes of
+            the cores as "20kB", or a number of parameters. It is spread over the layers as ranks from 1 to 16, by the energy
+            of the gradient that each further rank captures if ``batches`` are given, otherwise by the weight's squared singular
+            values. A layer that gets no rank stays frozen, and ``summary`` says so. A trained head does not count.
+        subspace: the directions that the update may use. "weight": the leading right singular directions of the pre-trained
+            weight, as in the paper. "input": the principal directions of each layer's input on ``batches``. "gradient": the
+            leading right singular directions of the gradient on ``batches``. "auto": the same as "weight"; in the study neither
+            of the other two is better over all data sets.
+        batches: inputs from the target, ``x`` or tuples that start with it; for "gradient" and ``params``, pairs ``(x, y)``
+            with classes, and the loss is the cross-entropy. Equal parts of the first four are used, together as many samples
+            as the largest holds. "input" takes as long as one to two training steps at batch 64, "gradient" three to five.
+            BatchNorm uses its running statistics whatever ``bn`` says, so call :func:`lora_edge.calibrate_bn` first.
+        scaling: "balanced" gives all suffix rows of a layer one common norm, "paper" leaves the singular values in them.
+        bn: "frozen" keeps BatchNorm on its running statistics through ``model.train()`` until ``merge``; "batch" leaves it to
+            ``train()`` and ``eval()`` as before, which saves its input for backward and prevents block fusing. Its affine
+            parameters are frozen either way.
+        train_head: also train the classifier: its dotted name, or True to find it: the last ``nn.Linear`` that runs on
+            ``batches`` if they are given, otherwise the last one registered. ``summary`` shows which it is.
+        lean: run ``conv → BN → (+ residual) → activation`` as one op and the other layers in lean form, so that almost nothing
+            is saved for backward; ``summary`` shows what was fused. False leaves all other layers stock.
+        saved_dtype: "float16" or "bfloat16" to keep ``h`` in half precision between forward and backward; None for its own.
+        backend: "auto", "torch", "cpu", "cuda" or "triton" for this model's convolutions; see
+            :mod:`lora_edge.ops.backends`.
 
     Returns:
         The model.
 
     Raises:
-        TypeError: ``rank`` is no integer, or ``model`` no module.
+        TypeError: ``rank`` is not an integer, or ``model`` is not a module.
         ValueError: ``rank`` is below 1, an option is unknown, a name matches nothing, a layer is not supported, an adapted
             convolution shares its weight with something that is not adapted, ``params`` is below the smallest core, or
             ``batches`` is missing, not used or empty, or yields no gradient, NaN or Inf.
-        RuntimeError: the model or a part of it is adapted already, is in DistributedDataParallel, cannot be copied for the
-            gradient, or the named backend does not work here.
-        All of them before anything is changed.
+        RuntimeError: the model or a part of it is already adapted, it contains a DistributedDataParallel, it cannot be copied
+            for the gradient pass, or the named backend does not work here.
+        All of them are raised before anything is changed.
     """
     rank = check_rank(rank)
     _check_choice("scaling", scaling, SCALINGS)
@@ -157,45 +130,45 @@ def adapt(
     if subspace == "auto":
         subspace = "weight"
     elif subspace == "weight" and batches is not None and params is None and train_head is not True:
-        raise ValueError('batches is given, but subspace="weight" uses it with params only; leave it out, or give one of them')
+        raise ValueError('batches is given, but subspace="weight" uses it only with params; leave it out, or give params')
     if not isinstance(train_head, (bool, str)):
         raise TypeError(f"train_head is {train_head!r}, a {type(train_head).__name__}; give a bool or a module's dotted name")
     outer, model = model, _inner(model)
     names = select(model, targets, exclude, bn)
     budget = None if params is None else parse_budget(params, model)
     for name in names:
-        with named(name):
+        with naming_layer(name):
             check_adaptable(model.get_submodule(name))  # type: ignore[arg-type]
     groups = tied_groups(model, names)
     if batches is not None:
-        batches = _few(batches, model)  # it may be an iterator, and is gone through more than once
+        batches = _few(batches, model)  # it may be an iterator, and is read more than once
     head: str | None = None
     if isinstance(train_head, str):
         head = named_head(model, train_head, names)
     elif train_head:
         head = find_head(model, batches)
     looked_at = batches if subspace in FROM_BATCHES or params is not None else None
-    chosen = choose(model, groups, rank, budget, subspace, looked_at, scaling, backend)
-    plans = {
-        name: LayerPlan(chosen[group[0]][1], bond_cap=chosen[group[0]][0])
+    chosen = choose_suffixes(model, groups, rank, budget, subspace, looked_at, scaling, backend)
+    updates = {
+        name: LayerUpdate(chosen[group[0]][1], bond_cap=chosen[group[0]][0])
         for group in groups
         for name in group
         if group[0] in chosen
     }
-    plans = {name: plans[name] for name in names if name in plans}
+    updates = {name: updates[name] for name in names if name in updates}
     install(
-        model, plans, scaling=scaling, bn=bn, head=head, lean_layers=lean, saved_dtype=saved, backend=backend,
+        model, updates, scaling=scaling, bn=bn, head=head, lean_layers=lean, saved_dtype=saved, backend=backend,
         subspace=subspace,
     )  # fmt: skip
     state = adapt_state(model)
     assert state is not None
-    state.left_alone.update({name: f"params={params!r} holds no rank for it, frozen" for name in names if name not in plans})
+    state.left_alone.update({name: f"params={params!r} leaves no rank for it, frozen" for name in names if name not in updates})
     return outer
 
 
 def install(
     model: nn.Module,
-    plans: dict[str, LayerPlan],
+    updates: dict[str, LayerUpdate],
     *,
     scaling: str = "balanced",
     bn: str = "frozen",
@@ -207,18 +180,23 @@ def install(
     replaced: Sequence[str] = (),
     keep: Iterable[str] = (),
 ) -> nn.Module:
-    """Carry out :func:`adapt` for layers whose suffixes are known; ``load_adapter`` uses it as well.
+    """Carry out :func:`adapt` for layers whose suffixes are known.
 
     Args:
-        replaced: names of the base's state that its fingerprint does not count, because other tensors took their place.
-        keep: names whose base values are kept beside those that always are, because they are about to change.
+        model: the base model.
+        updates: of each convolution to adapt, by dotted name.
+        scaling, bn, lean_layers, backend, subspace: as for :func:`adapt`.
+        head: name of the module to train whole, if any.
+        saved_dtype: of ``h`` between forward and backward.
+        replaced: names in the base's state that its fingerprint leaves out, because other tensors replaced them.
+        keep: further names whose base values are kept, because they are about to change.
     """
     refuse_adapted(model)
-    for name, plan in plans.items():
-        check_suffix(model.get_submodule(name).weight, plan.frozen)  # type: ignore[arg-type]
-    groups = tied_groups(model, plans)
+    for name, update in updates.items():
+        check_suffix(model.get_submodule(name).weight, update.frozen)  # type: ignore[arg-type]
+    groups = tied_groups(model, updates)
     for group in groups:
-        _check_one_update(group, plans)
+        _check_one_update(group, updates)
     state = AdaptState(
         bn=bn,
         scaling=scaling,
@@ -231,136 +209,36 @@ def install(
     )
     base_state.remember(model, state, {*keep, *base_state.parameter_names(model, head)})
     model.requires_grad_(False)
-    for name, plan in plans.items():
+    for name, update in updates.items():
         conv: LoRAEdgeConv = model.get_submodule(name)  # type: ignore[assignment]
         conv.__class__ = ADAPTED_CLASS[type(conv)]  # type: ignore[assignment]
-        attach(conv, plan.frozen, plan.core, plan.scale, plan.bond_cap, scaling, saved_dtype, backend, subspace)
+        add_core(conv, update.frozen, update.core, update.scale, update.bond_cap, scaling, saved_dtype, backend, subspace)
         conv.belongs_to_adapted = True
     for group in groups:
         share([model.get_submodule(name) for name in group])  # type: ignore[misc]
-    for name, norm in calibration.batch_norms(model):
+    for name, norm in batch_norms(model):
         if bn == "frozen" and frozen_bn.why_not_frozen(norm) is None:
             frozen_bn.freeze_bn(norm, lean_layers)
             state.frozen_norms.append(name)
         else:
-            calibration.remember_statistics(norm)
+            remember_statistics(norm)
     if head is not None:
         model.get_submodule(head).requires_grad_(True)
     if lean_layers:
         state.left_alone.update(lean.make_lean(model, backend))
         fused = blocks.fuse(model)
         state.blocks, state.not_fused = fused.blocks, fused.reasons
-    guard(model)
+    protect(model)
     state.load_hook = model.register_load_state_dict_post_hook(_after_load_state_dict)
     model._lora_edge = state  # type: ignore[assignment]
     watch(model, state, adapted_layers(model))
     return model
 
 
-def merge(model: nn.Module) -> nn.Module:
-    """Fuse every update into its dense kernel, in place; plain ``nn.Conv*`` again, at the base model's cost.
-
-    It takes models of :func:`adapt`, those that hold some (a LightningModule, ``AveragedModel``, any outer module: all inside
-    are merged), and those whose convolutions a method of :mod:`lora_edge.methods` reparametrised. The update is fused in
-    float32 with one final cast. Module types, names, order of keys, training flags and ``requires_grad`` are those of the
-    original model; a trained head, calibrated statistics and other buffers stay as they are now. Convolutions that share a
-    weight go on sharing it.
-
-    Returns:
-        The model.
-
-    Raises:
-        RuntimeError: nothing in the model is adapted, it is a part of an adapted model, or a layer's weight is computed from
-            other tensors since ``adapt``.
-        ValueError: a merged weight, a trained tensor or a statistic would be NaN, infinite or a negative variance; the
-            message names it. The model is left as it was.
-    """
-    found = require_adapted(model)
-    for one in found:
-        _check_whole(one, "merge")
-        require_whole({base_state.join(one.name, name): layer for name, layer in one.layers.items()})
-    fused: list[dict[LoRAEdgeConv, Tensor]] = []
-    for one in found:
-        with torch.no_grad():
-            updated = {
-                layer: tt_fuse(layer.weight, layer.core, layer.suffix, layer.scale, backend="torch")
-                for layer in one.layers.values()
-            }
-        names = {layer: name for name, layer in one.layers.items()}
-        written = {base_state.join(one.name, f"{names[layer]}.weight"): weight for layer, weight in updated.items()}
-        check_finite({**written, **_computed(one), **_trained(one)}, "merge", "train at a lower rate, or load finite values")
-        check_variances(one.model, "merge")
-        fused.append(updated)
-    for one, updated in zip(found, fused, strict=True):
-        warn_of_idle_cores(one)
-        _merge(one, updated)
-    return model
-
-
-def _merge(one: Adapted, updated: dict[LoRAEdgeConv, Tensor]) -> None:
-    model, state = one.model, one.state
-    unguard(model)
-    end_watch(model)
-    bake(model)
-    with torch.no_grad():
-        set_weights(updated)  # type: ignore[arg-type]
-    for layer in updated:
-        detach(layer)
-        if state is None:  # built as a LoRAEdge layer, not adapted: a stock layer's parameters are trainable
-            layer.requires_grad_(True)
-    for _, norm in calibration.batch_norms(model):
-        calibration.forget_statistics(norm)
-        if isinstance(norm, frozen_bn.FrozenNorm):
-            frozen_bn.unfreeze_bn(norm)
-    blocks.unfuse(model)
-    lean.make_stock(model)
-    if state is not None:
-        for name, parameter in model.named_parameters():
-            parameter.requires_grad_(state.requires_grad.get(name, parameter.requires_grad))
-        if state.load_hook is not None:
-            state.load_hook.remove()
-        del model._lora_edge
-
-
-@contextmanager
-def disabled(model: nn.Module) -> Iterator[nn.Module]:
-    """Inside, the model computes the base model's own output: no update, base head, base values of the buffers that moved.
-
-    Every adapted model inside ``model`` counts.
-
-    Raises:
-        RuntimeError: nothing in the model is adapted, it is a part of an adapted model, or something was put in or trained
-            since ``adapt`` whose base value is not kept; the message names it.
-    """
-    found = require_adapted(model)
-    for one in found:
-        _check_whole(one, "disabled")
-    with ExitStack() as stack:
-        for one in found:
-            if one.state is not None:
-                stack.enter_context(base_state.on_base_values(one.model, one.state))
-            stack.enter_context(calibration.on_base_statistics(one.model))
-            stack.enter_context(_without_updates(one))
-        yield model
-
-
-@contextmanager
-def _without_updates(one: Adapted) -> Iterator[None]:
-    switches: list[LoRAEdgeConv | Reparametrisation] = [*one.layers.values(), *reparametrised_layers(one.model).values()]
-    enabled = [switch.enabled for switch in switches]
-    try:
-        for switch in switches:
-            switch.enabled = False
-        yield
-    finally:
-        for switch, was in zip(switches, enabled, strict=True):
-            switch.enabled = was
-
-
 def trainable_parameters(model: nn.Module) -> Iterator[nn.Parameter]:
-    """The parameters an optimizer needs: the cores ``(O, r1)``, and the head's with ``train_head``.
+    """Yield the parameters that an optimizer needs: the cores ``(O, r1)``, and the head's with ``train_head``.
 
-    Of a module that holds adapted models, every parameter of it that requires a gradient.
+    For a module that holds adapted models, these are all of its parameters that require a gradient.
 
     Raises:
         RuntimeError: nothing in the model is adapted, or a tool replaced a frozen BatchNorm since ``adapt``.
@@ -372,7 +250,7 @@ def trainable_parameters(model: nn.Module) -> Iterator[nn.Parameter]:
 
 
 def _inner(model: nn.Module) -> nn.Module:
-    """The model that ``adapt`` changes, inside wrappers that only pass calls on."""
+    """Return the model to adapt, without the wrappers that only forward calls to it."""
     inner = model
     while isinstance(inner, nn.Module) and (deeper := unwrap(inner)) is not inner:
         inner = deeper
@@ -384,42 +262,19 @@ def _inner(model: nn.Module) -> nn.Module:
     return inner
 
 
-def _check_whole(one: Adapted, what: str) -> None:
-    """Raise RuntimeError for layers of a model that was adapted as a whole, of which this is a part."""
-    if one.state is None:
-        for name, layer in one.layers.items():
-            if layer.belongs_to_adapted:
-                raise RuntimeError(f"{what}: {name or 'the layer'} belongs to a larger model that was adapted; give that model")
-
-
-def _check_one_update(group: list[str], plans: dict[str, LayerPlan]) -> None:
-    """Raise ValueError where convolutions with one weight would get two updates."""
-    first = plans[group[0]]
+def _check_one_update(group: list[str], updates: dict[str, LayerUpdate]) -> None:
+    """Raise ValueError if convolutions that share a weight would get different updates."""
+    first = updates[group[0]]
     for name in group[1:]:
-        other = plans[name]
+        other = updates[name]
         pairs = [(contracted(first.frozen), contracted(other.frozen)), (first.core, other.core)]
         same = all(a is b or (a is not None and b is not None and torch.equal(a, b)) for a, b in pairs)
         if not same or first.scale != other.scale:
-            raise ValueError(f"{group[0]} and {name} share one weight, but have an update each; give both the same one")
-
-
-def _trained(one: Adapted) -> dict[str, Tensor]:
-    """What was trained beside the cores, by name."""
-    added = {id(t) for layer in one.layers.values() for t in (layer.core, layer.suffix)}
-    own = {name: p for name, p in one.model.named_parameters() if p.requires_grad and id(p) not in added}
-    buffers = dict(one.model.named_buffers())
-    kept = () if one.state is None else one.state.base_values
-    return {base_state.join(one.name, name): t for name, t in {**own, **{n: buffers[n] for n in kept if n in buffers}}.items()}
-
-
-def _computed(one: Adapted) -> dict[str, Tensor]:
-    """The weights that a method's reparametrisation computes, by name."""
-    convs = reparametrised_layers(one.model)
-    return {f"{name}.weight": m.weight.detach() for name, m in one.model.named_modules() if m in convs}  # type: ignore[operator, union-attr]
+            raise ValueError(f"{group[0]} and {name} share one weight but have different updates; give both the same one")
 
 
 def _few(batches: Iterable[Any], model: nn.Module) -> list[Any]:
-    """The first few batches; what is drawn for them leaves torch's generator as it was."""
+    """Return the first few batches; drawing them leaves torch's generator unchanged."""
     device = next(model.parameters()).device
     try:
         with torch.random.fork_rng([device] if device.type == "cuda" else []):
@@ -429,10 +284,10 @@ def _few(batches: Iterable[Any], model: nn.Module) -> list[Any]:
 
 
 def _after_load_state_dict(model: nn.Module, _: Any) -> None:
-    """Another base was loaded into an adapted model: its values are the base's from now on."""
+    """Take the loaded values as the base's, if another base was loaded into an adapted model."""
     state = adapt_state(model)
     if state is not None:
-        renew_base(model, state)
+        base_state.renew_base(model, state)
 
 
 def _check_choice(name: str, value: object, choices: Sequence[str]) -> None:

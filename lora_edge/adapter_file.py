@@ -1,106 +1,47 @@
-"""The adapter file: everything ``adapt`` and training changed, in one safetensors file of a few kilobytes.
-
-Tensors
-    ``LAYER.core``               ``B (O, r1)``
-    ``LAYER.frozen.2`` ... ``d`` the frozen cores ``G2 ... Gd`` (an SVD is not reproducible from machine to machine), or
-    ``LAYER.suffix``             ``(r1, I/g, *K)`` where the layer's suffix did not come as cores
-    ``statistics``               ``(2, C)``: running means and variances of every BatchNorm that was moved, side by side; one
-                                 tensor, because a tensor's entry in the file's head is as long as a small BatchNorm
-    ``changed.NAME``             a trained head, buffers that moved, and what else was trained, by every name it has
-
-Metadata (strings)
-    ``format``, ``base`` (the base model's fingerprint), ``layers`` (JSON: scale and rank of each, and ``also``: the other names
-    of the module), ``norms`` (JSON: channels and batches of each BatchNorm in ``statistics``, in order), ``options`` (JSON:
-    scaling, bn, head, subspace, and ``replaced``: names that the fingerprint leaves out, because the base's values of them are
-    not known), ``checksum`` (SHA-256 over all of the above)
-"""
+"""``save_adapter`` and ``load_adapter``: the adapter of a model to and from a file (:mod:`lora_edge.adapter_format`)."""
 
 from __future__ import annotations
 
-import hashlib
 import json
-from dataclasses import dataclass
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-from lora_edge import calibration
-from lora_edge.adapt import LayerPlan, install
-from lora_edge.files.safetensors_file import PathLike, read_safetensors, write_safetensors
+from lora_edge.adapt import LayerUpdate, install
+from lora_edge.adapter_format import FORMAT, Adapter, checksum, read_adapter
+from lora_edge.files.safetensors_file import PathLike, write_safetensors
 from lora_edge.finite import check_finite, check_variances
+from lora_edge.nn.bn_statistics import STATISTICS, batch_norms, is_batch_norm, remember_statistics
 from lora_edge.nn.layers import ADAPTED_CLASS, LoRAEdgeConv
-from lora_edge.ops import tt_fuse
+from lora_edge.surgery.adapted import Adapted, AdaptState, adapt_state, adapted_layers, find_adapted, places, unwrap
 from lora_edge.surgery.base_state import (
     back_to_base,
     base_state,
     changes,
     fingerprint,
-    fingerprint_state,
     join,
     renew_base,
     set_values,
     why_not_settable,
 )
-from lora_edge.surgery.find import Adapted, AdaptState, adapt_state, adapted_layers, find_adapted, places, unwrap
-from lora_edge.surgery.idle import warn_of_idle_cores
+from lora_edge.surgery.idle_cores import warn_of_idle_cores
 from lora_edge.tt import contract_suffix
 
-FORMAT = "lora_edge adapter 2"
-FINITE = "train at a lower rate, or load finite values"
-_KEYS = {"format", "base", "layers", "norms", "options", "checksum"}
-
-
-@dataclass(frozen=True)
-class Adapter:
-    """The parsed content of an adapter file."""
-
-    base: str
-    layers: dict[str, dict[str, Any]]
-    norms: dict[str, list[int]]
-    options: dict[str, Any]
-    tensors: dict[str, Tensor]
-
-    def frozen(self, layer: str) -> Tensor | list[Tensor]:
-        """The layer's suffix as the file holds it: the frozen cores, or contracted."""
-        if f"{layer}.suffix" in self.tensors:
-            return self.tensors[f"{layer}.suffix"]
-        cores: list[Tensor] = []
-        while (key := f"{layer}.frozen.{len(cores) + 2}") in self.tensors:
-            cores.append(self.tensors[key])
-        return cores
-
-    def replaced(self) -> set[str]:
-        """Names that the base's fingerprint leaves out."""
-        return set(self.options.get("replaced", ()))
-
-    def changed(self) -> dict[str, Tensor]:
-        """Name and value of every other tensor that was changed."""
-        head = {k.removeprefix("changed."): v for k, v in self.tensors.items() if k.startswith("changed.")}
-        return {**head, **self._statistics()}
-
-    def _statistics(self) -> dict[str, Tensor]:
-        if not self.norms:
-            return {}
-        found: dict[str, Tensor] = {}
-        each = self.tensors["statistics"].split([channels for channels, _ in self.norms.values()], dim=1)
-        for (name, (_, batches)), (mean, variance) in zip(self.norms.items(), each, strict=True):
-            found[join(name, "running_mean")], found[join(name, "running_var")] = mean, variance
-            found[join(name, "num_batches_tracked")] = torch.tensor(batches)
-        return found
+_REMEDY = "train at a lower rate, or load finite values"
 
 
 def save_adapter(model: nn.Module, path: PathLike) -> None:
-    """Write the model's adapter to ``path``, atomically: the old file stays until the new one is whole.
+    """Write the model's adapter to ``path``, atomically: an old file stays until the new one is complete.
 
     Args:
         model: an adapted model, or a module that holds one: a LightningModule, ``AveragedModel``, any outer module.
 
     Raises:
-        RuntimeError: nothing in the model is adapted, there are several adapted models in it, or a frozen tensor was changed
-            since ``adapt``; the message names it.
-        ValueError: something to be saved holds NaN or infinity, or a negative variance; the message names it.
-        OSError: the file cannot be written; nothing is left behind.
+        RuntimeError: nothing in the model is adapted, several adapted models are in it, or a frozen tensor changed since
+            ``adapt``; the message names it.
+        ValueError: something to save holds NaN, infinity or a negative variance; the message names it.
+        OSError: the file cannot be written; no partial file is left.
     """
     one = _the_adapted(model)
     state = one.state
@@ -120,14 +61,14 @@ def save_adapter(model: nn.Module, path: PathLike) -> None:
         if also := [other for other in names[layer] if other != name]:
             about[name]["also"] = also
     values = dict(found.values)
-    if state.head is not None:  # whether it moved or not
+    if state.head is not None:  # saved whether it moved or not
         values.update({name: own for name, own in one.model.state_dict().items() if name in _head_names(one, state)})
     norms, statistics = _statistics(one.model, values)
     if statistics is not None:
         tensors["statistics"] = statistics
     tensors.update({f"changed.{name}": value for name, value in values.items()})
     tensors = {name: value.detach().cpu().contiguous().clone() for name, value in tensors.items()}
-    check_finite({name: t for name, t in tensors.items() if not _may_be_infinite(one.model, name)}, "save_adapter", FINITE)
+    check_finite({name: t for name, t in tensors.items() if not _may_be_infinite(one.model, name)}, "save_adapter", _REMEDY)
     check_variances(one.model, "save_adapter")
     options = {"scaling": state.scaling, "bn": state.bn, "head": state.head, "subspace": state.subspace}
     base = state.fingerprint
@@ -141,14 +82,12 @@ def save_adapter(model: nn.Module, path: PathLike) -> None:
         "norms": json.dumps(norms),
         "options": json.dumps(options),
     }
-    metadata["checksum"] = _checksum(tensors, metadata)
+    metadata["checksum"] = checksum(tensors, metadata)
     try:
         write_safetensors(tensors, path, metadata)
-    except KeyError as error:  # of safetensors, for a dtype that it does not have
+    except KeyError as error:  # from safetensors, for a dtype that it does not support
         odd = next((name for name, value in tensors.items() if value.is_complex()), "a tensor")
-        raise RuntimeError(
-            f"{path}: {odd} has a dtype that a safetensors file does not hold ({error}); keep it fixed"
-        ) from None
+        raise RuntimeError(f"{path}: {odd} has a dtype that a safetensors file cannot hold ({error}); keep it frozen") from None
     warn_of_idle_cores(one)
 
 
@@ -164,8 +103,8 @@ def load_adapter(model: nn.Module, path: PathLike) -> nn.Module:
     Raises:
         OSError: the file cannot be read.
         ValueError: it is not an adapter file, is damaged, holds NaN, infinity or a negative variance, or belongs to another
-            base, other layers or another rank. The message says which; the model is left as it was.
-        RuntimeError: there are several adapted models in the module; give one of them.
+            base, other layers or another rank. The message says which; the model is then left unchanged.
+        RuntimeError: several adapted models are in the module.
     """
     outer = model
     adapter = read_adapter(path)
@@ -184,7 +123,7 @@ def load_adapter(model: nn.Module, path: PathLike) -> nn.Module:
         if why := why_not_settable(model, name, value):
             raise ValueError(
                 f"{path}: {name} has shape {tuple(value.shape)}, in this model it {why}; load it into its own base, with the "
-                "same head in place"
+                "same head"
             )
     base = fingerprint(model, adapter.replaced())
     if base != adapter.base:
@@ -193,14 +132,14 @@ def load_adapter(model: nn.Module, path: PathLike) -> nn.Module:
             "load it into the model that it was made from"
         )
     checked = {name: t for name, t in adapter.tensors.items() if not _may_be_infinite(model, name)}
-    check_finite(checked, str(path), "the adapter was trained to nothing; train it again")
-    check_variances(changed, str(path), "save the adapter again from a sound model")
+    check_finite(checked, str(path), "its training diverged; train it again")
+    check_variances(changed, str(path), "save the adapter again from a model without it")
     if state is None:
-        plans = {
-            name: LayerPlan(adapter.frozen(name), adapter.tensors[f"{name}.core"], about["scale"], about["rank"])
+        updates = {
+            name: LayerUpdate(adapter.frozen(name), adapter.tensors[f"{name}.core"], about["scale"], about["rank"])
             for name, about in adapter.layers.items()
         }
-        install(model, plans, **adapter.options, keep=changed)
+        install(model, updates, **adapter.options, keep=changed)
         state = adapt_state(model)
         assert state is not None
     else:
@@ -210,7 +149,7 @@ def load_adapter(model: nn.Module, path: PathLike) -> nn.Module:
         )
         state.subspace = adapter.options.get("subspace", "weight")
         state.replaced = sorted({*state.replaced, *adapter.replaced()})
-        back_to_base(model, state)  # what another adapter moved
+        back_to_base(model, state)  # undoes what another adapter moved
         with torch.no_grad():
             for name, layer in layers.items():
                 frozen = adapter.frozen(name)
@@ -220,67 +159,17 @@ def load_adapter(model: nn.Module, path: PathLike) -> nn.Module:
                 layer.scale = adapter.layers[name]["scale"]
                 layer.bond_cap = adapter.layers[name]["rank"]
                 layer.subspace = state.subspace
-    for _, norm in calibration.batch_norms(model):
-        calibration.remember_statistics(norm)
+    for _, norm in batch_norms(model):
+        remember_statistics(norm)
     set_values(model, changed)
     for name, parameter in model.named_parameters(remove_duplicate=False):
-        if name in changed:  # it was trained, and may be trained on
+        if name in changed:  # it was trained, and may be trained further
             parameter.requires_grad_(True)
     return outer
 
 
-def read_adapter(path: PathLike) -> Adapter:
-    """Read and verify an adapter file.
-
-    Raises:
-        OSError: the file cannot be read.
-        ValueError: it is not an adapter file, or is damaged.
-    """
-    tensors, metadata = read_safetensors(path, "save_adapter")
-    if "format" not in metadata or set(metadata) != _KEYS or metadata["format"] != FORMAT:
-        raise ValueError(f"{path}: not a lora_edge adapter of format {FORMAT!r}, or damaged; give a file of save_adapter")
-    if _checksum(tensors, metadata) != metadata["checksum"]:
-        raise ValueError(f"{path}: damaged, its content does not match its checksum; copy or save the adapter again")
-    layers, norms, options = (json.loads(metadata[key]) for key in ("layers", "norms", "options"))
-    return Adapter(metadata["base"], layers, norms, options, tensors)
-
-
-def merge_state(state: dict[str, Tensor], adapter: Adapter, name: str) -> dict[str, Tensor]:
-    """The base model's state dict with the adapter fused in: :func:`lora_edge.merge` without the model's code.
-
-    A weight under several names gets the update under each; every tensor has memory of its own.
-
-    Raises:
-        ValueError: the state dict is not the base that the adapter belongs to, or a merged weight would be NaN or infinite.
-    """
-    replaced = adapter.replaced()
-    base = fingerprint_state({key: value for key, value in state.items() if key not in replaced})
-    if base != adapter.base:
-        raise ValueError(
-            f"{name}: the adapter belongs to another base (fingerprint {adapter.base[:12]}, this one {base[:12]}); "
-            "give the state dict of the model that it was made from"
-        )
-    changed = adapter.changed()
-    merged = {key: value for key, value in state.items() if key not in replaced or key in changed} | changed
-    for layer, about in adapter.layers.items():
-        core, frozen = adapter.tensors[f"{layer}.core"], adapter.frozen(layer)
-        fused = tt_fuse(merged[join(layer, "weight")], core, frozen, about["scale"])
-        merged.update({join(other, "weight"): fused for other in [layer, *about.get("also", ())]})
-    new = {key: value for key, value in merged.items() if isinstance(value, Tensor) and state.get(key) is not value}
-    was = {key for key in new if key in state and not bool(torch.isfinite(state[key]).all())}  # an observer begins at infinity
-    check_finite({key: value for key, value in new.items() if key not in was}, name, "train the adapter again")
-    check_variances(merged, name)
-    seen: set[int] = set()
-    for key, value in merged.items():
-        if isinstance(value, Tensor):
-            value = value.contiguous()
-            merged[key] = value.clone() if value.data_ptr() in seen else value
-            seen.add(value.data_ptr())
-    return merged
-
-
 def _the_adapted(model: nn.Module) -> Adapted:
-    """The one adapted model in what ``save_adapter`` is given."""
+    """Return the one adapted model in what ``save_adapter`` is given."""
     found = find_adapted(model)
     if not found:
         raise RuntimeError("the model is not adapted, so there is no adapter to save; call lora_edge.adapt(model) first")
@@ -297,7 +186,7 @@ def _the_adapted(model: nn.Module) -> Adapted:
 
 
 def _where_it_fits(model: nn.Module, adapter: Adapter, path: PathLike) -> nn.Module:
-    """The adapted model in what ``load_adapter`` is given, or the only part of it that has the file's layers."""
+    """Return the adapted model in what ``load_adapter`` is given, or the only part of it that has the file's layers."""
     found = find_adapted(model)
     if len(found) > 1:
         raise RuntimeError(f"{path}: {len(found)} adapted models are inside, at {places(found)}; load into one of them")
@@ -321,16 +210,18 @@ def _has_layers(model: nn.Module, adapter: Adapter) -> bool:
 
 
 def _check_ties(layers: dict[str, LoRAEdgeConv], adapter: Adapter, path: PathLike) -> None:
-    """Refuse a file with two updates for a weight that two adapted layers share."""
+    """Refuse a file with different updates for layers that share a weight."""
     by_core: dict[int, str] = {}
     for name, layer in layers.items():
         first = by_core.setdefault(id(layer.core), name)
         if first != name and not torch.equal(adapter.tensors[f"{first}.core"], adapter.tensors[f"{name}.core"]):
-            raise ValueError(f"{path}: {first} and {name} share one weight in this model, but have an update each in the file")
+            raise ValueError(
+                f"{path}: {first} and {name} share one weight in this model but have different updates in the file"
+            )
 
 
 def _names(model: nn.Module) -> dict[nn.Module, list[str]]:
-    """Every name of each module."""
+    """Return every name of each module."""
     names: dict[nn.Module, list[str]] = {}
     for name, module in model.named_modules(remove_duplicate=False):
         names.setdefault(module, []).append(name)
@@ -344,13 +235,13 @@ def _head_names(one: Adapted, state: AdaptState) -> set[str]:
 
 
 def _statistics(model: nn.Module, values: dict[str, Tensor]) -> tuple[dict[str, list[int]], Tensor | None]:
-    """Take BatchNorm's statistics out of ``values`` and put them side by side: channels and batches of each, and the tensor."""
+    """Move BatchNorm statistics out of ``values`` into one tensor; return it and the channels and batches of each layer."""
     norms: dict[str, list[int]] = {}
     found: list[Tensor] = []
     for name, norm in model.named_modules(remove_duplicate=False):
-        keys = [join(name, key) for key in calibration.STATISTICS]
-        if calibration.is_batch_norm(norm) and any(key in values for key in keys):
-            mean, variance, batches = (getattr(norm, key) for key in calibration.STATISTICS)
+        keys = [join(name, key) for key in STATISTICS]
+        if is_batch_norm(norm) and any(key in values for key in keys):
+            mean, variance, batches = (getattr(norm, key) for key in STATISTICS)
             norms[name] = [len(mean), int(batches)]
             found.append(torch.stack([mean.detach(), variance.detach()]).cpu())
             for key in keys:
@@ -359,7 +250,7 @@ def _statistics(model: nn.Module, values: dict[str, Tensor]) -> tuple[dict[str, 
 
 
 def _may_be_infinite(model: nn.Module, name: str) -> bool:
-    """Whether a changed tensor is a buffer that is not BatchNorm's: an observer's begins at infinity."""
+    """Whether a changed tensor is a buffer other than BatchNorm's; an observer's starts at infinity."""
     owner, _, key = name.removeprefix("changed.").rpartition(".")
     module = dict(model.named_modules(remove_duplicate=False)).get(owner)
     return name.startswith("changed.") and module is not None and key in module._buffers
@@ -386,11 +277,3 @@ def _check_layer(model: nn.Module, name: str, adapter: Adapter, path: PathLike) 
             f"{path}: {name} has rank {core.shape[1]} in the file and {layer.rank} in the model; "
             f"adapt with the file's rank, or load into the plain base model"
         )
-
-
-def _checksum(tensors: dict[str, Tensor], metadata: dict[str, str]) -> str:
-    digest = hashlib.sha256()
-    for key in sorted(_KEYS - {"checksum"}):
-        digest.update(f"{key}={metadata[key]}\n".encode())
-    digest.update(fingerprint_state(tensors).encode())
-    return digest.hexdigest()

@@ -115,7 +115,7 @@ def _adapt(options: argparse.Namespace) -> None:
 
 
 def _merge(options: argparse.Namespace) -> None:
-    from lora_edge.adapter_file import merge_state, read_adapter
+    from lora_edge.adapter_format import merge_state, read_adapter
     from lora_edge.files.safetensors_file import write_safetensors
     from lora_edge.files.state_file import load_state
 
@@ -126,7 +126,7 @@ def _merge(options: argparse.Namespace) -> None:
 
 
 def _info(options: argparse.Namespace) -> None:
-    from lora_edge.adapter_file import read_adapter
+    from lora_edge.adapter_format import read_adapter
 
     adapter = read_adapter(options.file)
     total = 0

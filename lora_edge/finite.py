@@ -1,4 +1,4 @@
-"""Checks that weights are numbers: no NaN, no infinity, no negative variance."""
+"""Checks of weights and statistics: no NaN, no infinity, no negative variance."""
 
 from __future__ import annotations
 
@@ -21,10 +21,10 @@ def check_finite(
     Each tensor is read once without a temporary of its size, and the host waits once per device.
 
     Args:
-        tensors: by name; any shape, dtype, layout and device. Integers, meta and quantized tensors always pass.
-        what: what the tensors belong to, the beginning of the message, such as the file's path.
+        tensors: by name; any shape, dtype, layout and device. Integer, meta and quantized tensors always pass.
+        what: the beginning of the message: what the tensors belong to, such as a file's path.
         remedy: the end of the message: what would be right.
-        allow_infinity: only NaN is refused; for buffers, of which an attention mask is full of infinities by right.
+        allow_infinity: refuse only NaN; for buffers, because an attention mask may well hold infinities.
     """
     finite = _each_finite(list(tensors.values()))
     for (name, tensor), passed in zip(tensors.items(), finite, strict=True):
@@ -37,7 +37,10 @@ def check_finite(
 
 
 def check_weights(model: nn.Module, what: str, remedy: str = "give finite weights") -> None:
-    """:func:`check_finite` of a module's parameters and running statistics, other buffers for NaN; :func:`check_variances`."""
+    """Check a module: :func:`check_finite`, and :func:`check_variances`.
+
+    Parameters and running statistics must be finite; other buffers may hold infinities.
+    """
     buffers = dict(model.named_buffers())
     statistics = {name: value for name, value in buffers.items() if name.rpartition(".")[2] in ("running_mean", "running_var")}
     check_finite({**dict(model.named_parameters()), **statistics}, what, remedy)
@@ -48,10 +51,10 @@ def check_weights(model: nn.Module, what: str, remedy: str = "give finite weight
 def check_variances(
     source: nn.Module | Mapping[str, Tensor], what: str, remedy: str = "give the statistics of real data"
 ) -> None:
-    """Raise :class:`NotFiniteError` for the first BatchNorm variance below zero, which makes the output NaN.
+    """Raise :class:`NotFiniteError` for the first BatchNorm variance below zero, which would make the output NaN.
 
     Args:
-        source: a module, or a state dict; every tensor named ``running_var`` counts.
+        source: a module or a state dict; every tensor named ``running_var`` is checked.
         what, remedy: the beginning and the end of the message, as for :func:`check_finite`.
     """
     named: Iterable[tuple[str, Tensor]]
@@ -64,7 +67,7 @@ def check_variances(
 
 
 def _each_finite(tensors: list[Tensor]) -> list[bool]:
-    """Whether each tensor is finite, with one transfer from each device."""
+    """Return for each tensor whether it is finite, with one transfer per device."""
     finite = [True] * len(tensors)
     extremes: dict[torch.device, tuple[list[int], list[Tensor]]] = {}
     for k, tensor in enumerate(tensors):
@@ -83,7 +86,7 @@ def _each_finite(tensors: list[Tensor]) -> list[bool]:
 
 
 def _values(tensor: Tensor) -> Tensor:
-    """The stored values as real numbers of a dtype that every reduction supports; ``tensor`` itself wherever it can be."""
+    """Return the stored values in a real dtype that every reduction supports, without a copy where possible."""
     values = tensor.detach()
     if values.is_quantized:
         return values.int_repr()

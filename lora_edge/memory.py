@@ -1,8 +1,8 @@
-"""How many bytes training keeps and needs, measured two ways that check each other.
+"""Measure how many bytes training keeps and needs, in two ways that check each other.
 
-:class:`SavedBytes` asks autograd: every distinct storage that its saved-tensor hooks see. :class:`StorageTracker` watches every
-operation: each storage that is born, by weak reference, so that what a function hides on its context counts as well. Both leave
-out the model's parameters and buffers. Storages inside one operation of torch (oneDNN's reordered copies) are seen by neither.
+:class:`SavedBytes` counts every distinct storage that autograd's saved-tensor hooks see. :class:`StorageTracker` watches every
+operation and each storage that it creates, by weak reference, so that tensors hidden on a function's context count too. Both
+leave out the model's parameters and buffers. Neither sees storages inside a single torch operation (oneDNN's reordered copies).
 """
 
 from __future__ import annotations
@@ -17,18 +17,18 @@ from torch.utils._pytree import tree_leaves
 
 
 class SavedBytes:
-    """Context manager that counts the distinct storages saved for backward while it is open.
+    """Context manager that counts the distinct storages that are saved for backward inside.
 
     Args:
         model: its parameters and buffers do not count.
 
     Attributes:
-        storages: address and bytes of each storage counted.
+        storages: bytes of each counted storage, by address.
     """
 
     def __init__(self, model: nn.Module) -> None:
         self._own = {t.untyped_storage().data_ptr() for t in [*model.parameters(), *model.buffers()]}
-        self._kept: list[Tensor] = []  # keeps addresses from being used twice while counting
+        self._kept: list[Tensor] = []  # so that no address is reused while counting
         self.storages: dict[int, int] = {}
         self._hooks = torch.autograd.graph.saved_tensors_hooks(self._pack, lambda tensor: tensor)
 
@@ -42,7 +42,7 @@ class SavedBytes:
         if storage.data_ptr() not in self._own and storage.nbytes():
             self.storages[storage.data_ptr()] = storage.nbytes()
             self._kept.append(tensor.detach())
-        return tensor.detach()  # an output saved by its own function would keep that function, and so itself, for good
+        return tensor.detach()  # a function that saves its own output would otherwise keep itself alive in a cycle
 
     def __enter__(self) -> SavedBytes:
         self._hooks.__enter__()  # type: ignore[no-untyped-call]
@@ -50,17 +50,17 @@ class SavedBytes:
 
     def __exit__(self, *error: Any) -> None:
         self._hooks.__exit__(*error)  # type: ignore[no-untyped-call]
-        self._kept.clear()  # the hooks refer to self, so these would wait for the garbage collector
+        self._kept.clear()  # the hooks refer to self, so these would live until the next garbage collection
 
 
 class StorageTracker(TorchDispatchMode):
-    """Context manager that counts the bytes of storages born while it is open, alive now and at the peak.
+    """Context manager that counts the bytes of storages created inside: alive now, and at the peak.
 
     Args:
         known: tensors whose storages do not count, such as the model's parameters and the input.
 
     Attributes:
-        peak: the most bytes that were alive at once after an operation.
+        peak: the most bytes that were alive at once, measured after each operation.
     """
 
     def __init__(self, known: list[Tensor]) -> None:
@@ -89,23 +89,23 @@ class StorageTracker(TorchDispatchMode):
 
 
 def saved_bytes(model: nn.Module, x: Tensor) -> int:
-    """Bytes that one forward of ``model`` on ``x`` saves for backward; the input counts where it is saved."""
+    """Return the bytes that one forward of ``model`` on ``x`` saves for backward; the input counts if it is saved."""
     with torch.enable_grad(), SavedBytes(model) as saved:
         model(x)
     return saved.total
 
 
 def training_step_bytes(model: nn.Module, x: Tensor, loss: Any) -> dict[str, int]:
-    """Bytes of one training step, forward and backward.
+    """Return the bytes of one training step, forward and backward.
 
     Args:
-        model: in the mode and state to be measured; gradients are cleared before and after.
+        model: in the mode and state to measure; gradients are cleared before and after.
         x: input.
-        loss: ``loss(output)`` gives the scalar to differentiate.
+        loss: ``loss(output)`` returns the scalar to differentiate.
 
     Returns:
-        ``saved_hooks`` and ``saved_alive``, the two measures of what is kept between forward and backward (the second one
-        without the loss and the output); ``forward_peak`` and ``backward_peak``, the most new storages alive at once.
+        ``saved_hooks`` and ``saved_alive``, two measures of what is kept between forward and backward (the second one without
+        the loss and the output); ``forward_peak`` and ``backward_peak``, the most bytes of new storages alive at once.
     """
     own = [*model.parameters(), *model.buffers(), x]
     for parameter in model.parameters():

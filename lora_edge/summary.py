@@ -1,4 +1,4 @@
-"""``summary``: what ``adapt`` made of a model, a row a layer."""
+"""``summary``: what ``adapt`` did to a model, one row per layer."""
 
 from __future__ import annotations
 
@@ -10,6 +10,7 @@ from torch import Tensor, nn
 from lora_edge.nn.blocks import describe
 from lora_edge.nn.layers import LoRAEdgeConv
 from lora_edge.nn.reparametrised import reparametrised_layers
+from lora_edge.nn.training_flags import in_evaluation
 from lora_edge.ops import dispatch as kernels
 from lora_edge.ops.activation import Activation
 from lora_edge.ops.backends import AVAILABLE, NAMES, requested, state
@@ -17,20 +18,19 @@ from lora_edge.ops.conv_args import ConvArgs, conv_args
 from lora_edge.ops.engines import registry as engines
 from lora_edge.ops.plan import Epilogue
 from lora_edge.ops.route import choose_route, saved_channels_positions
+from lora_edge.surgery.adapted import Adapted, require_adapted, unwrap
 from lora_edge.surgery.base_state import join, thawed_norms
-from lora_edge.surgery.find import Adapted, require_adapted, unwrap
-from lora_edge.surgery.idle import idle_cores
-from lora_edge.surgery.training_flags import in_evaluation
+from lora_edge.surgery.idle_cores import idle_cores
 
 
 @dataclass(frozen=True)
 class LayerSummary:
-    """One adapted convolution. ``route`` and ``saved_bytes`` (``h`` or ``x``) are None where no example input was given.
+    """One adapted convolution. ``route`` and ``saved_bytes`` (of ``h`` or ``x``) are None if no example input was given.
 
-    ``backend`` is what a training step runs on, with the reason in brackets where a CUDA device's kernels do not take the call;
-    None where that depends on the input and no example was given.
+    ``backend`` is what a training step runs on, with the reason in brackets if the device's own engine does not support the
+    call; None if that depends on the input and no example was given.
 
-    ``block`` is what runs as one op with it, such as "conv + bn + relu"; the reason in brackets where nothing does.
+    ``block`` is what runs as one op with it, such as "conv + bn + relu", or in brackets the reason why nothing does.
     """
 
     name: str
@@ -49,10 +49,10 @@ class LayerSummary:
 class Summary:
     """Rows for the adapted layers, what was left alone and why, and the totals of the whole model.
 
-    ``parameters`` counts the base model's, ``trainable`` what the optimizer trains, ``saved_bytes`` what the adapted
-    convolutions save for backward on the example input. ``heads`` are the classifiers that train beside the cores, ``notes``
-    what went another way than it looks: a core that did not learn, a BatchNorm that is frozen no longer. All names are those in
-    the model that :func:`summary` was given.
+    ``parameters`` counts the base model's parameters, ``trainable`` those that the optimizer trains, ``saved_bytes`` what the
+    adapted convolutions save for backward on the example input. ``heads`` are the classifiers that train beside the cores.
+    ``notes`` warn of layers that do not do what is expected: a core that did not learn, a BatchNorm that is no longer frozen.
+    All names are those in the model that :func:`summary` was given.
     """
 
     layers: list[LayerSummary]
@@ -81,12 +81,12 @@ class Summary:
 
 
 def summary(model: nn.Module, example: Tensor | None = None) -> Summary:
-    """Per adapted layer and in total: parameters, trainable parameters, and on an example the route and the saved bytes.
+    """Summarise an adapted model, per layer and in total: parameters, and on an example the route and the saved bytes.
 
     Args:
         model: an adapted model, or a module that holds one or several; the totals are those of the whole module.
-        example: an input ``(N, C, *L)``. It runs once, without gradients and in evaluation mode, to learn each layer's input
-            size; the route depends on the sizes, the bytes on the batch as well.
+        example: an input ``(N, C, *L)``. It runs once, without gradients and in evaluation mode, to find each layer's input
+            size; the route depends on the sizes, the bytes also on the batch size.
 
     Returns:
         A :class:`Summary`; ``print`` shows it as a table.
@@ -135,7 +135,7 @@ def _notes(one: Adapted) -> dict[str, str]:
 
 
 def _inputs(model: nn.Module, layers: dict[str, LoRAEdgeConv], example: Tensor) -> dict[str, list[Tensor]]:
-    """A shape-only (meta) copy of every input each layer saw."""
+    """Return a shape-only (meta) copy of each input of each layer."""
     seen: dict[str, list[Tensor]] = {name: [] for name in layers}
     handles = [
         layer.register_forward_pre_hook(lambda _, args, name=name: seen[name].append(args[0].to("meta")))

@@ -1,4 +1,4 @@
-"""Tensor-train (TT) maths on plain tensors: attainable ranks, TT-SVD, contraction.
+"""Tensor-train (TT) maths on plain tensors: attainable ranks, TT-SVD and contraction.
 
 Source: Oseledets, "Tensor-Train Decomposition" (SIAM J. Sci. Comput. 2011), algorithm 1, and LoRA-Edge
 (arXiv 2511.03765), section III. Everything is computed in float64 and cast once at the end.
@@ -13,15 +13,15 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-SQUARE_SAFELY = 1e-3  # a squared singular value over the largest one, above which the square costs three digits of sixteen
+SQUARE_SAFELY = 1e-3  # least ratio of squared singular values at which squaring costs at most three of sixteen digits
 
 
 def check_rank(rank: object, name: str = "rank") -> int:
     """Return ``rank`` as an int of at least 1.
 
     Raises:
-        TypeError: it is not an integer (a bool is none).
-        ValueError: it is smaller than 1.
+        TypeError: it is not an integer; bool is rejected.
+        ValueError: it is below 1.
     """
     if isinstance(rank, bool):
         raise TypeError(f"{name} is {rank}, a bool; give an integer of at least 1")
@@ -35,7 +35,7 @@ def check_rank(rank: object, name: str = "rank") -> int:
 
 
 def attainable_ranks(shape: Sequence[int], rank: int) -> list[int]:
-    """Bond ranks ``[r1, ..., r_{d-1}]`` that a cap of ``rank`` allows for a tensor of ``shape`` (d ways)."""
+    """Return the bond ranks ``[r1, ..., r_{d-1}]`` that a cap of ``rank`` allows for a tensor of ``shape`` (d dimensions)."""
     rank = check_rank(rank)
     bonds: list[int] = []
     left = 1
@@ -46,19 +46,19 @@ def attainable_ranks(shape: Sequence[int], rank: int) -> list[int]:
 
 
 def tt_svd(tensor: Tensor, rank: int) -> list[Tensor]:
-    """Decompose a d-way tensor into TT cores by successive truncated SVDs, in its native mode order.
+    """Decompose a d-dimensional tensor into TT cores by successive truncated SVDs, in its native mode order.
 
     Args:
-        tensor: shape ``(n1, ..., nd)``, d >= 1, real floating point; a convolution kernel is ``(O, I/g, *K)``.
+        tensor: shape ``(n1, ..., nd)``, d >= 1, real floating point; a convolution's weight is ``(O, I/g, *K)``.
         rank: cap of every bond, at least 1.
 
     Returns:
         Cores ``G_k`` of shape ``(r_{k-1}, n_k, r_k)`` with ``r_0 = r_d = 1``, in the dtype and on the device of
-        ``tensor``. All but the last are left-orthogonal, so the singular values are in the suffix. The sign freedom is
-        fixed: the entry of largest magnitude in each left singular vector is positive.
+        ``tensor``. All but the last are left-orthogonal, so the singular values are in the suffix. The signs are fixed: the
+        entry of largest magnitude in each left singular vector is positive.
 
     Raises:
-        TypeError: ``tensor`` is not a real floating-point tensor, or ``rank`` no integer.
+        TypeError: ``tensor`` is not a real floating-point tensor, or ``rank`` is not an integer.
         ValueError: ``rank`` is below 1, or ``tensor`` is empty or holds NaN or Inf.
     """
     rank = check_rank(rank)
@@ -66,7 +66,7 @@ def tt_svd(tensor: Tensor, rank: int) -> list[Tensor]:
         kind = tensor.dtype if isinstance(tensor, Tensor) else type(tensor).__name__
         raise TypeError(f"tt_svd: tensor is {kind}; give a real floating-point tensor")
     if tensor.dim() < 1 or tensor.numel() == 0:
-        raise ValueError(f"tt_svd: tensor has shape {tuple(tensor.shape)}; give one with at least one element per way")
+        raise ValueError(f"tt_svd: tensor has shape {tuple(tensor.shape)}; give one with at least one element per dimension")
     if not bool(torch.isfinite(tensor).all()):
         raise ValueError("tt_svd: tensor holds NaN or Inf; give finite values")
     rest = tensor.detach().to(torch.float64)
@@ -86,10 +86,10 @@ def tt_svd(tensor: Tensor, rank: int) -> list[Tensor]:
 
 
 def _left_singular_vectors(matrix: Tensor, count: int) -> Tensor:
-    """The first ``count`` orthonormal columns by falling singular value.
+    """Return the first ``count`` left singular vectors as orthonormal columns, by decreasing singular value.
 
-    A wide matrix, as kernels are, is reduced to a square one first: to ``M M^T``, whose eigenvectors they are, where these
-    singular values are large enough to survive being squared, else by QR, which is slower.
+    A wide matrix, as weights are, is first reduced to a square one: to ``M M^T``, whose eigenvectors they are, if the singular
+    values are large enough to be squared, otherwise by QR, which is slower.
     """
     if matrix.shape[0] < matrix.shape[1]:
         square = matrix @ matrix.T
@@ -105,7 +105,7 @@ def tt_contract(cores: Sequence[Tensor]) -> Tensor:
     """Contract TT cores ``[(1, n1, r1), ..., (r_{d-1}, nd, 1)]`` to the full tensor ``(n1, ..., nd)``.
 
     Raises:
-        ValueError: the cores are not 3-way, or neighbouring bonds do not match, or the outer bonds are not 1.
+        ValueError: a core is not 3-dimensional, neighbouring bonds do not match, or an outer bond is not 1.
     """
     check_cores(cores, "tt_contract")
     if cores[0].shape[0] != 1:
@@ -124,7 +124,7 @@ def contract_suffix(cores: Sequence[Tensor]) -> Tensor:
 
 
 def contracted(suffix: Tensor | Sequence[Tensor]) -> Tensor:
-    """A suffix given as one tensor or as the frozen cores, as one tensor."""
+    """Return a suffix, given as one tensor or as the frozen cores, as one tensor."""
     return suffix if isinstance(suffix, Tensor) else contract_suffix(suffix)
 
 
@@ -137,7 +137,7 @@ def _contract(cores: Sequence[Tensor]) -> Tensor:
 
 
 def check_cores(cores: Sequence[Tensor], name: str) -> None:
-    """Raise ValueError unless the cores are 3-way, neighbouring bonds match and the last bond is 1."""
+    """Raise ValueError unless the cores are 3-dimensional, neighbouring bonds match and the last bond is 1."""
     if len(cores) == 0:
         raise ValueError(f"{name}: no cores; give at least one of shape (r_in, n, r_out)")
     for k, core in enumerate(cores):

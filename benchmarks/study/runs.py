@@ -36,7 +36,7 @@ import torch
 from torch import nn
 
 from lora_edge.environment.extras import require
-from lora_edge.environment.machine import machine
+from lora_edge.environment.machine import describe_machine
 from lora_edge.error_text import first_line
 from lora_edge.finite import NotFiniteError
 from lora_edge.har.data import Split
@@ -329,7 +329,7 @@ def run_study(study: Study, tell: Callable[[str], None] = print) -> int:
         if run.stage == "speed" and not timed:
             timed = speeds(study, [study.problem.task(run._replace(person=person), tell) for person in study.problem.people])
         found: dict[str, Any] = {
-            **machine(), "device": study.device, "data": study.problem.name, "protocol": study.problem.protocol,
+            **describe_machine(), "device": study.device, "data": study.problem.name, "protocol": study.problem.protocol,
             **run._asdict(), **(timed[run.method] if run.stage == "speed" else measure(study, run, loaded[1], loaded[2])),
         }  # fmt: skip
         row = {name: _text(found.get(name, "")) for name in FIELDS}

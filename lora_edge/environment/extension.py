@@ -1,4 +1,4 @@
-"""The compiled extension ``lora_edge._C``: imported here and nowhere else, when it is first asked for."""
+"""The compiled extension ``lora_edge._C``, imported on first use, here and nowhere else."""
 
 from __future__ import annotations
 
@@ -6,14 +6,14 @@ import functools
 import importlib
 from types import ModuleType
 
-_INSTALL = "install lora_edge with pip from a clone or an sdist (`pip install -e .` in a clone), with a C++17 compiler at hand"
+_INSTALL = "install lora_edge with pip from a clone or an sdist (`pip install -e .` in a clone), with a C++17 compiler"
 
 
 def load() -> ModuleType:
-    """The extension.
+    """Return the extension.
 
     Raises:
-        RuntimeError: it is not there or does not load; the message says why and what to do.
+        RuntimeError: it is not built or does not load; the message says why and what to do.
     """
     found = _find()
     if isinstance(found, str):
@@ -22,7 +22,7 @@ def load() -> ModuleType:
 
 
 def reason() -> str | None:
-    """Why the extension cannot be imported, such as "not built; ...", or None where it can."""
+    """Return why the extension cannot be imported, such as "not built; ...", or None if it can."""
     found = _find()
     return found if isinstance(found, str) else None
 

@@ -1,7 +1,7 @@
-"""The torch that is installed must be new enough; nothing in the package's metadata bounds it.
+"""Check at import that the installed torch is new enough; the package's metadata sets no lower bound.
 
-Jetson's builds carry versions such as ``2.5.0a0+872d972e41.nv24.08``, which a bound like ``torch>=2.5`` rejects, and a bound
-that is not met makes pip replace the vendor's wheel by a CPU build.
+Jetson's builds have versions such as ``2.5.0a0+872d972e41.nv24.08``, which a bound like ``torch>=2.5`` rejects, and an unmet
+bound would make pip replace the vendor's wheel with a CPU build.
 """
 
 from __future__ import annotations

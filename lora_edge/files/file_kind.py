@@ -1,7 +1,7 @@
-"""What a file is, told from its bytes: names and endings are often wrong, and a message that names the kind says what to do.
+"""Tell what a file is from its bytes: names and extensions are often wrong, and an error that names the kind is more helpful.
 
-:func:`kind_of` reads a few kilobytes and runs nothing. Its answers are phrases for an error text; those with a name below are
-also compared with.
+:func:`kind_of` reads a few kilobytes and executes nothing. It returns a phrase for an error message; those that are named below
+are also compared with.
 """
 
 from __future__ import annotations
@@ -14,16 +14,16 @@ from pathlib import Path
 
 NPZ = "an .npz of numpy arrays"
 NPY = "a single numpy array (.npy)"
-SAFETENSORS = "a safetensors file"  # the beginning, where lora_edge wrote it
+SAFETENSORS = "a safetensors file"  # the beginning of the phrase for those that lora_edge wrote
 ADAPTER = f"{SAFETENSORS} that holds a LoRA-Edge adapter"
 TRAINED = f"{SAFETENSORS} of save_trained"
 TORCH = "a torch.save file"
-OLD_TORCH = "a torch.save file of the form before torch 1.6"
+OLD_TORCH = "a torch.save file in the format before torch 1.6"
 PICKLE = "a pickle"
 DAMAGED_ZIP = "a zip archive that is cut off or damaged"
 
-HEAD = 4096  # bytes looked at
-LONGEST_HEADER = 100_000_000  # of a safetensors file, by its own specification
+HEAD = 4096  # bytes read
+LONGEST_HEADER = 100_000_000  # bytes, of a safetensors file by its specification
 MAGIC = (
     (b"\x93NUMPY", NPY),
     (b"\x80\x02\x8a\x0al\xfc\x9cF\xf9 j\xa8P\x19.", OLD_TORCH),
@@ -42,7 +42,7 @@ MAGIC = (
     (b"GGUF", "a GGUF file"),
 )
 TEXTS = (
-    ("version https://git-lfs.github.com/spec", "a Git LFS pointer and not the file itself; run git lfs pull"),
+    ("version https://git-lfs.github.com/spec", "a Git LFS pointer, not the file itself; run git lfs pull"),
     ("<!doctype html", "an HTML page"),
     ("<html", "an HTML page"),
     ("<?xml", "an XML file"),
@@ -50,7 +50,7 @@ TEXTS = (
 
 
 def require_file(path: str | os.PathLike[str], remedy: str) -> None:
-    """Raise OSError where ``path`` is no file: nothing is there, or a folder. ``remedy`` ends the message."""
+    """Raise OSError if ``path`` is not a file: it does not exist or is a directory. ``remedy`` ends the message."""
     if Path(path).is_dir():
         raise FileNotFoundError(f"{path}: is a directory; {remedy}")
     if not Path(path).exists():
@@ -58,7 +58,7 @@ def require_file(path: str | os.PathLike[str], remedy: str) -> None:
 
 
 def kind_of(path: str | os.PathLike[str]) -> str:
-    """A phrase such as "a single numpy array (.npy)" or "a text file".
+    """Return a phrase such as "a single numpy array (.npy)" or "a text file".
 
     Raises:
         OSError: the file cannot be read.
@@ -105,7 +105,7 @@ def _kind_of_zip(path: str | os.PathLike[str]) -> str:
 
 
 def _kind_of_safetensors(path: str | os.PathLike[str], head: bytes, size: int) -> str | None:
-    """By its layout: the header's length in 8 bytes, then the header, which is JSON."""
+    """Recognise the layout: the header's length in 8 bytes, then the header, which is JSON."""
     if len(head) < 9 or head[8:9] != b"{":
         return None
     (length,) = struct.unpack("<Q", head[:8])
@@ -124,11 +124,11 @@ def _kind_of_safetensors(path: str | os.PathLike[str], head: bytes, size: int) -
 
 
 def _kind_of_text(head: bytes) -> str | None:
-    """None where it is no text."""
+    """Return the kind of a text file, None if it is not text."""
     try:
         text = head.decode("utf-16" if head[:2] in (b"\xff\xfe", b"\xfe\xff") else "utf-8-sig")
     except UnicodeDecodeError as error:
-        if len(head) < HEAD or error.start < len(head) - 4:  # the last character may be cut
+        if len(head) < HEAD or error.start < len(head) - 4:  # the last character may be cut off
             return None
         text = head[: error.start].decode("utf-8-sig", errors="replace")
     if any(not character.isprintable() and not character.isspace() for character in text):

@@ -1,4 +1,4 @@
-"""Output files: a folder that can be written, and files that are written whole or not at all."""
+"""Output files: check that a folder can be written, and write files completely or not at all."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ def make_folder(path: PathLike, remedy: str = "give another --out") -> None:
     """Create a folder and check that files can be written there.
 
     Raises:
-        OSError: it cannot be created or written, in one line.
+        OSError: it cannot be created or written.
     """
     folder = Path(path)
     try:
@@ -31,17 +31,17 @@ def make_folder(path: PathLike, remedy: str = "give another --out") -> None:
 
 
 def check_file(path: PathLike) -> None:
-    """Raise OSError where a file cannot come to lie at ``path``, because a folder is there."""
+    """Raise OSError if a directory is at ``path``, where a file is to be written."""
     if Path(path).is_dir():
         raise IsADirectoryError(f"{path}: is a directory where a file is to be written; move it away, or give another path")
 
 
 @contextmanager
 def whole_file(path: PathLike) -> Iterator[Path]:
-    """Yields a temporary file beside ``path`` to write, which is moved there at the end; the old file stays until then.
+    """Yield a temporary file beside ``path`` to write to; at the end it replaces ``path``, whose old content stays until then.
 
     Raises:
-        OSError: no file can be written there; nothing is left behind.
+        OSError: no file can be written there; no partial file is left.
     """
     target = Path(path)
     check_file(target)
@@ -64,6 +64,6 @@ def whole_file(path: PathLike) -> Iterator[Path]:
 
 
 def write_text(path: PathLike, text: str) -> None:
-    """Write a text file in UTF-8, whole or not at all."""
+    """Write a text file in UTF-8, completely or not at all."""
     with whole_file(path) as temporary:
         temporary.write_text(text, encoding="utf-8")

@@ -1,4 +1,4 @@
-"""Safetensors files: written whole or not at all, read with one line of text where that fails."""
+"""Read and write safetensors files: written completely or not at all, and with one-line errors that name the file."""
 
 from __future__ import annotations
 
@@ -17,15 +17,15 @@ __all__ = ["PathLike", "read_safetensors", "write_safetensors"]
 
 
 def read_safetensors(path: PathLike, writer: str = "safetensors") -> tuple[dict[str, Tensor], dict[str, str]]:
-    """Tensors by name, on the CPU, and the metadata.
+    """Return the tensors by name, on the CPU, and the metadata.
 
     Args:
         path: the file.
-        writer: what wrote it, for the error texts.
+        writer: the function that writes such files, for error messages.
 
     Raises:
         OSError: there is no such file, or it cannot be read.
-        ValueError: it is no safetensors file, or is damaged.
+        ValueError: it is not a safetensors file, or is damaged.
     """
     require_file(path, f"give the path of one that {writer} wrote")
     kind = kind_of(path)
@@ -36,15 +36,15 @@ def read_safetensors(path: PathLike, writer: str = "safetensors") -> tuple[dict[
             return {name: file.get_tensor(name) for name in file.keys()}, file.metadata() or {}  # noqa: SIM118
     except (SafetensorError, UnicodeDecodeError) as error:
         raise ValueError(
-            f"{path}: not a safetensors file, or damaged ({first_line(error)}); write it again by {writer}"
+            f"{path}: not a safetensors file, or damaged ({first_line(error)}); write it again with {writer}"
         ) from None
 
 
 def write_safetensors(tensors: Mapping[str, Tensor], path: PathLike, metadata: dict[str, str] | None = None) -> None:
-    """``safetensors.torch.save_file`` through a temporary file beside ``path``, moved into place when whole.
+    """Write a safetensors file through a temporary file beside ``path``, which replaces it when complete.
 
-    Every name has a copy of its own, in rows: a tensor under several names is written under each of them, and channels-last
-    kernels are written as others are. So ``load_state_dict`` of the file is strict.
+    Every name has its own contiguous copy: a tensor with several names is written under each of them, and channels-last weights
+    are written like others. So the file passes a strict ``load_state_dict``.
 
     Args:
         tensors: a state dict, on any device.
@@ -52,8 +52,8 @@ def write_safetensors(tensors: Mapping[str, Tensor], path: PathLike, metadata: d
         metadata: strings by name.
 
     Raises:
-        OSError: the file cannot be written; nothing is left behind.
-        ValueError: an entry is no tensor, or one that safetensors cannot hold; the message names it.
+        OSError: the file cannot be written; no partial file is left.
+        ValueError: an entry is not a tensor, or not one that safetensors can hold; the message names it.
     """
     plain = own_memory(tensors, str(path))
     with whole_file(path) as temporary:
@@ -66,10 +66,10 @@ def write_safetensors(tensors: Mapping[str, Tensor], path: PathLike, metadata: d
 
 
 def own_memory(tensors: Mapping[str, Tensor], what: str) -> dict[str, Tensor]:
-    """Each tensor contiguous, and in memory that no other name has, as a file needs it.
+    """Return the tensors contiguous and without shared memory, as a file needs them.
 
     Raises:
-        ValueError: an entry is no tensor, or one that safetensors cannot hold; the message begins with ``what``.
+        ValueError: an entry is not a tensor, or not one that safetensors can hold; the message begins with ``what``.
     """
     plain: dict[str, Tensor] = {}
     seen: set[int] = set()

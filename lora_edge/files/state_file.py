@@ -1,4 +1,4 @@
-"""Read a state dict from a safetensors file or a ``torch.save`` file, without running anything that is in it."""
+"""Read a state dict from a safetensors file or a ``torch.save`` file, without executing anything in it."""
 
 from __future__ import annotations
 
@@ -17,12 +17,12 @@ WANTED = "give a state dict in safetensors or torch.save form"
 
 
 def load_state(path: PathLike) -> dict[str, Tensor]:
-    """Name and tensor of every entry; a tensor that safetensors' ``save_model`` wrote once comes under each of its names.
+    """Return every entry by name; a tensor that safetensors' ``save_model`` wrote once is returned under each of its names.
 
     Raises:
         OSError: there is no such file, or it cannot be read.
-        ValueError: it is neither a safetensors file nor a ``torch.save`` of a state dict, or is damaged; the message says what
-            it is.
+        ValueError: it is neither a safetensors file nor a ``torch.save`` file of a state dict, or it is damaged; the message
+            says what it is.
     """
     require_file(path, WANTED)
     kind = kind_of(path)
@@ -36,12 +36,12 @@ def load_state(path: PathLike) -> dict[str, Tensor]:
         raise ValueError(f"{path}: not a state dict saved by torch.save, but {kind}; {WANTED}")
     try:
         with warnings.catch_warnings():
-            warnings.simplefilter("ignore")  # of the pickle's protocol
+            warnings.simplefilter("ignore")  # about the pickle's protocol
             state = torch.load(path, map_location="cpu", weights_only=True)
     except (RuntimeError, EOFError, ValueError, LookupError, TypeError, AttributeError, pickle.UnpicklingError) as error:
         if kind == PICKLE:
             raise ValueError(f"{path}: not a state dict saved by torch.save, but {kind}; {WANTED}") from None
-        what = "of other objects than tensors, or damaged" if isinstance(error, pickle.UnpicklingError) else "damaged"
+        what = "with objects other than tensors, or damaged" if isinstance(error, pickle.UnpicklingError) else "damaged"
         raise ValueError(f"{path}: {kind}, but {what}; save model.state_dict() and give that") from None
     if not isinstance(state, dict) or not state or not all(isinstance(v, Tensor) for v in state.values()):
         raise ValueError(f"{path}: holds {_what(state)}, not a state dict of tensors; save model.state_dict() and give that")
@@ -49,7 +49,7 @@ def load_state(path: PathLike) -> dict[str, Tensor]:
 
 
 def _what(content: Any) -> str:
-    """What a torch.save file holds, for a message."""
+    """Describe what a torch.save file holds, for an error message."""
     if not isinstance(content, dict):
         return f"a {type(content).__name__}"
     if not content:

@@ -24,8 +24,8 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
-from lora_edge.calibration import on_batch_statistics
 from lora_edge.har.data import Split, Windows
+from lora_edge.nn.bn_statistics import on_batch_statistics
 from lora_edge.surgery.batch_statistics import has_statistics
 
 SAMPLES = 16  # windows that choose, spread over those to adapt on

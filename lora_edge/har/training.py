@@ -15,7 +15,7 @@ from torch import Tensor, nn
 from lora_edge.environment.extras import require
 from lora_edge.finite import NotFiniteError, check_finite, check_variances, check_weights
 from lora_edge.har.data import Windows
-from lora_edge.surgery.training_flags import in_evaluation
+from lora_edge.nn.training_flags import in_evaluation
 
 BATCH = 64
 LARGEST_RATE = 1e30  # somewhat above it a step of Adam leaves float32

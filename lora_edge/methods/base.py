@@ -12,13 +12,16 @@ from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _BatchNorm
 from torch.nn.modules.conv import _ConvNd
 
-from lora_edge import calibration
-from lora_edge.adapt import AdaptState, adapt, fingerprint, select, trainable_parameters
-from lora_edge.nn import frozen_bn
+from lora_edge.adapt import adapt, trainable_parameters
+from lora_edge.calibration import calibrate_bn
+from lora_edge.nn import bn_statistics, frozen_bn
 from lora_edge.nn.layers import LoRAEdgeConv, check_adaptable
-from lora_edge.nn.reparametrised import Reparametrisation, added_tensors, attach
+from lora_edge.nn.reparametrised import Reparametrisation, added_tensors, reparametrise
 from lora_edge.subspaces.weight import FROM_BATCHES
+from lora_edge.surgery.adapted import AdaptState
+from lora_edge.surgery.base_state import fingerprint
 from lora_edge.surgery.batch_statistics import has_statistics
+from lora_edge.surgery.selection import select
 from lora_edge.tt import check_rank
 
 SOURCE_SAMPLES = 16  # what the source's BatchNorm statistics count beside the target's windows
@@ -64,7 +67,7 @@ class Method:
 def freeze_backbone(model: nn.Module) -> None:
     """No parameter is trained and BatchNorm stays on its running statistics."""
     model.requires_grad_(False)
-    for _, norm in calibration.batch_norms(model):
+    for _, norm in bn_statistics.batch_norms(model):
         if frozen_bn.why_not_frozen(norm) is None:
             frozen_bn.freeze_bn(norm)
 
@@ -73,7 +76,7 @@ def unfreeze_backbone(model: nn.Module) -> nn.Module:
     """Undo :func:`freeze_backbone` on the BatchNorm layers, whose statistics stay; every parameter is trainable again."""
     for module in list(model.modules()):
         if isinstance(module, frozen_bn.FrozenNorm):
-            calibration.forget_statistics(module)
+            bn_statistics.forget_statistics(module)
             frozen_bn.unfreeze_bn(module)
     return model.requires_grad_(True)
 
@@ -84,13 +87,13 @@ def move_statistics(model: nn.Module, inputs: Tensor, source_samples: float = SO
     One batch is read for it, evenly spread over the windows, whose neighbours overlap. Where a BatchNorm would get a single
     value per channel, which has no variance, all of them keep their statistics, and a :class:`StepSkipped` warning says so.
     """
-    if next(calibration.batch_norms(model), None) is not None:
+    if next(bn_statistics.batch_norms(model), None) is not None:
         spread = torch.linspace(0, len(inputs) - 1, min(len(inputs), TARGET_SAMPLES)).round().long()
         if len(spread) == 1 and not has_statistics(model, inputs[spread]):
             what = "BatchNorm keeps the source's statistics: one window gives it a single value per channel"
             warnings.warn(what, StepSkipped, stacklevel=2)
             return
-        calibration.calibrate_bn(model, [inputs[spread]], source_samples=source_samples)
+        calibrate_bn(model, [inputs[spread]], source_samples=source_samples)
 
 
 def adapted(*, source_samples: float | None = SOURCE_SAMPLES, **options: Any) -> Prepare:
@@ -132,7 +135,7 @@ def reparametrised(kind: Callable[[_ConvNd, int], Reparametrisation]) -> Prepare
         state = AdaptState("frozen", "none", fingerprint(model), requires_grad)
         freeze_backbone(model)
         for conv, reparametrisation in made:
-            attach(conv, reparametrisation)
+            reparametrise(conv, reparametrisation)
         model._lora_edge = state  # type: ignore[assignment]
         return [p for p in model.parameters() if p.requires_grad]
 
@@ -151,7 +154,7 @@ def trained_state(model: nn.Module) -> dict[str, Tensor]:
         start = f"{prefix}." if prefix else ""
         if isinstance(module, LoRAEdgeConv):
             own.add(f"{start}suffix")
-        is_frozen = isinstance(module, frozen_bn.FrozenNorm) and not calibration.base_statistics(module)
+        is_frozen = isinstance(module, frozen_bn.FrozenNorm) and not bn_statistics.base_statistics(module)
         if isinstance(module, _BatchNorm) and not is_frozen:
-            own.update(f"{start}{name}" for name in calibration.STATISTICS)
+            own.update(f"{start}{name}" for name in bn_statistics.STATISTICS)
     return {name: value.detach().clone() for name, value in model.state_dict().items() if name in own}

@@ -8,7 +8,7 @@ from __future__ import annotations
 from torch import Tensor
 from torch.nn.modules.conv import _ConvNd
 
-from lora_edge.adapt import merge
+from lora_edge.merge import merge
 from lora_edge.methods.base import Method, reparametrised
 from lora_edge.nn.reparametrised import Reparametrisation, random, zeros
 

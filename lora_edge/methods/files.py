@@ -4,10 +4,10 @@ from __future__ import annotations
 
 from torch import Tensor, nn
 
-from lora_edge.adapt import fingerprint_state
 from lora_edge.files.safetensors_file import PathLike, read_safetensors, write_safetensors
 from lora_edge.finite import check_finite, check_variances
 from lora_edge.methods.base import trained_state
+from lora_edge.surgery.base_state import fingerprint_state
 
 FORMAT = "lora_edge trained 1"
 

@@ -4,8 +4,8 @@ from __future__ import annotations
 
 from torch import Tensor, nn
 
-from lora_edge.adapt import find_head
 from lora_edge.methods.base import Method, NotApplicableError, freeze_backbone, unfreeze_backbone
+from lora_edge.surgery.head import find_head
 
 
 def prepare(model: nn.Module, rank: int, inputs: Tensor, labels: Tensor) -> list[nn.Parameter]:

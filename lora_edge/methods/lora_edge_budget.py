@@ -4,8 +4,9 @@ from __future__ import annotations
 
 from torch import Tensor, nn
 
-from lora_edge.adapt import merge, select
+from lora_edge.merge import merge
 from lora_edge.methods.base import Method, adapted
+from lora_edge.surgery.selection import select
 from lora_edge.tt import attainable_ranks, check_rank
 
 

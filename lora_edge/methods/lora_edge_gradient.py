@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from lora_edge.adapt import merge
+from lora_edge.merge import merge
 from lora_edge.methods.base import Method, adapted
 
 METHOD = Method(

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 from torch.nn.modules.conv import _ConvNd
 
-from lora_edge.adapt import merge
+from lora_edge.merge import merge
 from lora_edge.methods.base import Method, reparametrised
 from lora_edge.methods.conv_lora import ConvLoRA
 

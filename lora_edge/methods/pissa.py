@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 from torch.nn.modules.conv import _ConvNd
 
-from lora_edge.adapt import merge
+from lora_edge.merge import merge
 from lora_edge.methods.base import Method, reparametrised
 from lora_edge.methods.conv_lora import ConvLoRA
 from lora_edge.tt import attainable_ranks

@@ -1,13 +1,15 @@
-"""How a model's own forward becomes a plan of fused blocks, without running or patching anything.
+"""The modules of an adapted model: adapted convolutions, lean layers around them, and forwards that run with fused blocks.
 
-- ``source``: the syntax tree of a function, proven to be what its compiled code was made from.
-- ``pure``: what a forward may call and still be proven pure.
-- ``reading``: reads of modules, objects and containers, each with the guard that makes it safe to rely on.
-- ``guards``: whether everything that was read is still the same.
-- ``evaluator``: walks a forward's syntax tree once with a symbol for each tensor, into a graph. It builds on ``statements``,
-  ``expressions``, ``symbols``, ``frames`` and ``values``, in this order.
-- ``calls``: what a call means; ``built_in``: a call of Python's own functions; ``items``: attributes, elements and iteration.
-- ``fuser``: finds the blocks in the graph.
-- ``layout``: keeps channels-last maps between blocks and hands stock strides to everything else; ``stock`` finds these.
-- ``head``: which linear layer is the classifier.
+- ``layers``: ``LoRAEdgeConv1d/2d/3d``, convolutions with a trained core beside their frozen weight.
+- ``reparametrised``: convolutions whose weight is computed, for the LoRA-like methods.
+- ``lean``: activations, max-pools, dropout and convolutions that save little or nothing for backward.
+- ``frozen_bn``: BatchNorm that stays on its running statistics; ``frozen_trial`` tries whether a subclass of BatchNorm does.
+- ``bn_statistics``: BatchNorm's running statistics, and the base model's own values of them.
+- ``fuser``: proves what a module's forward computes and finds its blocks.
+- ``forward_plan``: how a module's forward runs with fused blocks; ``fused_block``: runs one block.
+- ``blocks``: re-classes a model's modules so that they run forward plans.
+- ``fused_weight_cache``: fused weights for inference, with the checks of ``staleness``, kept in a ``per_module`` table.
+- ``training_flags``: evaluation mode that leaves the training flags as they were.
+
+Everything here builds on :mod:`lora_edge.ops`; ``layers`` computes a new layer's suffix with :mod:`lora_edge.subspaces.weight`.
 """

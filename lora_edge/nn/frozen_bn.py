@@ -1,4 +1,4 @@
-"""BatchNorm that stays on its running statistics through ``model.train()``: a fixed scale and shift, which saves nothing.
+"""BatchNorm that stays on its running statistics through ``model.train()``: a fixed scale and shift that saves nothing.
 
 :func:`freeze_bn` re-classes a BatchNorm in place, :func:`unfreeze_bn` re-classes it back.
 """
@@ -13,22 +13,24 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _BatchNorm
 
-from lora_edge.nn.frozen_trial import first_line, why_evaluation_moves
-from lora_edge.nn.staleness import Beside, Bytes
+from lora_edge.error_text import in_words
+from lora_edge.nn.frozen_trial import why_evaluation_moves
+from lora_edge.nn.per_module import PerModule
+from lora_edge.nn.staleness import Bytes
 from lora_edge.ops.once import linear_once_differentiable
 from lora_edge.ops.strides import no_view
 from lora_edge.ops.transforms import plain_ops_only, refuse_proxy
 
 
 class _Affine(NamedTuple):
-    """A frozen BatchNorm's scale and shift, and what they were made of."""
+    """A frozen BatchNorm's scale and shift, and what they were computed from."""
 
     made_of: list[Bytes | None]
     eps: float
     affine: tuple[Tensor, Tensor]
 
 
-_affines: Beside[_Affine] = Beside()
+_affines: PerModule[_Affine] = PerModule()
 
 
 def _hold(bytes_: Bytes | None, tensor: Tensor | None) -> bool:
@@ -36,33 +38,33 @@ def _hold(bytes_: Bytes | None, tensor: Tensor | None) -> bool:
 
 
 class FrozenNorm(_BatchNorm):
-    """What every frozen BatchNorm shares: ``training`` stays False, the mode asked for is restored by :func:`unfreeze_bn`."""
+    """Base of every frozen BatchNorm: ``training`` stays False; :func:`unfreeze_bn` restores the requested mode."""
 
-    stock: ClassVar[type[_BatchNorm]]  # the class to go back to
-    mode_asked_for: bool
+    stock: ClassVar[type[_BatchNorm]]  # the class that it had
+    requested_mode: bool
     lean: bool
 
     def train(self, mode: bool = True) -> FrozenNorm:
-        super().train(mode)  # the submodules of a subclass follow the mode asked for
-        self.mode_asked_for = mode
+        super().train(mode)  # the submodules of a subclass follow the requested mode
+        self.requested_mode = mode
         self.training = False
         return self
 
     def reset_running_stats(self) -> None:
-        """Keeps the statistics; ``torch.optim.swa_utils.update_bn`` begins with it, and a frozen layer estimates none."""
+        """Keep the statistics and warn; ``torch.optim.swa_utils.update_bn`` calls this first."""
         warnings.warn(
-            "the statistics of a frozen BatchNorm stay as they are; to move them call lora_edge.calibrate_bn(model, batches), "
+            "the statistics of a frozen BatchNorm do not move; to move them, call lora_edge.calibrate_bn(model, batches) "
             'or adapt with bn="batch"',
             stacklevel=2,
         )
 
     def is_lean(self) -> bool:
-        """Whether the layer is a fixed scale and shift: not where these are trained, or an instance has its own forward."""
+        """Whether the layer is a fixed scale and shift: not if these are trained, or if the instance has its own forward."""
         affine = (self.weight, self.bias)
         return self.lean and "forward" not in self.__dict__ and not any(p is not None and p.requires_grad for p in affine)
 
     def scale_and_shift(self) -> tuple[Tensor, Tensor]:
-        """The scale and shift ``(C,)`` that this layer is, kept while nothing changes; not to be written to."""
+        """Return the layer's scale and shift ``(C,)``, cached while nothing changes; do not write to them."""
         if torch.compiler.is_compiling():
             return self._scale_and_shift()
         kept = _affines.get(self)
@@ -78,7 +80,7 @@ class FrozenNorm(_BatchNorm):
         return affine
 
     def _tensors(self) -> list[Tensor | None]:
-        """Statistics and affine, without those that are computed by a parametrization."""
+        """Return statistics and affine parameters, without those that a parametrization computes."""
         buffers, parameters = self._buffers, self._parameters
         named = [buffers["running_mean"], buffers["running_var"]]
         return named + [parameters[name] for name in ("weight", "bias") if name in parameters]
@@ -98,9 +100,9 @@ class FrozenNorm(_BatchNorm):
 
 
 class FrozenBatchNorm(FrozenNorm):
-    """A frozen BatchNorm that is plain arithmetic: its forward is the stock layer's."""
+    """A frozen BatchNorm whose forward is the stock layer's."""
 
-    dims: ClassVar[tuple[int, ...]] = ()  # of an input that needs none of the stock layer's own checks
+    dims: ClassVar[tuple[int, ...]] = ()  # of inputs for which the stock layer's checks may be skipped
 
     def forward(self, input: Tensor) -> Tensor:
         if not isinstance(input, Tensor):
@@ -109,7 +111,7 @@ class FrozenBatchNorm(FrozenNorm):
             self._check_input_dim(input)
             return self._frozen(input)
         if input.is_cpu and not self.training and input.dim() in self.dims and not torch.compiler.is_compiling():
-            # the stock layer's own call, without its questions: they take longer than a small map does
+            # the stock layer's own call without its checks, which take longer than a small map
             parameters, buffers = self._parameters, self._buffers
             if "weight" in parameters and "bias" in parameters and (mean := buffers["running_mean"]) is not None:
                 affine = (parameters["weight"], parameters["bias"])
@@ -124,7 +126,7 @@ class _FrozenBatchNorm(torch.autograd.Function):
     ) -> Tensor:
         ctx.save_for_backward(var, weight)
         ctx.eps = eps
-        if x.dim() == 3 and not x.is_contiguous() and x.stride(1) == 1:  # (N, C, 1, L) in channels-last, which torch keeps
+        if x.dim() == 3 and not x.is_contiguous() and x.stride(1) == 1:  # (N, C, 1, L) channels-last, which torch keeps
             return no_view(F.batch_norm(x.unsqueeze(2), mean, var, weight, bias, False, 0.0, eps).squeeze(2))
         return F.batch_norm(x, mean, var, weight, bias, False, 0.0, eps)
 
@@ -166,7 +168,7 @@ class FrozenSyncBatchNorm(FrozenBatchNorm, nn.SyncBatchNorm):
 
 
 class FrozenSubclass(FrozenNorm):
-    """A frozen subclass of BatchNorm: its own forward, in evaluation mode. The classes are made by :func:`frozen_class`."""
+    """A frozen subclass of BatchNorm: its own forward, in evaluation mode. :func:`frozen_class` makes the classes."""
 
     def is_lean(self) -> bool:
         return False
@@ -179,7 +181,7 @@ class FrozenSubclass(FrozenNorm):
 
 
 class FrozenThen(FrozenSubclass):
-    """A frozen subclass whose forward is known: plain BatchNorm and then the submodules ``then``, as far as they are there."""
+    """A frozen subclass whose forward is known: plain BatchNorm, then those of the submodules ``then`` that exist."""
 
     then: ClassVar[tuple[str, ...]]
 
@@ -198,7 +200,7 @@ class FrozenThen(FrozenSubclass):
         return y
 
     def normalized(self, x: Tensor) -> Tensor:
-        """Plain BatchNorm, before the submodules."""
+        """Apply plain BatchNorm without the submodules."""
         if torch.is_grad_enabled() and self.is_lean():
             return self._frozen(x)
         return F.batch_norm(x, self.running_mean, self.running_var, self.weight, self.bias, False, 0.0, self.eps)
@@ -213,15 +215,15 @@ FROZEN_CLASS: dict[type[nn.Module], type[FrozenBatchNorm]] = {
 }
 _subclasses: dict[type[nn.Module], type[FrozenSubclass]] = {}
 
-# Subclasses whose forward is known to be BatchNorm and then these submodules, as far as they are there.
+# Subclasses whose forward is known to be BatchNorm and then those of these submodules that exist.
 _THEN = {"timm.layers.norm_act.BatchNormAct2d": ("drop", "act")}
 
 
 def frozen_class(kind: type[nn.Module]) -> type[FrozenNorm]:
-    """The frozen form of BatchNorm or of a subclass of it, the same one at every call.
+    """Return the frozen class for BatchNorm or a subclass of it; the same one at every call.
 
     Raises:
-        TypeError: no class can be derived from ``kind``.
+        TypeError: ``kind`` cannot be subclassed.
     """
     if kind in FROZEN_CLASS:
         return FROZEN_CLASS[kind]
@@ -230,56 +232,56 @@ def frozen_class(kind: type[nn.Module]) -> type[FrozenNorm]:
         names = {"__module__": kind.__module__, "__qualname__": f"Frozen{kind.__qualname__}", "stock": kind}
         frozen = FrozenSubclass if then is None else FrozenThen
         made = type(f"Frozen{kind.__name__}", (frozen, kind), names if then is None else {**names, "then": then})
-        _subclasses.setdefault(kind, made)  # of two threads the first one's
+        _subclasses.setdefault(kind, made)  # if two threads race, the first one's
     return _subclasses[kind]
 
 
 def freeze_bn(bn: nn.Module, lean: bool = False) -> None:
-    """Re-class a BatchNorm for which :func:`why_not_frozen` knows no reason to its frozen form, in place."""
+    """Re-class a BatchNorm to its frozen class, in place; :func:`why_not_frozen` must return None for it."""
     bn.__class__ = frozen_class(type(bn))  # type: ignore[assignment]
-    bn.lean, bn.mode_asked_for = lean, bn.training  # type: ignore[assignment]
+    bn.lean, bn.requested_mode = lean, bn.training  # type: ignore[assignment]
     bn.training = False
 
 
 def freeze_as(bn: nn.Module, frozen: FrozenNorm) -> None:
-    """Freeze a BatchNorm that takes the place of a frozen one, with what is known of that."""
+    """Freeze a BatchNorm that replaces a frozen one, with that one's settings and remembered statistics."""
     freeze_bn(bn, frozen.lean)
-    bn.mode_asked_for = frozen.mode_asked_for  # type: ignore[assignment]
+    bn.requested_mode = frozen.requested_mode  # type: ignore[assignment]
     if "_base_statistics" in frozen.__dict__:
         bn.__dict__["_base_statistics"] = frozen.__dict__["_base_statistics"]
 
 
 def unfreeze_bn(bn: FrozenNorm) -> None:
-    """Back to its own class, in the training mode that was last asked for."""
-    mode = bn.mode_asked_for
-    del bn.mode_asked_for, bn.lean
+    """Re-class a frozen BatchNorm back to its own class and restore the training mode that was last requested."""
+    mode = bn.requested_mode
+    del bn.requested_mode, bn.lean
     bn.__class__ = bn.stock  # type: ignore[assignment]
     bn.training = mode
 
 
 def why_not_frozen(bn: nn.Module) -> str | None:
-    """Why a BatchNorm cannot be frozen (None if it can): it has no running statistics, or :func:`why_it_moves`."""
+    """Return why a BatchNorm cannot be frozen (None if it can): no running statistics, or :func:`why_it_moves`."""
     if bn.running_mean is None:
         return "BatchNorm without running statistics cannot be frozen, left alone"
     return why_it_moves(bn)
 
 
 def why_it_moves(bn: nn.Module) -> str | None:
-    """Why ``training = False`` does not freeze a BatchNorm with running statistics, None if it does.
+    """Return why ``training = False`` does not freeze a BatchNorm with running statistics, None if it does.
 
-    Stock layers are known. A forward of its own is tried: see :func:`lora_edge.nn.frozen_trial.why_evaluation_moves`.
+    Stock layers are known to be frozen. Any other forward is tried: see :func:`lora_edge.nn.frozen_trial.why_evaluation_moves`.
     """
     if isinstance(bn, FrozenNorm) or (type(bn) in FROZEN_CLASS and "forward" not in bn.__dict__):
         return None
     try:
         kind = frozen_class(type(bn))
     except TypeError as error:
-        return f"no class can be derived from {type(bn).__name__} ({first_line(error)})"
+        return f"{type(bn).__name__} cannot be subclassed ({in_words(error)})"
     return why_evaluation_moves(bn, kind)
 
 
 def unfreezable(model: nn.Module) -> dict[str, str]:
-    """Name of every BatchNorm whose running statistics would move or not be used though it is frozen, and why."""
+    """Return name and reason of every BatchNorm whose running statistics would move, or not be used, although frozen."""
     found = {}
     for name, module in model.named_modules():
         if isinstance(module, _BatchNorm) and module.running_mean is not None and (why := why_it_moves(module)):

@@ -1,6 +1,6 @@
-"""Try a BatchNorm's own forward on a copy: whether evaluation mode is enough to freeze it.
+"""Try a BatchNorm's own forward on a copy, to see whether evaluation mode is enough to freeze it.
 
-A subclass of BatchNorm may do anything in its forward. Evaluation mode freezes it if a forward there changes none of its
+A subclass of BatchNorm may do anything in its forward. Evaluation mode freezes it if its forward then changes none of its
 tensors and gives a sample the same output in any batch, so that no statistics of the batch are used.
 """
 
@@ -13,16 +13,18 @@ import torch
 from torch import Tensor, nn
 from torch.nn.parameter import is_lazy
 
+from lora_edge.error_text import in_words
+
 BATCH = 4
-_SHAPES = [(5, 6), (5,), (), (3, 5, 6)]  # positions of a sample, tried in this order, channels first and then channels last
+_SHAPES = [(5, 6), (5,), (), (3, 5, 6)]  # sizes of one sample's positions, tried in this order, channels first, then last
 
 
 def why_evaluation_moves(bn: nn.Module, kind: type[nn.Module]) -> str | None:
-    """Why evaluation mode does not freeze ``bn``, None if it does; ``bn``, torch's generators and hooks are left alone.
+    """Return why evaluation mode does not freeze ``bn``, None if it does; ``bn`` and torch's generators are left unchanged.
 
     Args:
         bn: a BatchNorm with running statistics.
-        kind: the class that it would be frozen to, which must be assignable to ``bn.__class__``.
+        kind: the class that it would be frozen to, from :func:`lora_edge.nn.frozen_bn.frozen_class`.
     """
     own = type(bn).__name__
     if any(is_lazy(tensor) for tensor in _tensors(bn).values()):
@@ -31,8 +33,8 @@ def why_evaluation_moves(bn: nn.Module, kind: type[nn.Module]) -> str | None:
         twin = copy.deepcopy(bn)
         twin.__class__ = kind  # type: ignore[assignment]
     except Exception as error:  # whatever the class's own code raises
-        return f"{own} has a forward of its own and cannot be copied to try it ({first_line(error)})"
-    twin.__dict__.update(lean=False, mode_asked_for=False)
+        return f"{own} has a forward of its own and cannot be copied to try it ({in_words(error)})"
+    twin.__dict__.update(lean=False, requested_mode=False)
     for module in twin.modules():
         module.training = False
     device: Any = bn.running_mean.device  # type: ignore[union-attr]
@@ -40,15 +42,9 @@ def why_evaluation_moves(bn: nn.Module, kind: type[nn.Module]) -> str | None:
     with torch.no_grad(), torch.random.fork_rng([device] if device.type == "cuda" else []):
         why = _why(twin, own, device)
         changed = [name for name, tensor in _tensors(bn).items() if not _same(tensor, before[name])]
-        for name in changed:  # reached from the copy, as by a closure
+        for name in changed:  # the copy reached the original, for example by a closure
             _tensors(bn)[name].copy_(before[name])
     return f"the forward of {own} changes {changed[0]} in evaluation mode too" if changed else why
-
-
-def first_line(error: BaseException) -> str:
-    """An exception as one line."""
-    lines = str(error).strip().splitlines()
-    return f"{type(error).__name__}: {lines[0]}" if lines else type(error).__name__
 
 
 def _why(twin: nn.Module, own: str, device: torch.device) -> str | None:
@@ -68,23 +64,23 @@ def _why(twin: nn.Module, own: str, device: torch.device) -> str | None:
             return f"the forward of {own} changes {name} in evaluation mode too"
     whole, alone = outputs
     if not _is_the_same_sample(whole, alone):
-        return f"the forward of {own} does not treat each sample alone in evaluation mode"
+        return f"the forward of {own} does not treat each sample independently in evaluation mode"
     return None
 
 
 def _run(twin: nn.Module, device: torch.device) -> tuple[tuple[Any, Any] | None, str]:
-    """The outputs for a batch and for its first sample alone, at the first shape that the forward takes."""
+    """Return the outputs for a batch and for its first sample alone, at the first shape that the forward accepts."""
     channels, dtype = int(twin.num_features), twin.running_mean.dtype  # type: ignore[arg-type, union-attr]
     why = ""
     generator = torch.Generator().manual_seed(0)
     for shape in [(channels, *size) for size in _SHAPES] + [(*size, channels) for size in _SHAPES if size]:
         x = torch.randn(BATCH, *shape, generator=generator, dtype=torch.float64)
-        x += torch.arange(BATCH).reshape(-1, *[1] * len(shape))  # so that the batch's statistics are not one sample's
+        x += torch.arange(BATCH).reshape(-1, *[1] * len(shape))  # so that the batch's statistics differ from one sample's
         x = x.to(device, dtype)  # type: ignore[arg-type]
         try:
             return (twin.forward(x.clone()), twin.forward(x[:1].clone())), ""
         except Exception as error:  # whatever the class's own code raises
-            why = why or first_line(error)
+            why = why or in_words(error)
     return None, why
 
 
@@ -94,8 +90,8 @@ def _is_the_same_sample(whole: Any, alone: Any) -> bool:
     if not isinstance(whole, Tensor) or not isinstance(alone, Tensor) or whole.dim() == 0 or len(whole) % BATCH:
         return False
     first = whole[: len(whole) // BATCH]
-    # a kernel may sum in another order at another size, at most some units in the last place; the batch's statistics are
-    # another mean by 1.5 and another variance by half
+    # a kernel may sum in another order at another size, which changes a few units in the last place; the batch's statistics
+    # differ by 1.5 in the mean and by half in the variance
     return first.shape == alone.shape and torch.allclose(first.double(), alone.double(), rtol=1e-3, atol=1e-3)
 
 

@@ -1,6 +1,6 @@
 """``LoRAEdgeConv1d/2d/3d``: ``nn.Conv*`` with a trained output-side TT core beside its frozen weight.
 
-The state of a layer is the stock convolution's plus two parameters: ``core (O, r1)``, trained, zero at the start, and
+The state of a layer is the stock convolution's plus two parameters: ``core (O, r1)``, trained and initially zero, and
 ``suffix (r1, I/g, *K)``, frozen. Its update is ``layer.scale * layer.core @ layer.suffix``. :func:`lora_edge.adapt`
 re-classes existing convolutions to these classes in place and :func:`lora_edge.merge` re-classes them back.
 """
@@ -18,9 +18,9 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.nn.utils import parametrize
 
-from lora_edge.nn import inference
-from lora_edge.nn.staleness import Beside
-from lora_edge.ops import reference, tt_conv, tt_fuse
+from lora_edge.nn import fused_weight_cache
+from lora_edge.nn.per_module import PerModule
+from lora_edge.ops import reference, tt_conv
 from lora_edge.ops.backends import requested
 from lora_edge.ops.checks import DTYPES, check_conv
 from lora_edge.ops.padding import pad
@@ -29,29 +29,29 @@ from lora_edge.ops.transforms import plain_ops_only, refuse_proxy
 from lora_edge.subspaces.weight import weight_suffix
 from lora_edge.tt import attainable_ranks, check_rank, contract_suffix
 
-_told: Beside[bool] = Beside()  # layers of which somebody was told that their weight is the base's
+_warned: PerModule[bool] = PerModule()  # layers that have warned that their weight is the base's
 _Layer = TypeVar("_Layer", bound="LoRAEdgeConv")
 _GUARDED = ("weight", "core", "suffix")
 
 
 class LoRAEdgeConv(nn.modules.conv._ConvNd):
-    """What the three layers share; not used on its own."""
+    """Base class of the three layers."""
 
     stock: ClassVar[type[nn.modules.conv._ConvNd]]
-    convolve: ClassVar[Callable[..., Tensor]]  # what the stock layer calls
+    convolve: ClassVar[Callable[..., Tensor]]  # the function that the stock layer calls
     core: nn.Parameter
     suffix: nn.Parameter
     scale: float
-    bond_cap: int  # the rank asked for, and with ``scaling`` what a renewed suffix is made with
+    bond_cap: int  # the requested rank; a renewed suffix is made with it and with ``scaling``
     scaling: str
-    saved_dtype: torch.dtype | None  # what ``h`` is kept in between forward and backward, None for its own
-    backend: str = "auto"  # what its ops are called with
-    subspace: str = "weight"  # what its suffix was made from; another than the weight's cannot be renewed from a weight
+    saved_dtype: torch.dtype | None  # of ``h`` between forward and backward, None for its own dtype
+    backend: str = "auto"  # passed to its ops
+    subspace: str = "weight"  # what its suffix was made from; only one made from the weight can be renewed from a new weight
     enabled: bool  # False inside lora_edge.disabled: the base convolution
-    frozen_cores: list[Tensor] | None  # [G2, ..., Gd] on the CPU, None where the suffix did not come as cores
-    belongs_to_adapted: bool = False  # adapted with a whole model, whose state is on the model; else built on its own
-    base_replaced: bool  # load_state_dict brought another base weight since adapt
-    trains_suffix: bool = False  # whether a suffix that requires a gradient gets one
+    frozen_cores: list[Tensor] | None  # [G2, ..., Gd] on the CPU, None if the suffix was given contracted
+    belongs_to_adapted: bool = False  # adapted with a whole model, which holds the state; else built on its own
+    base_replaced: bool  # load_state_dict loaded another base weight since adapt
+    trains_suffix: bool = False  # if False, a suffix gets no gradient even where it requires one
     _may_replace: bool = False  # inside load_state_dict, which assigns parameters with assign=True
 
     def __init__(self, *args: Any, rank: int = 4, **kwargs: Any) -> None:
@@ -59,22 +59,22 @@ class LoRAEdgeConv(nn.modules.conv._ConvNd):
         super().__init__(*args, **kwargs)
         check_adaptable(self)
         self.requires_grad_(False)
-        attach(self, weight_suffix(self.weight, rank), bond_cap=rank)
+        add_core(self, weight_suffix(self.weight, rank), bond_cap=rank)
 
     @classmethod
     def from_conv(
         cls: type[_Layer], conv: nn.modules.conv._ConvNd, rank: int = 4, suffix: Tensor | Sequence[Tensor] | None = None
     ) -> _Layer:
-        """An adapted copy of a stock convolution; ``conv`` itself is left as it is.
+        """Return an adapted copy of a stock convolution; ``conv`` itself is not changed.
 
         Args:
             conv: ``nn.Conv1d/2d/3d`` of the same dimension; weight ``(O, I/g, *K)``.
-            rank: cap of every TT bond; without meaning where ``suffix`` is given.
-            suffix: ``(r1, I/g, *K)`` or the frozen cores ``[G2, ..., Gd]``; None takes the balanced TT-SVD of the weight.
+            rank: cap of every TT bond; ignored if ``suffix`` is given.
+            suffix: ``(r1, I/g, *K)`` or the frozen cores ``[G2, ..., Gd]``; None for the balanced TT-SVD of the weight.
 
         Raises:
-            TypeError: ``conv`` is not exactly the stock class, or ``rank`` no integer.
-            ValueError: ``rank`` is below 1, the suffix does not fit, or the convolution is not supported; says which.
+            TypeError: ``conv`` is not exactly the stock class, or ``rank`` is not an integer.
+            ValueError: ``rank`` is below 1, the suffix does not fit, or the convolution is not supported.
         """
         if type(conv) is not cls.stock:
             raise TypeError(f"{cls.__name__}.from_conv: got a {type(conv).__name__}; give an nn.{cls.stock.__name__}")
@@ -85,7 +85,7 @@ class LoRAEdgeConv(nn.modules.conv._ConvNd):
         frozen = weight_suffix(layer.weight, rank) if suffix is None else suffix
         check_suffix(layer.weight, frozen)
         layer.__class__ = cls
-        attach(layer, frozen)  # type: ignore[arg-type]
+        add_core(layer, frozen)  # type: ignore[arg-type]
         return layer  # type: ignore[return-value]
 
     @property
@@ -95,39 +95,35 @@ class LoRAEdgeConv(nn.modules.conv._ConvNd):
 
     @property  # type: ignore[override]
     def weight(self) -> Tensor:
-        """The base's weight ``(O, I/g, *K)``, without the update; who reads it while there is one is told so once."""
+        """The base's weight ``(O, I/g, *K)``, without the update; reading it warns once if there is an update."""
         for tensors in (self._parameters, self.__dict__, self._buffers):
             if (found := tensors.get("weight")) is not None:
                 if not torch.compiler.is_compiling() and _read_from_outside():
-                    inference.hand_out(self)
-                    self._tell_that_weight_is_the_base()
+                    fused_weight_cache.hand_out(self)
+                    self._warn_that_weight_is_the_base()
                 return found
         raise AttributeError(f"{type(self).__name__} has no weight")
 
     @weight.setter
-    def weight(self, value: Any) -> None:  # weight_norm and the like keep a computed one as a plain attribute
+    def weight(self, value: Any) -> None:  # weight_norm and the like store a computed weight as a plain attribute
         self.__dict__["weight"] = value
 
     @weight.deleter
     def weight(self) -> None:
         del self.__dict__["weight"]
 
-    def _tell_that_weight_is_the_base(self) -> None:
+    def _warn_that_weight_is_the_base(self) -> None:
         core = self._parameters.get("core")
-        if _told.get(self) is None and core is not None and bool(core.detach().count_nonzero()):
-            _told.put(self, True)
+        if _warned.get(self) is None and core is not None and bool(core.detach().count_nonzero()):
+            _warned.put(self, True)
             warnings.warn(
-                "the weight of an adapted convolution is the base's, without the update; read layer.fused_weight(), "
-                "or call lora_edge.merge(model) first",
+                "the weight of an adapted convolution is the base's, without the update; call lora_edge.merge(model) first, or "
+                "compute lora_edge.ops.tt_fuse(layer.weight, layer.core, layer.suffix, layer.scale)",
                 stacklevel=3,
             )
 
-    def fused_weight(self) -> Tensor:
-        """``W' = W + scale * core @ suffix``, shape and dtype of the weight."""
-        return tt_fuse(self.weight, self.core, self.suffix, self.scale, backend=self.backend)
-
     def frozen_suffix(self) -> Tensor:
-        """The suffix, detached where something made it require a gradient: no trainer trains it by accident."""
+        """Return the suffix, detached if something made it require a gradient, so that it is not trained by accident."""
         suffix = self.suffix
         return suffix.detach() if suffix.requires_grad and not self.trains_suffix else suffix
 
@@ -140,15 +136,15 @@ class LoRAEdgeConv(nn.modules.conv._ConvNd):
             fused = reference.tt_fuse(self.weight, self.core, self.frozen_suffix(), self.scale)
             return self._conv_forward(input, fused, self.bias)
         if not torch.is_grad_enabled() and input.is_cpu and not torch.compiler.is_compiling():
-            weight = inference.inference_weight(self)
+            weight = fused_weight_cache.get(self)
             if weight is not None:
                 try:
-                    if self.padding_mode == "zeros":  # what _conv_forward does there, a call and a module attribute shorter
+                    if self.padding_mode == "zeros":  # as _conv_forward does, without its call and module attribute
                         return self.convolve(
                             input, weight, self._parameters["bias"], self.stride, self.padding, self.dilation, self.groups
                         )
                     return self._conv_forward(input, weight, self.bias)
-                except RuntimeError:  # of two reasons the one that names the argument
+                except RuntimeError:  # prefer our own error, which names the argument
                     check_conv(input, weight, self.bias, self.groups, "tt_conv")
                     raise
         padding = self.padding
@@ -167,7 +163,7 @@ class LoRAEdgeConv(nn.modules.conv._ConvNd):
             own = self._parameters.get(name)
             if own is not None and own is not value:
                 raise RuntimeError(
-                    f"{name} of an adapted convolution cannot be replaced, its update would be lost; "
+                    f"{name} of an adapted convolution cannot be replaced, because its update would be lost; "
                     f"call lora_edge.merge(model) first, or write into the tensor: {name}.data.copy_(...)"
                 )
         super().__setattr__(name, value)
@@ -176,7 +172,7 @@ class LoRAEdgeConv(nn.modules.conv._ConvNd):
         raise RuntimeError("torch.jit.script cannot compile an adapted convolution; call lora_edge.merge(model) first")
 
     def _apply(self: _Layer, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> _Layer:
-        inference.drop(self)  # it holds the memory that the layer moves away from
+        fused_weight_cache.drop(self)  # its entry would keep the old memory allocated
         return super()._apply(fn, recurse)  # type: ignore[no-untyped-call, no-any-return]
 
     def extra_repr(self) -> str:
@@ -192,9 +188,9 @@ class LoRAEdgeConv(nn.modules.conv._ConvNd):
         unexpected_keys: list[str],
         error_msgs: list[str],
     ) -> None:
-        """Load as usual; a base checkpoint (no ``core``, no ``suffix``) keeps or renews the suffix, see DESIGN section 4.
+        """Load as usual; a base checkpoint (no ``core``, no ``suffix``) keeps or renews the suffix: docs/design.md, section 4.
 
-        A suffix of inputs or gradients belongs to its base: there another weight is an error even while the core is zero.
+        A suffix made from inputs or gradients belongs to its base: a new weight is an error there even while the core is zero.
         """
         own = {name: prefix + name for name in ("weight", "core", "suffix")}
         weight = state_dict.get(own["weight"])
@@ -232,27 +228,27 @@ class LoRAEdgeConv(nn.modules.conv._ConvNd):
             self._drop_stale_cores()
 
     def _drop_stale_cores(self) -> None:
-        """Forget the frozen cores if they no longer contract to the suffix."""
+        """Drop the frozen cores if they no longer contract to the suffix."""
         if self.frozen_cores is not None and not _equal(contract_suffix(self.frozen_cores), self.suffix):
             self.frozen_cores = None
 
 
 class LoRAEdgeConv1d(LoRAEdgeConv, nn.Conv1d):
-    """``nn.Conv1d`` with a trained output-side core; same arguments, plus ``rank``. Input ``(N, I, L)`` or ``(I, L)``."""
+    """``nn.Conv1d`` with a trained output-side core; same arguments plus ``rank``. Input ``(N, I, L)`` or ``(I, L)``."""
 
     stock = nn.Conv1d
     convolve = F.conv1d
 
 
 class LoRAEdgeConv2d(LoRAEdgeConv, nn.Conv2d):
-    """``nn.Conv2d`` with a trained output-side core; same arguments, plus ``rank``. Input ``(N, I, H, W)`` or without N."""
+    """``nn.Conv2d`` with a trained output-side core; same arguments plus ``rank``. Input ``(N, I, H, W)`` or without N."""
 
     stock = nn.Conv2d
     convolve = F.conv2d
 
 
 class LoRAEdgeConv3d(LoRAEdgeConv, nn.Conv3d):
-    """``nn.Conv3d`` with a trained output-side core; same arguments, plus ``rank``. Input ``(N, I, D, H, W)``."""
+    """``nn.Conv3d`` with a trained output-side core; same arguments plus ``rank``. Input ``(N, I, D, H, W)`` or without N."""
 
     stock = nn.Conv3d
     convolve = F.conv3d
@@ -266,7 +262,7 @@ ADAPTED_CLASS: dict[type[nn.Module], type[LoRAEdgeConv]] = {
 
 
 def check_adaptable(conv: nn.modules.conv._ConvNd) -> None:
-    """Refuse by name what an adapted layer does not support.
+    """Refuse a convolution that an adapted layer does not support.
 
     Raises:
         ValueError: a complex or integer weight, a weight on the meta device, or NaN or Inf in it.
@@ -289,7 +285,7 @@ def check_suffix(weight: Tensor, suffix: Tensor | Sequence[Tensor]) -> None:
         raise ValueError(f"suffix has {shape[0]} rows; for a weight {tuple(weight.shape)} give 1 to {most}")
 
 
-def attach(
+def add_core(
     layer: LoRAEdgeConv,
     frozen: Tensor | Sequence[Tensor],
     core: Tensor | None = None,
@@ -300,7 +296,14 @@ def attach(
     backend: str = "auto",
     subspace: str = "weight",
 ) -> None:
-    """Give a re-classed convolution its core (zero unless given) and suffix, in float32 for a half-precision weight."""
+    """Give a re-classed convolution its core and suffix, in float32 for a half-precision weight.
+
+    Args:
+        layer: a convolution whose class is one of :data:`ADAPTED_CLASS`.
+        frozen: the suffix ``(r1, I/g, *K)``, or the frozen cores ``[G2, ..., Gd]``.
+        core: ``(O, r1)``, copied; None for zeros.
+        scale, bond_cap, scaling, saved_dtype, backend, subspace: see :class:`LoRAEdgeConv`; ``bond_cap`` defaults to ``r1``.
+    """
     weight = layer.weight
     dtype = torch.float64 if weight.dtype == torch.float64 else torch.float32
     contracted = frozen if isinstance(frozen, Tensor) else contract_suffix(frozen)
@@ -320,11 +323,11 @@ def attach(
     layer.base_replaced = False
 
 
-def detach(layer: LoRAEdgeConv) -> None:
-    """Undo :func:`attach` and re-class to the stock convolution; the weight stays as it is."""
+def remove_core(layer: LoRAEdgeConv) -> None:
+    """Undo :func:`add_core` and re-class to the stock convolution; the weight is not changed."""
     for name in ("core", "suffix"):
         del layer._parameters[name]
-    for name in [name for name in layer._parameters if name != "weight"]:  # behind a weight that was computed in between
+    for name in [name for name in layer._parameters if name != "weight"]:  # a weight that was computed in between comes last
         layer._parameters[name] = layer._parameters.pop(name)
     for name in ("frozen_cores", "scale", "bond_cap", "scaling", "saved_dtype", "enabled", "base_replaced"):
         delattr(layer, name)
@@ -334,12 +337,12 @@ def detach(layer: LoRAEdgeConv) -> None:
 
 
 def require_whole(layers: Mapping[str, LoRAEdgeConv]) -> None:
-    """Refuse to merge adapted layers whose tensors are computed from others since ``adapt``; by dotted name.
+    """Refuse to merge adapted layers whose tensors are computed from others since ``adapt``; ``layers`` are by dotted name.
 
-    A weight that ``remove_parametrizations`` left as a buffer, as it does with frozen ones, is a parameter again.
+    A frozen weight, which ``remove_parametrizations`` leaves as a buffer, becomes a parameter again.
 
     Raises:
-        RuntimeError: a layer's weight, core or suffix is computed, or the layer is parametrized; says how to end that.
+        RuntimeError: a layer's weight, core or suffix is computed, or the layer is parametrized; says how to undo it.
     """
     for name, layer in layers.items():
         computed = [key for key in _GUARDED if layer._parameters.get(key) is None and layer._buffers.get(key) is None]
@@ -362,9 +365,9 @@ def require_whole(layers: Mapping[str, LoRAEdgeConv]) -> None:
 
 
 def set_weights(weights: Mapping[nn.modules.conv._ConvNd, Tensor]) -> None:
-    """Write each convolution's new weight in place; call it without gradients.
+    """Write each convolution's new weight in place; call it inside ``torch.no_grad()``.
 
-    Convolutions that hold one weight go on holding it where they got one update.
+    Convolutions that share a weight go on sharing it if their new weights are equal.
     """
     by_memory: dict[tuple[Any, ...], list[nn.modules.conv._ConvNd]] = {}
     for conv in weights:
@@ -372,13 +375,13 @@ def set_weights(weights: Mapping[nn.modules.conv._ConvNd, Tensor]) -> None:
     for convs in by_memory.values():
         if all(torch.equal(weights[conv], weights[convs[0]]) for conv in convs[1:]):
             convs[0].weight.copy_(weights[convs[0]])
-        else:  # they were built apart and learned two updates, so they need a weight each from now on
+        else:  # built separately, they learned different updates and now need separate weights
             for conv in convs:
                 conv._parameters["weight"] = nn.Parameter(weights[conv], conv.weight.requires_grad)
 
 
 def _read_from_outside() -> bool:
-    """Whether the code that reads a property is neither torch's nor this library's."""
+    """Whether the code that reads a property belongs neither to torch nor to this library."""
     name = sys._getframe(2).f_globals.get("__name__", "")
     return name.partition(".")[0] not in ("torch", "lora_edge")
 

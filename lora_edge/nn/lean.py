@@ -1,10 +1,11 @@
-"""The layers around the convolutions in lean form: each computes exactly what the stock layer does and saves far less for it.
+"""Lean forms of the layers around the convolutions: each computes exactly what the stock layer does and saves much less.
 
-    BatchNorm on its running statistics     a fixed scale and shift: saves nothing (:mod:`lora_edge.nn.frozen_bn`)
-    ReLU, ReLU6, Hardtanh, LeakyReLU, Hardsigmoid     one bit an element
-    MaxPool1d/2d/3d                         the place in the window, one byte an element of the output
-    Dropout                                 its mask, one bit an element, or the generator's state
-    Conv1d/2d/3d that is not adapted        nothing: a stock one saves its input, frozen or not (pytorch#133566)
+    layer                                             saved for backward
+    BatchNorm on its running statistics               nothing: a fixed scale and shift (:mod:`lora_edge.nn.frozen_bn`)
+    ReLU, ReLU6, Hardtanh, LeakyReLU, Hardsigmoid     one bit per element
+    MaxPool1d/2d/3d                                   the position in the window, one byte per output element
+    Dropout                                           its mask, one bit per element, or the generator's state
+    Conv1d/2d/3d that is not adapted                  nothing; a stock one saves its input, frozen or not (pytorch#133566)
 
 :func:`make_lean` re-classes the stock layers of a model in place, :func:`make_stock` re-classes them back; names, hooks and
 state dict stay as they are.
@@ -29,18 +30,18 @@ from lora_edge.ops.transforms import plain_ops_only, refuse_proxy
 
 
 class LeanLayer(nn.Module):
-    """What the lean forms of stateless layers share: the stock class to go back to."""
+    """Base of the lean layers; ``stock`` is the class that the layer had."""
 
     stock: ClassVar[type[nn.Module]]
 
 
 class LeanActivation(LeanLayer):
-    """An activation that saves one bit an element. In place where the stock layer is."""
+    """An activation that saves one bit per element. In place if the stock layer is."""
 
     inplace: bool
 
     def activation(self) -> Activation:
-        """The activation by name and numbers."""
+        """Return the activation by its name and numbers."""
         raise NotImplementedError
 
     def forward(self, input: Tensor) -> Tensor:
@@ -48,13 +49,13 @@ class LeanActivation(LeanLayer):
             refuse_proxy(input)
         if not (torch.is_grad_enabled() and input.requires_grad) or plain_ops_only():
             return self.stock.forward(self, input)
-        if self.inplace and input._is_view():  # autograd takes no custom in-place function on a view
+        if self.inplace and input._is_view():  # autograd rejects a custom in-place function on a view
             return self.stock.forward(self, input)
         return activate(input, self.activation(), self.inplace)
 
 
 class LeanReLU(LeanActivation, nn.ReLU):
-    """``nn.ReLU`` with one saved bit an element."""
+    """``nn.ReLU`` with one saved bit per element."""
 
     stock = nn.ReLU
 
@@ -63,7 +64,7 @@ class LeanReLU(LeanActivation, nn.ReLU):
 
 
 class LeanReLU6(LeanActivation, nn.ReLU6):
-    """``nn.ReLU6`` with one saved bit an element."""
+    """``nn.ReLU6`` with one saved bit per element."""
 
     stock = nn.ReLU6
 
@@ -72,7 +73,7 @@ class LeanReLU6(LeanActivation, nn.ReLU6):
 
 
 class LeanHardtanh(LeanActivation, nn.Hardtanh):
-    """``nn.Hardtanh`` with one saved bit an element."""
+    """``nn.Hardtanh`` with one saved bit per element."""
 
     stock = nn.Hardtanh
 
@@ -81,7 +82,7 @@ class LeanHardtanh(LeanActivation, nn.Hardtanh):
 
 
 class LeanLeakyReLU(LeanActivation, nn.LeakyReLU):
-    """``nn.LeakyReLU`` with one saved bit an element."""
+    """``nn.LeakyReLU`` with one saved bit per element."""
 
     stock = nn.LeakyReLU
 
@@ -90,7 +91,7 @@ class LeanLeakyReLU(LeanActivation, nn.LeakyReLU):
 
 
 class LeanHardsigmoid(LeanActivation, nn.Hardsigmoid):
-    """``nn.Hardsigmoid`` with one saved bit an element."""
+    """``nn.Hardsigmoid`` with one saved bit per element."""
 
     stock = nn.Hardsigmoid
 
@@ -99,7 +100,7 @@ class LeanHardsigmoid(LeanActivation, nn.Hardsigmoid):
 
 
 class LeanMaxPool(LeanLayer):
-    """A max-pool that saves the place in the window, one byte an element of its output."""
+    """A max-pool that saves the position in the window, one byte per output element."""
 
     def forward(self, input: Tensor) -> Tensor:
         if not isinstance(input, Tensor):
@@ -117,31 +118,31 @@ class LeanMaxPool(LeanLayer):
 
 
 class LeanMaxPool1d(LeanMaxPool, nn.MaxPool1d):
-    """``nn.MaxPool1d`` with one saved byte an element of the output."""
+    """``nn.MaxPool1d`` with one saved byte per output element."""
 
     stock = nn.MaxPool1d
 
 
 class LeanMaxPool2d(LeanMaxPool, nn.MaxPool2d):
-    """``nn.MaxPool2d`` with one saved byte an element of the output."""
+    """``nn.MaxPool2d`` with one saved byte per output element."""
 
     stock = nn.MaxPool2d
 
 
 class LeanMaxPool3d(LeanMaxPool, nn.MaxPool3d):
-    """``nn.MaxPool3d`` with one saved byte an element of the output."""
+    """``nn.MaxPool3d`` with one saved byte per output element."""
 
     stock = nn.MaxPool3d
 
 
 class _Window:
-    """Kernel, stride, padding and dilation of a pooling window, a number a dimension."""
+    """Kernel size, stride, padding and dilation of a pooling window, one number per dimension."""
 
     def __init__(self, kernel: list[int], stride: list[int], padding: list[int], dilation: list[int], ceil_mode: bool) -> None:
         self.kernel, self.stride, self.padding, self.dilation, self.ceil_mode = kernel, stride, padding, dilation, ceil_mode
 
     def first(self, way: int, size: int, device: torch.device) -> Tensor:
-        """Input position of each window's first tap along one dimension, shaped to broadcast over the positions."""
+        """Return the input position of each window's first tap along one dimension, shaped to broadcast over the positions."""
         first = torch.arange(size, device=device) * self.stride[way] - self.padding[way]
         return first.reshape(-1, *[1] * (len(self.kernel) - way - 1))
 
@@ -178,13 +179,13 @@ class _MaxPool(torch.autograd.Function):
             position = tap.mul_(window.dilation[way]).add_(window.first(way, dy.shape[2 + way], dy.device))
             index.add_(position.mul_(inner))
             inner *= ctx.shape[2 + way]
-        exact = torch.promote_types(dy.dtype, torch.float32)  # where windows overlap, sums of several
+        exact = torch.promote_types(dy.dtype, torch.float32)  # where windows overlap, several values are summed
         dx = torch.zeros(ctx.shape, dtype=exact, device=dy.device).flatten(2)
         return dx.scatter_add_(2, index.flatten(2), dy.flatten(2).to(exact)).view(ctx.shape).to(dy.dtype), None
 
 
 class LeanDropout(LeanLayer, nn.Dropout):
-    """``nn.Dropout`` that keeps at most one bit per element; mask and generator's state are those of the stock layer."""
+    """``nn.Dropout`` that saves at most one bit per element; mask and generator state are the stock layer's."""
 
     stock = nn.Dropout
 
@@ -198,7 +199,7 @@ class LeanDropout(LeanLayer, nn.Dropout):
 
 
 class _Dropout(torch.autograd.Function):
-    """Keeps the mask's bits, or on the CPU the generator's state where that is fewer bytes and draws the mask anew."""
+    """Saves the mask's bits, or on the CPU the generator's state, if that is smaller, to draw the mask again."""
 
     @staticmethod
     def forward(ctx: Any, x: Tensor, p: float) -> Tensor:
@@ -207,7 +208,7 @@ class _Dropout(torch.autograd.Function):
             y, kept = torch.native_dropout(x, p, True)
         else:
             state = torch.get_rng_state() if x.is_cpu and x.is_contiguous() else None
-            noise = F.dropout(torch.ones_like(x), p)  # torch's own draw: in which order it fills a map depends on the version
+            noise = F.dropout(torch.ones_like(x), p)  # torch's own draw, whose order depends on its version
             y = x * noise
             if state is not None and 8 * state.nbytes < x.numel():
                 ctx.save_for_backward(state)
@@ -232,7 +233,7 @@ class _Dropout(torch.autograd.Function):
 class LeanConv(LeanLayer, nn.modules.conv._ConvNd):
     """A convolution that is not adapted: saves nothing while its weight is frozen."""
 
-    backend: str = "auto"  # what its op is called with
+    backend: str = "auto"  # passed to its op
 
     def forward(self, input: Tensor) -> Tensor:
         if not isinstance(input, Tensor):
@@ -282,15 +283,15 @@ LEAN_CLASS: dict[type[nn.Module], type[LeanLayer]] = {
 
 COMPUTED_WEIGHT = "its weight is computed (weight_norm, spectral_norm), left alone"
 
-# layers that save what they see and have no lean form, by the module that defines them in torch.nn
+# modules of torch.nn whose layers save their input or output; reported where they have no lean form
 _SAVING = ("activation", "pooling", "dropout", "normalization", "instancenorm")
-_GLOBAL_POOL = (nn.AdaptiveAvgPool1d, nn.AdaptiveAvgPool2d, nn.AdaptiveAvgPool3d)  # to one position: a mean, saves nothing
+_GLOBAL_POOL = (nn.AdaptiveAvgPool1d, nn.AdaptiveAvgPool2d, nn.AdaptiveAvgPool3d)  # to size 1: a mean, saves nothing
 
 
 def make_lean(model: nn.Module, backend: str = "auto") -> dict[str, str]:
-    """Re-class every stock layer that has a lean form; returns names and reasons of those that have none.
+    """Re-class every stock layer that has a lean form; return names and reasons of those that have none.
 
-    ``backend`` is what the convolutions that are not adapted run on.
+    ``backend`` is for the convolutions that are not adapted.
     """
     left: dict[str, str] = {}
     for name, module in model.named_modules():
@@ -325,7 +326,7 @@ def _why_not_lean(module: nn.Module) -> str | None:
             return "a max-pool that returns its indices is left stock"
         dims = int(type(module).__name__[-2])
         if math.prod(_each(module.kernel_size, dims)) > 256:
-            return "a max-pool window of more than 256 places does not fit a byte, left stock"
+            return "a max-pool window of more than 256 positions does not fit a byte, left stock"
     if isinstance(module, nn.modules.conv._ConvNd) and "weight" not in module._parameters:
         return COMPUTED_WEIGHT
     if isinstance(module, nn.Dropout) and module.inplace:

@@ -1,53 +1,25 @@
-"""What was computed from a module's tensors and is kept beside the module, and the question whether these are still the same.
-
-Kept beside the modules and not in them: no state dict, pickle or copy has it, and it goes where the module dies.
-"""
+"""Staleness checks: whether the tensors that a cached value was computed from are unchanged."""
 
 from __future__ import annotations
 
 import ctypes
 import math
-import weakref
-from typing import Generic, TypeVar
 
 import torch
-from torch import Tensor, nn
-
-_Value = TypeVar("_Value")
-
-
-class Beside(Generic[_Value]):
-    """A value a module, by the module's id: a weak dictionary takes longer than all of the comparison."""
-
-    def __init__(self) -> None:
-        self._values: dict[int, tuple[_Value, weakref.ref[nn.Module]]] = {}
-
-    def get(self, module: nn.Module) -> _Value | None:
-        """The module's value, None where it has none."""
-        found = self._values.get(id(module))
-        return None if found is None else found[0]
-
-    def put(self, module: nn.Module, value: _Value) -> None:
-        """Keep a value until another one is put, it is dropped, or the module dies."""
-        values, key = self._values, id(module)
-        values[key] = (value, weakref.ref(module, lambda _: values.pop(key, None)))
-
-    def drop(self, module: nn.Module) -> None:
-        """Forget the module's value."""
-        self._values.pop(id(module), None)
+from torch import Tensor
 
 
 class Bytes:
-    """A small tensor's bytes: they tell an in-place change under ``.data`` too, which counts no version.
+    """All bytes of a small tensor: they also reveal an in-place change under ``.data``, which does not count a version.
 
-    Only of a tensor for which :meth:`readable`. An alias holds the memory, so that no other tensor comes to lie there.
+    Only for tensors that are :meth:`readable`. An alias keeps the memory allocated, so that no other tensor can take its place.
     """
 
     __slots__ = ("alias", "bytes", "memory")
 
     @staticmethod
     def readable(tensor: Tensor) -> bool:
-        """Whether the bytes lie in the CPU's memory without gaps."""
+        """Whether the tensor is contiguous in CPU memory."""
         return tensor.is_cpu and tensor.is_contiguous()
 
     def __init__(self, tensor: Tensor) -> None:
@@ -56,29 +28,32 @@ class Bytes:
         self.bytes = self.memory.raw
 
     def hold(self, tensor: Tensor) -> bool:
-        """Whether ``tensor`` is what it was: on the same memory, with the same sizes, strides and bytes."""
+        """Whether ``tensor`` is unchanged: same memory, sizes, strides and bytes."""
         return self.alias.is_set_to(tensor) and self.memory.raw == self.bytes
 
 
 class Sample:
-    """Values spread over a frozen tensor: they tell a write to the whole of it under ``.data`` or ``.numpy()``.
+    """A sample of a frozen tensor's values: it reveals a write to the whole tensor under ``.data`` or ``.numpy()``.
 
-    Comparing ``VALUES`` of them costs less than a microsecond, where all bytes of a wide layer cost a hundred. Only of a tensor
+    Comparing ``VALUES`` of them takes less than a microsecond; all bytes of a wide layer would take a hundred. Only for tensors
     on the CPU.
+
+    Args:
+        tensor: the tensor to watch.
+        every_value: compare all bytes of a large tensor too.
     """
 
     __slots__ = ("alias", "bytes", "values")
 
-    SMALL = 1024  # bytes: below, all of them are compared in as short a time
+    SMALL = 1024  # bytes: up to this size, comparing all of them takes no longer
     VALUES = 64
 
     def __init__(self, tensor: Tensor, every_value: bool) -> None:
-        """``every_value`` compares all bytes of a large tensor too."""
         self.alias = tensor.detach()
         integers = {2: torch.int16, 4: torch.int32, 8: torch.int64}[tensor.element_size()]
         flat = self.alias.view(integers)
         if tensor.ndim > 1 and tensor.nbytes > self.SMALL and not every_value:
-            if not tensor.is_contiguous():  # a channels-last kernel is dense too
+            if not tensor.is_contiguous():  # a channels-last weight is dense too
                 flat = flat.movedim(1, -1)
             if flat.is_contiguous():
                 flat = flat.view(-1)[:: self._stride(tensor)]
@@ -86,10 +61,10 @@ class Sample:
         self.bytes = self.values.tobytes()
 
     def hold(self, tensor: Tensor) -> bool:
-        """Whether ``tensor`` is what it was: on the same memory, with the same sizes and strides, and these values."""
+        """Whether ``tensor`` is unchanged: same memory, sizes and strides, and the same sampled values."""
         return self.alias.is_set_to(tensor) and self.values.tobytes() == self.bytes
 
     def _stride(self, tensor: Tensor) -> int:
-        """Coprime to the length of a row, so that the values do not all lie in the same columns."""
+        """Return a stride that is coprime to the length of a row, so that the sample covers all columns."""
         row = tensor[0].numel()
         return next(stride for stride in range(tensor.numel() // self.VALUES, 0, -1) if math.gcd(stride, row) == 1)

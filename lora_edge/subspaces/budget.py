@@ -1,6 +1,6 @@
-"""A budget of trained parameters, and how it is spread over the layers as ranks.
+"""Spread a budget of trained parameters over the layers as ranks.
 
-One more rank of a layer costs ``O`` parameters, a column of its core, and gains the energy of the layer's next direction.
+One more rank costs a layer ``O`` parameters, a column of its core, and gains the energy of the layer's next direction.
 """
 
 from __future__ import annotations
@@ -9,23 +9,23 @@ import re
 
 from torch import Tensor, nn
 
-MOST_RANK = 16  # of a layer: what the kernels take
-CORE_BYTES = 4  # of a parameter: cores are float32
+MOST_RANK = 16  # of a layer: the highest that the kernels support
+CORE_BYTES = 4  # per parameter: cores are float32
 _UNITS = {"b": 1, "kb": 1_000, "mb": 1_000_000}
 _FORM = re.compile(r"\s*(\d+(?:\.\d*)?|\.\d+)\s*(%|[km]?b)\s*", re.IGNORECASE)
 
 
 def parse_budget(params: object, model: nn.Module) -> int:
-    """The number of trained parameters that ``params`` allows.
+    """Return the number of trained parameters that ``params`` allows.
 
     Args:
-        params: ``"0.5%"`` of the model's parameters, ``"20kB"`` of cores at 4 bytes a parameter (B, kB or MB, decimal), or an
+        params: ``"0.5%"`` of the model's parameters, ``"20kB"`` of cores at 4 bytes per parameter (B, kB or MB, decimal), or an
             int, the number itself.
         model: the base model.
 
     Raises:
-        TypeError: ``params`` is neither a string nor an int (a bool is none).
-        ValueError: it has another form, or is not above zero, or is more than all parameters.
+        TypeError: ``params`` is neither a string nor an int; bool is rejected.
+        ValueError: it has another form, is not above zero, or exceeds the number of all parameters.
     """
     forms = 'give a share as "0.5%", bytes as "20kB", or a number of parameters'
     if isinstance(params, bool) or not isinstance(params, (int, str)):
@@ -45,15 +45,15 @@ def parse_budget(params: object, model: nn.Module) -> int:
 
 
 def spread_ranks(energies: dict[str, Tensor], costs: dict[str, int], budget: int) -> dict[str, int]:
-    """Ranks that gain the most energy for the budget, by name; a layer that gets none is not in it.
+    """Return, by name, the ranks that gain the most energy for the budget; a layer that gets none is missing.
 
-    Every layer with any energy has rank 1 where the budget holds that. Then, one rank at a time, the layer is next whose next
-    direction gains the most energy a parameter, as long as its column fits.
+    Every layer with any energy first gets rank 1 if the budget allows that for all. Then ranks are given one at a time to the
+    layer whose next direction gains the most energy per parameter, as long as its column fits.
 
     Args:
-        energies: gain ``(most rank,)`` of each further rank, by layer.
-        costs: parameters of one rank: the output channels ``O``.
-        budget: parameters in all.
+        energies: by layer, the gain ``(highest rank,)`` of each further rank.
+        costs: by layer, the parameters of one rank: its output channels ``O``.
+        budget: total number of parameters.
 
     Raises:
         ValueError: no layer has any energy, or the budget is below the smallest core.
@@ -74,6 +74,6 @@ def spread_ranks(energies: dict[str, Tensor], costs: dict[str, int], budget: int
         fits = [name for name, rank in ranks.items() if rank < len(gains[name]) and costs[name] <= left]
         if not fits:
             return {name: rank for name, rank in ranks.items() if rank}
-        best = max(fits, key=lambda name: gains[name][ranks[name]] / costs[name])  # of equal ones the first layer
+        best = max(fits, key=lambda name: gains[name][ranks[name]] / costs[name])  # the first layer if several are equal
         ranks[best] += 1
         left -= costs[best]

@@ -1,14 +1,14 @@
-"""The dense weight gradient ``dW (O, I/g, *K)`` of every layer, seen through thin matrices: it is never kept, and never whole.
+"""Products of every layer's dense weight gradient ``dW (O, I/g, *K)`` with thin matrices; ``dW`` itself is never formed.
 
 Both products are gradients of the adapted layer ``W + B S`` itself:
 
-    dW S^T    the gradient to the core where ``B = 0``: a training step, in its memory and its time
-    B^T dW    the gradient to the suffix where ``S = 0``; it needs the layers' inputs, so it is taken in micro-batches
+    dW S^T    the gradient of the core where ``B = 0``: takes the memory and time of a training step
+    B^T dW    the gradient of the suffix where ``S = 0``: it needs the layers' inputs, so it runs in micro-batches
 
-One pass gives the leading right singular directions: those of ``B^T dW`` for a random orthonormal ``B`` are near them (Halko,
-Martinsson and Tropp, SIAM Review 2011, section 4), and are the same where ``B`` is square. On T-ResNet the first two catch .98
-of the energy that the exact ones catch. Both products run on a twin of the model that shares its weights: the model is not
-touched.
+One pass gives the leading right singular directions: those of ``B^T dW`` for a random orthonormal ``B`` are close to them
+(Halko, Martinsson and Tropp, SIAM Review 2011, section 4), and are equal to them if ``B`` is square. On T-ResNet the first two
+capture .98 of the energy that the exact ones capture. Both products run on a copy of the model that shares its weights; the
+model is not changed.
 """
 
 from __future__ import annotations
@@ -21,36 +21,38 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from lora_edge import calibration
+from lora_edge.error_text import first_line
 from lora_edge.nn import blocks, frozen_bn, lean
-from lora_edge.nn.layers import ADAPTED_CLASS, LoRAEdgeConv, attach
+from lora_edge.nn.bn_statistics import batch_norms
+from lora_edge.nn.layers import ADAPTED_CLASS, LoRAEdgeConv, add_core
 from lora_edge.subspaces.inputs import whole_rows
 from lora_edge.subspaces.samples import Sample
 from lora_edge.tt import contract_suffix
 
-MICRO_BATCHES = 3  # of a batch where all layers' inputs are saved: on W1 to W3 within twice a training step's bytes
-OVERSAMPLING = 32  # at least so many rows of a sketch beyond the rank asked for, where the layer has as many channels
+MICRO_BATCHES = 3  # per batch when all layers' inputs are saved: on W1 to W3 at most twice a training step's bytes
+OVERSAMPLING = 32  # at least so many rows of a sketch beyond the requested rank, if the layer has as many channels
 
 
 def leading_gradients(
     model: nn.Module, names: Sequence[str], rank: int, samples: list[Sample], backend: str = "auto"
 ) -> dict[str, Tensor]:
-    """``B^T dW (q, I/g, *K)`` of each named convolution by the root of ``O / q``, on the CPU: about the norm of ``dW``.
+    """Return ``sqrt(O / q) B^T dW (q, I/g, *K)`` of each named convolution, on the CPU; its norm is about that of ``dW``.
 
-    ``B (O, q)`` is random and orthonormal, ``q`` above ``rank`` or all of ``O``. The loss is the cross-entropy, BatchNorm is on
+    ``B (O, q)`` is random and orthonormal; ``q`` exceeds ``rank``, or is ``O``. The loss is the cross-entropy, BatchNorm uses
     its running statistics and dropout is off.
 
     Args:
+        model: the base model.
         names: dotted names of stock convolutions.
-        rank: how many singular directions are to be precise.
+        rank: number of singular directions that must be precise.
         samples: from :func:`lora_edge.subspaces.samples.few_samples`.
-        backend: what the layers run on that are not named; no kernel has the gradient to a suffix.
+        backend: of the layers that are not named; no kernel computes the gradient of a suffix.
 
     Raises:
-        ValueError: the loss or a gradient is NaN or Inf, or the gradient is zero in every layer; the message says which.
+        ValueError: the loss or a gradient is NaN or Inf, or the gradient is zero in every layer.
         RuntimeError: the model cannot be copied.
     """
-    generator = torch.Generator().manual_seed(0)  # of its own: torch's is the user's
+    generator = torch.Generator().manual_seed(0)  # a separate one: torch's own belongs to the user
     zeros, bases = {}, {}
     for name in names:
         weight: Tensor = model.get_submodule(name).weight  # type: ignore[assignment]
@@ -69,17 +71,19 @@ def leading_gradients(
 def captured_energies(
     model: nn.Module, suffixes: dict[str, list[Tensor]], samples: list[Sample], backend: str = "auto"
 ) -> dict[str, Tensor]:
-    """``|dW v_q|^2`` for each row ``v_q`` of the suffix, orthonormalised in order: what the row can catch of the gradient.
+    """Return ``|dW v_q|^2`` for each row ``v_q`` of the suffix, orthonormalised in order: the gradient energy it can capture.
 
     Args:
-        suffixes: name of a convolution and its frozen cores ``[G2, ..., Gd]``.
+        model: the base model.
+        suffixes: frozen cores ``[G2, ..., Gd]`` by the convolution's name.
         samples: from :func:`lora_edge.subspaces.samples.few_samples`.
+        backend: of the model's layers.
 
     Returns:
         Energies ``(r1,)`` by name, float64.
 
     Raises:
-        as :func:`leading_gradients`.
+        ValueError, RuntimeError: as for :func:`leading_gradients`.
     """
     directions = {}
     for name, cores in suffixes.items():
@@ -103,7 +107,7 @@ def _gradients(
     samples: list[Sample],
     backend: str,
 ) -> dict[str, Tensor]:
-    """Gradient of the mean cross-entropy to every layer's core or suffix. One of the two is zero: the output is the base's."""
+    """Return the gradient of the mean cross-entropy for every core or suffix, as ``wanted``; the other of the two is zero."""
     twin = _twin(model)
     for module in twin.modules():
         module.training = False
@@ -111,12 +115,13 @@ def _gradients(
     for name, suffix in suffixes.items():
         layer: Any = twin.get_submodule(name)
         layer.__class__ = ADAPTED_CLASS[type(layer)]
-        attach(layer, suffix, cores[name], backend="torch" if wanted == "suffix" else backend)  # no kernel has that gradient
+        # no kernel computes the gradient of a suffix
+        add_core(layer, suffix, cores[name], backend="torch" if wanted == "suffix" else backend)
         layer.core.requires_grad_(wanted == "core")
         layer.suffix.requires_grad_(wanted == "suffix")
         layer.trains_suffix = wanted == "suffix"
         layers[name] = layer
-    for _, norm in calibration.batch_norms(twin):
+    for _, norm in batch_norms(twin):
         if frozen_bn.why_not_frozen(norm) is None:
             frozen_bn.freeze_bn(norm, lean=True)
     lean.make_lean(twin, backend)
@@ -143,10 +148,10 @@ def _gradients(
 
 
 def _summed_cross_entropy(model: nn.Module, x: Tensor, y: Tensor) -> Tensor:
-    """The cross-entropy, summed over the samples ``x (N, ...)`` of classes ``y (N,)``, in float32 or better.
+    """Return the cross-entropy, summed over the samples ``x (N, ...)`` of classes ``y (N,)``, in float32 or better.
 
     Raises:
-        ValueError: the model's output is no tensor, does not go with ``y``, or the loss is NaN or Inf.
+        ValueError: the model's output is not a tensor or does not fit ``y``, or the loss is NaN or Inf.
     """
     logits = model(x)
     if not isinstance(logits, Tensor):
@@ -154,7 +159,7 @@ def _summed_cross_entropy(model: nn.Module, x: Tensor, y: Tensor) -> Tensor:
     try:
         loss = F.cross_entropy(logits.to(torch.promote_types(logits.dtype, torch.float32)), y, reduction="sum")
     except (RuntimeError, IndexError, ValueError) as error:
-        why = str(error).splitlines()[0]
+        why = first_line(error)
         raise ValueError(
             f"batches: no cross-entropy of output {tuple(logits.shape)} and y {tuple(y.shape)} {y.dtype} ({why}); "
             "give pairs (x, y) of inputs and classes"
@@ -165,18 +170,17 @@ def _summed_cross_entropy(model: nn.Module, x: Tensor, y: Tensor) -> Tensor:
 
 
 def _twin(model: nn.Module) -> nn.Module:
-    """A copy of the model with modules and flags of its own that shares the weights' memory."""
+    """Return a copy of the model with separate modules and flags that shares the weights' memory."""
     shared: dict[int, Any] = {}
     for module in model.modules():
         shared.update(
             {id(p): nn.Parameter(p.detach(), requires_grad=False) for p in module._parameters.values() if p is not None}
         )
-        # a computed weight of torch.nn.utils.weight_norm is no leaf, which deepcopy does not take
+        # a weight computed by torch.nn.utils.weight_norm is not a leaf, which deepcopy rejects
         shared.update({id(value): value.detach() for value in module.__dict__.values() if isinstance(value, Tensor)})
     try:
         return copy.deepcopy(model, shared)
     except Exception as error:
-        why = str(error).splitlines()[0] if str(error) else type(error).__name__
         raise RuntimeError(
-            f'the model cannot be copied, which the gradient pass needs ({why}); use subspace="weight"'
+            f'the model cannot be copied, which the gradient pass needs ({first_line(error)}); use subspace="weight"'
         ) from None

@@ -1,11 +1,11 @@
-"""Which frozen suffix a layer adapts in: the rows of ``S`` span the directions that the update may use.
+"""The frozen suffix of a layer: the rows of ``S`` span the directions that the update may use.
 
-One function a subspace. Each returns the frozen cores ``[G2, ..., Gd]`` of one layer in float32 on the CPU (float64 for a
-float64 weight), scaled already.
+There is one function per subspace. Each returns the frozen cores ``[G2, ..., Gd]`` of one layer, already scaled, in float32 on
+the CPU (float64 for a float64 weight).
 
-No row of a suffix is zero, because a row of zeros never lets its column of the core learn. Where the kernel has no direction
-left (it is all zero, as the last layer of a branch often is at the start, or its rank is below the one asked for), the row is a
-random direction at right angles to the others: always the same one for a shape, with the norm of :func:`common_norm` in either
+No row of a suffix is zero, because its column of the core could then never learn. If the weight has no direction left (it is
+all zero, as the last layer of a branch often is at the start, or its rank is below the requested one), the row is a random
+direction orthogonal to the others: the same one for every weight of that shape, with the norm of :func:`common_norm` in either
 scaling.
 """
 
@@ -17,21 +17,21 @@ from torch import Tensor
 from lora_edge.tt import contract_suffix, tt_svd
 
 SCALINGS = ("balanced", "paper")
-FROM_BATCHES = ("input", "gradient")  # made of target batches, so they need some
+FROM_BATCHES = ("input", "gradient")  # made from target batches, which must be given
 SUBSPACES = ("weight", *FROM_BATCHES, "auto")
-FRESH_NORM = 3**-0.5  # of a filter that torch initialises: fan-in entries from U(-1/sqrt(fan-in), 1/sqrt(fan-in))
-FILL = 1e-5  # size of the weight's rows beside others: above float32's noise, too small to turn them
+FRESH_NORM = 3**-0.5  # of a filter as torch initialises it: fan-in entries from U(-1/sqrt(fan-in), 1/sqrt(fan-in))
+FILL = 1e-5  # size of filling rows relative to the others: above float32's noise, too small to rotate them
 
 
 def weight_suffix(weight: Tensor, rank: int, scaling: str = "balanced") -> list[Tensor]:
-    """Frozen cores from the TT-SVD of the pre-trained weight: the paper's subspace.
+    """Return the frozen cores from the TT-SVD of the pre-trained weight: the paper's subspace.
 
     Args:
-        weight: pre-trained kernel ``(O, I/g, *K)``.
+        weight: pre-trained weight ``(O, I/g, *K)``.
         rank: cap of every bond.
-        scaling: ``"paper"`` leaves the singular values in the rows, so the row norms are the singular values, but for rows
-            beyond the kernel's rank; ``"balanced"`` gives all rows the norm of :func:`common_norm`, for which one learning
-            rate serves every layer and rank.
+        scaling: ``"paper"`` leaves the singular values in the rows, so the row norms are the singular values, except for rows
+            beyond the weight's rank; ``"balanced"`` gives all rows the norm of :func:`common_norm`, so that one learning rate
+            works for every layer and rank.
 
     Returns:
         ``[G2 (r1, I/g, r2), ..., Gd (r_{d-1}, K_last, 1)]``.
@@ -51,13 +51,13 @@ def weight_suffix(weight: Tensor, rank: int, scaling: str = "balanced") -> list[
 
 
 def gradient_suffix(weight: Tensor, gradient: Tensor, rank: int, scaling: str = "balanced") -> list[Tensor]:
-    """Frozen cores from the TT-SVD of the dense weight gradient: its leading right singular directions.
+    """Return the frozen cores from the TT-SVD of the dense weight gradient: its leading right singular directions.
 
-    Where the gradient has a lower rank than is asked for, as behind a pooled layer with few classes, the weight's leading
-    directions take the rows that are left.
+    If the gradient's rank is below the requested one, as after a pooled layer with few classes, the weight's leading directions
+    fill the remaining rows.
 
     Args:
-        weight: pre-trained kernel ``(O, I/g, *K)``.
+        weight: pre-trained weight ``(O, I/g, *K)``.
         gradient: ``dW``, or ``Q^T dW (q, I/g, *K)`` of :func:`lora_edge.subspaces.gradient.leading_gradients`, which has the
             same suffix.
         rank, scaling: as for :func:`weight_suffix`.
@@ -76,14 +76,14 @@ def gradient_suffix(weight: Tensor, gradient: Tensor, rank: int, scaling: str = 
 
 
 def suffix_along(weight: Tensor, rows: Tensor, rank: int, scaling: str = "balanced") -> list[Tensor]:
-    """Frozen cores from the TT-SVD of other rows than the weight's own, such as those of
+    """Return the frozen cores from the TT-SVD of given rows instead of the weight, such as those of
     :func:`lora_edge.subspaces.inputs.leading_inputs`.
 
-    The weight's leading directions take what the rows leave: without one a row of the core could not learn. The suffix has the
-    norm that the weight's own suffix has, so that a learning rate does not depend on how large the rows are.
+    The weight's leading directions fill what the rows leave, because a column of the core without a direction could not learn.
+    The suffix has the norm of the weight's own suffix, so that the learning rate does not depend on the size of the rows.
 
     Args:
-        weight: pre-trained kernel ``(O, I/g, *K)``.
+        weight: pre-trained weight ``(O, I/g, *K)``.
         rows: ``(q, I/g, *K)``, finite; if all are zero the suffix is the weight's own.
         rank, scaling: as for :func:`weight_suffix`.
 
@@ -97,7 +97,7 @@ def suffix_along(weight: Tensor, rows: Tensor, rank: int, scaling: str = "balanc
     own = contract_suffix(weight_suffix(weight.detach().cpu().to(torch.float64), rank, scaling))
     size = own.norm()
     rows = torch.cat([exact / exact.norm(), FILL * own / size])
-    if len(rows) > len(weight):  # a bond holds no more than O
+    if len(rows) > len(weight):  # a bond is at most O
         _, energy, directions = torch.linalg.svd(rows.flatten(1), full_matrices=False)
         rows = (energy[:, None] * directions)[: len(weight)].unflatten(1, rows.shape[1:])
     cores = weight_suffix(rows, rank, scaling)
@@ -107,13 +107,13 @@ def suffix_along(weight: Tensor, rows: Tensor, rank: int, scaling: str = "balanc
 
 
 def row_energies(tensor: Tensor, rank: int) -> Tensor:
-    """Energy ``(r1,)`` of each suffix row of a weight or gradient ``(O, I/g, *K)``: its squared singular value, in float64."""
+    """Return the energy ``(r1,)`` of each suffix row of a weight or gradient ``(O, I/g, *K)``: its squared norm, in float64."""
     rows = contract_suffix(tt_svd(tensor.detach().cpu().to(torch.float64), rank)[1:])
     return rows.flatten(1).square().sum(dim=1)
 
 
 def weight_energies(weight: Tensor, rank: int) -> Tensor:
-    """As :func:`row_energies`; a kernel of zeros has a fresh one's energy, evenly in all directions, so that it can learn."""
+    """As :func:`row_energies`; a weight of zeros counts as a freshly initialised one, evenly in all directions."""
     energies = row_energies(weight, rank)
     if bool(energies.count_nonzero()):
         return energies
@@ -122,51 +122,51 @@ def weight_energies(weight: Tensor, rank: int) -> Tensor:
 
 
 def common_norm(weight: Tensor, rank: int) -> float:
-    """The norm of a balanced suffix row: a filter's, ``|W| / sqrt(O)`` by root mean square, over ``sqrt(2 r1)``.
+    """Return the norm of a balanced suffix row: the root-mean-square filter norm ``|W| / sqrt(O)``, divided by ``sqrt(2 r1)``.
 
-    A kernel of zeros counts as a fresh one: with the norm that torch's own initialisation gives a filter.
+    A weight of zeros counts as a freshly initialised one, with the filter norm of torch's own initialisation.
 
-    The first step of Adam moves each entry of the core by the learning rate. The rows of a TT-SVD are orthogonal (but for
-    what the later bonds cut off), so an output channel's update has ``rate * sqrt(r1)`` times a row's norm: with this one,
-    ``rate / sqrt(2)`` of a filter of the layer's usual norm, whatever the layer's width, kernel, fan-in and rank. The 2 is
-    only the unit of the rate: at rank 2 a row has half a filter's norm. (Source: after muP, Yang et al. 2022, arXiv
-    2203.03466, for the core alone. If the rows' responses all added up, ``1 / r1`` would be the law; the rates by rank in
-    README.md say that they do not.)
+    Adam's first step moves each entry of the core by the learning rate. The rows of a TT-SVD are orthogonal (apart from what
+    the later bonds truncate), so the norm of an output channel's update is ``rate * sqrt(r1)`` times a row's norm: with this
+    norm, ``rate / sqrt(2)`` of the layer's usual filter norm, whatever its width, kernel size, fan-in and rank. The 2 only sets
+    the unit of the rate: at rank 2 a row has half a filter's norm. (Source: after muP, Yang et al. 2022, arXiv 2203.03466, for
+    the core alone. If the rows' responses all added up, the law would be ``1 / r1``; the rates by rank in the results show that
+    they do not.)
 
-    A step of SGD is ``dW`` seen by the unit rows, times the rate and the square of this norm: fine-tuning's own step in the
-    subspace at ``|W|^2 / (2 O r1)`` of its rate, so there a rate does not carry over from layer to layer and rank to rank.
+    A step of SGD is ``dW`` projected on the unit rows, times the rate and the square of this norm: fine-tuning's own step in
+    the subspace at ``|W|^2 / (2 O r1)`` of its rate. So with SGD a rate does not transfer between layers and ranks.
     """
     filter_norm = float(weight.norm()) / weight.shape[0] ** 0.5
     return (FRESH_NORM if _is_zero(weight) else filter_norm) / (2 * rank) ** 0.5
 
 
 def _is_zero(weight: Tensor) -> bool:
-    """Whether a kernel is zero to float32 precision, beside one that torch initialises."""
+    """Whether a weight is zero to float32 precision, compared with one that torch initialises."""
     return float(weight.norm()) < torch.finfo(torch.float32).eps * FRESH_NORM * weight.shape[0] ** 0.5
 
 
 def balance(cores: list[Tensor], norm: float, which: Tensor) -> list[Tensor]:
-    """Scale the first bond of ``G2`` so that each row of the suffix for which ``which (r1,)`` is true has this norm."""
+    """Scale the first bond of ``G2`` so that each suffix row for which ``which (r1,)`` is true has the given norm."""
     rows = contract_suffix(cores).flatten(1).norm(dim=1)
     factor = torch.where(which, norm / rows, torch.ones_like(rows))
     return [cores[0] * factor[:, None, None], *cores[1:]]
 
 
 def _live(cores: list[Tensor]) -> Tensor:
-    """Which rows ``(r1,)`` of the suffix have a direction of their own: more than float32's rounding of the largest one."""
+    """Return which rows ``(r1,)`` of the suffix have a direction: a norm above float32's rounding of the largest one."""
     rows = contract_suffix(cores).flatten(1).norm(dim=1)
     return rows > rows.max() * torch.finfo(torch.float32).eps
 
 
 def _filled(cores: list[Tensor], live: Tensor, rank: int) -> list[Tensor]:
-    """The cores with random directions, orthogonal to the others as far as the later bonds allow, in the rows without one."""
+    """Fill the rows without a direction with random ones, orthogonal to the others as far as the later bonds allow."""
     rows = contract_suffix(cores)
     flat = rows.flatten(1).clone()
-    generator = torch.Generator().manual_seed(0)  # of its own: torch's is the user's
+    generator = torch.Generator().manual_seed(0)  # a separate one: torch's own belongs to the user
     random = torch.randn(flat.shape[1], int((~live).sum()), generator=generator, dtype=flat.dtype)
     own = torch.linalg.qr(flat[live].T)[0]
     directions = torch.linalg.qr(random - own @ (own.T @ random))[0]
     least = float(flat[live].norm(dim=1).min()) if bool(live.any()) else 1.0
-    flat[~live] = FILL * least * directions.T  # small, so that the later bonds keep what the kernel's own rows need
+    flat[~live] = FILL * least * directions.T  # small, so that the later bonds keep what the weight's own rows need
     first, *rest = tt_svd(flat.reshape(-1, *rows.shape[2:]), rank)
     return [first.reshape(*rows.shape[:2], -1), *rest]

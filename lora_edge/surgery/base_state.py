@@ -1,10 +1,10 @@
-"""The base model's own values while it is adapted: what is remembered at ``adapt``, and what has changed since.
+"""The base model's own values while it is adapted: what ``adapt`` remembers, and what has changed since.
 
-Every tensor of the base's state dict has a digest. Those that may move in training have a copy on the CPU too, because
+Every tensor of the base's state dict has a digest. Those that may move in training also have a copy on the CPU, because
 ``disabled`` and the fingerprint need their base values: buffers of up to ``COPY_BYTES`` (statistics, counters, a spectral
-norm's vectors), one-dimensional parameters (BatchNorm's scale and shift, biases) and the trained head. What has a copy or is
-trained may change and is saved with the adapter; a frozen weight that changes is refused by name, unless it moved by rounding
-alone (:mod:`lora_edge.surgery.sketch`), for which the base's value is right.
+norm's vectors), one-dimensional parameters (BatchNorm's scale and shift, biases) and the trained head. A tensor that has a copy
+or is trained may change and is saved with the adapter. A frozen weight that changes is refused by name, unless it moved by
+rounding alone (:mod:`lora_edge.surgery.rounding`); then the base's value stands for it.
 """
 
 from __future__ import annotations
@@ -19,15 +19,15 @@ from dataclasses import dataclass, field
 import torch
 from torch import Tensor, nn
 
-from lora_edge import calibration
 from lora_edge.environment.torch_private import non_persistent_buffers
+from lora_edge.nn.bn_statistics import STATISTICS, base_statistics, batch_norms, forget_statistics, remember_statistics
 from lora_edge.nn.frozen_bn import FrozenNorm
 from lora_edge.nn.layers import LoRAEdgeConv
 from lora_edge.nn.reparametrised import added_tensors
-from lora_edge.surgery.find import AdaptState, adapt_state
-from lora_edge.surgery.sketch import moved_by_rounding, sketch
+from lora_edge.surgery.adapted import AdaptState, adapt_state
+from lora_edge.surgery.rounding import moved_by_rounding, sketch
 
-COPY_BYTES = 64 * 1024  # of a buffer; a larger one, such as a memory bank, has its digest alone
+COPY_BYTES = 64 * 1024  # of a buffer; a larger one, such as a memory bank, has only a digest
 
 
 @dataclass
@@ -35,9 +35,9 @@ class Changes:
     """What training changed beside the cores.
 
     Attributes:
-        values: name and current value of each changed tensor, under every name it has in the state dict.
-        unknown: names whose base value is not kept, or that the base does not have; :func:`lora_edge.disabled` needs them.
-        gone: names of the base that are no longer there.
+        values: current value of each changed tensor, under every name that it has in the state dict.
+        unknown: names whose base value is not kept, or that the base does not have; :func:`lora_edge.disabled` would need them.
+        gone: names in the base that no longer exist.
     """
 
     values: dict[str, Tensor] = field(default_factory=dict)
@@ -46,7 +46,7 @@ class Changes:
 
 
 def fingerprint_state(state: dict[str, Tensor]) -> str:
-    """SHA-256 over names, dtypes, shapes and values of a plain state dict, in the order of the names."""
+    """Return the SHA-256 over names, dtypes, shapes and values of a plain state dict, in the order of the names."""
     digest = hashlib.sha256()
     for name in sorted(state):
         value = state[name]
@@ -56,34 +56,37 @@ def fingerprint_state(state: dict[str, Tensor]) -> str:
 
 
 def fingerprint(model: nn.Module, without: Iterable[str] = ()) -> str:
-    """SHA-256 over names, dtypes, shapes and values of the base model's state, adapted or not.
+    """Return the SHA-256 over names, dtypes, shapes and values of the base model's state, adapted or not.
 
-    The update and whatever else may move (a trained head, buffers) do not count: the base's own values stand in for them.
+    The update is left out; for whatever else may move (a trained head, buffers) the base's own values are used.
 
     Args:
-        without: names that do not count at all.
+        model: the model, adapted or not.
+        without: names to leave out.
     """
     state = base_state(model)
     return fingerprint_state({name: value for name, value in state.items() if name not in set(without)})
 
 
 def base_state(model: nn.Module) -> dict[str, Tensor]:
-    """The base model's state dict as far as its values are kept; where they are not, the current ones."""
+    """Return the base model's state dict: its own values where they are kept, otherwise the current ones."""
     state = _own_state(model)
     for name, module in model.named_modules(remove_duplicate=False):
-        for key, value in calibration.base_statistics(module).items():
+        for key, value in base_statistics(module).items():
             state[join(name, key)] = value
     adapted = adapt_state(model)
     if adapted is None:
         return state
-    known = adapted.digests.keys() or state.keys()  # what came since, such as a buffer that was None, is not the base's
+    known = adapted.digests.keys() or state.keys()  # what was added since, such as a buffer that was None, is not the base's
     return {name: value for name, value in {**state, **adapted.base_values}.items() if name in known}
 
 
 def remember(model: nn.Module, state: AdaptState, keep: Iterable[str] = ()) -> None:
-    """Take the model's present base values as the base's: digests, copies and the fingerprint.
+    """Store the model's current base values in ``state``: digests, copies and the fingerprint.
 
     Args:
+        model: the base model.
+        state: where they are stored.
         keep: names whose values are copied whatever their size and kind, such as the trained head's.
     """
     base, keep = base_state(model), set(keep)
@@ -103,14 +106,14 @@ def remember(model: nn.Module, state: AdaptState, keep: Iterable[str] = ()) -> N
 
 
 def renew_base(model: nn.Module, state: AdaptState) -> None:
-    """Where ``load_state_dict`` brought another base's weights, take the present values as the base's."""
+    """Take the current values as the base's if ``load_state_dict`` loaded another base's weights."""
     layers = [m for m in model.modules() if isinstance(m, LoRAEdgeConv)]
     if not any(layer.base_replaced for layer in layers):
         return
-    for _, norm in calibration.batch_norms(model):
-        if calibration.base_statistics(norm):
-            calibration.forget_statistics(norm)
-            calibration.remember_statistics(norm)
+    for _, norm in batch_norms(model):
+        if base_statistics(norm):
+            forget_statistics(norm)
+            remember_statistics(norm)
     state.base_values, state.replaced = {}, []
     remember(model, state, parameter_names(model, state.head))
     for layer in layers:
@@ -118,7 +121,7 @@ def renew_base(model: nn.Module, state: AdaptState) -> None:
 
 
 def parameter_names(model: nn.Module, module: str | None) -> list[str]:
-    """Every name in the model of every parameter of the named module, also those under which another module has it."""
+    """Return every name in the model of the named module's parameters, including those under which other modules share them."""
     if module is None:
         return []
     own = {id(p) for p in model.get_submodule(module).parameters()}
@@ -126,10 +129,10 @@ def parameter_names(model: nn.Module, module: str | None) -> list[str]:
 
 
 def changes(model: nn.Module, state: AdaptState) -> Changes:
-    """What differs from the base beside the cores.
+    """Return what differs from the base beside the cores; it holds only what may change.
 
     Raises:
-        RuntimeError: a frozen tensor was changed; says which. Only what may change is in the result.
+        RuntimeError: a frozen tensor was changed; the message names it.
     """
     found = Changes()
     rounded: list[str] = []
@@ -143,7 +146,7 @@ def changes(model: nn.Module, state: AdaptState) -> Changes:
         may_move = name in buffers and (was is not None or _owner_stays(model, name, state))
         if not (may_move or name in trained or name in state.base_values):
             if was is not None and _is_rounding(value, was, state.sketches.get(name)):
-                rounded.append(name)  # the base's value stands for it
+                rounded.append(name)  # the base's value is used for it
                 continue
             raise RuntimeError(f"{_how(name, value, was)}; keep it frozen, or merge and save the whole model")
         found.values[name] = value
@@ -152,11 +155,11 @@ def changes(model: nn.Module, state: AdaptState) -> Changes:
     if rounded:
         warnings.warn(
             f"{len(rounded)} frozen tensors, such as {rounded[0]}, moved by rounding, as in an average of the weights; the "
-            "adapter belongs to the base's own values",
+            "adapter is saved for the base's own values",
             UserWarning,
             stacklevel=3,
         )
-    strange = {name.rpartition(".")[0] for name in found.unknown}  # modules that were put in since, or trained whole
+    strange = {name.rpartition(".")[0] for name in found.unknown}  # modules that were added since, or trained whole
     for name in found.values:
         if name not in found.unknown and name not in buffers and name.rpartition(".")[0] in strange:
             found.unknown.append(name)
@@ -164,16 +167,16 @@ def changes(model: nn.Module, state: AdaptState) -> Changes:
     for name in found.gone:
         parent = name.rpartition(".")[0]
         if not any(other.startswith(f"{parent}.") if parent else other for other in found.unknown):
-            raise RuntimeError(f"the frozen part of the model was changed since adapt: {name} is gone; put it back, or merge")
+            raise RuntimeError(f"the frozen part of the model changed since adapt: {name} is missing; put it back, or merge")
     return found
 
 
 @contextmanager
 def on_base_values(model: nn.Module, state: AdaptState) -> Iterator[None]:
-    """Inside, every tensor that may move has the base's value; afterwards it is the object it was.
+    """Give every tensor that may move the base's value inside; afterwards each is the same object as before.
 
     Raises:
-        RuntimeError: something was changed whose base value is not kept; says what.
+        RuntimeError: something was changed whose base value is not kept; the message names it.
     """
     _check_known(model, state)
     buffers: dict[tuple[int, str], tuple[nn.Module, Tensor | None]] = {}
@@ -197,9 +200,9 @@ def on_base_values(model: nn.Module, state: AdaptState) -> Iterator[None]:
             elif key in module._buffers and (id(module), key) not in buffers:
                 current = module._buffers[key]
                 if isinstance(module, FrozenNorm) and current is not None and _equal(current, base):
-                    continue  # it does not move, and what was made of it stays valid
+                    continue  # it did not move, and what is cached for it stays valid
                 buffers[id(module), key] = (module, current)
-                # the copy takes what a forward inside writes, so that nothing of it stays
+                # a copy, so that what a forward inside writes is discarded
                 module._buffers[key] = _as(base, current, base.device if current is None else current.device).clone()
         yield
     finally:
@@ -210,14 +213,14 @@ def on_base_values(model: nn.Module, state: AdaptState) -> Iterator[None]:
 
 
 def back_to_base(model: nn.Module, state: AdaptState) -> None:
-    """Give everything that moved its base value, as far as it is kept."""
+    """Restore the base value of everything that moved, as far as it is kept."""
     for module, key in _absent_buffers(model, state):
         module._buffers[key] = None
     set_values(model, state.base_values)
 
 
 def set_values(model: nn.Module, values: dict[str, Tensor]) -> None:
-    """Write tensors by their names in the state dict, in place where shape and dtype agree; a buffer may take a new shape."""
+    """Write tensors by their names in the state dict, in place if shape and dtype agree; a buffer may get a new shape."""
     modules = dict(model.named_modules(remove_duplicate=False))
     with torch.no_grad():
         for name, value in values.items():
@@ -234,23 +237,23 @@ def set_values(model: nn.Module, values: dict[str, Tensor]) -> None:
 
 
 def why_not_settable(model: nn.Module, name: str, value: Tensor) -> str | None:
-    """Why :func:`set_values` cannot write ``value`` there, None if it can."""
+    """Return why :func:`set_values` cannot write ``value`` under a name, None if it can."""
     prefix, _, key = name.rpartition(".")
     module = dict(model.named_modules(remove_duplicate=False)).get(prefix)
     if module is not None and module._parameters.get(key) is not None:
         own: Tensor | None = module._parameters[key]
     elif module is not None and key in module._buffers:
         own = module._buffers[key]
-        if own is None or key not in calibration.STATISTICS:  # an observer's or a lazily made buffer takes its shape as it runs
+        if own is None or key not in STATISTICS:  # an observer's or a lazily created buffer gets its shape when it runs
             return None
     else:
-        return "is not there"
+        return "does not exist"
     assert own is not None
     return None if own.shape == value.shape else f"has shape {tuple(own.shape)}"
 
 
 def thawed_norms(model: nn.Module, state: AdaptState) -> dict[str, str]:
-    """Name of each BatchNorm that was frozen at ``adapt`` and the type that stands there now, such as ``SyncBatchNorm``."""
+    """Return the current type name of each frozen BatchNorm that a tool replaced since ``adapt``, such as ``SyncBatchNorm``."""
     modules = dict(model.named_modules(remove_duplicate=False))
     return {
         name: type(modules[name]).__name__ if name in modules else "nothing"
@@ -260,7 +263,7 @@ def thawed_norms(model: nn.Module, state: AdaptState) -> dict[str, str]:
 
 
 def check_norms_are_frozen(model: nn.Module, state: AdaptState, name: str = "") -> None:
-    """Raise RuntimeError if a tool replaced a frozen BatchNorm, as ``convert_sync_batchnorm`` does."""
+    """Raise RuntimeError if a tool replaced a frozen BatchNorm, as ``convert_sync_batchnorm`` does; ``name`` is the model's."""
     for norm, kind in thawed_norms(model, state).items():
         raise RuntimeError(
             f"{join(name, norm)} was a frozen BatchNorm at adapt and is a {kind} now, which would move its statistics; "
@@ -269,12 +272,12 @@ def check_norms_are_frozen(model: nn.Module, state: AdaptState, name: str = "") 
 
 
 def join(prefix: str, name: str) -> str:
-    """A dotted name below ``prefix``, which may be empty."""
+    """Return the dotted name of ``name`` below ``prefix``, which may be empty."""
     return f"{prefix}.{name}" if prefix else name
 
 
 def _own_state(model: nn.Module) -> dict[str, Tensor]:
-    """The state dict's tensors without what an adapter added."""
+    """Return the state dict's tensors without those that adapting added."""
     added = {name for name, _ in added_tensors(model)}
     for prefix, module in model.named_modules(remove_duplicate=False):
         if isinstance(module, LoRAEdgeConv):
@@ -284,7 +287,7 @@ def _own_state(model: nn.Module) -> dict[str, Tensor]:
 
 
 def _owner_stays(model: nn.Module, name: str, state: AdaptState) -> bool:
-    """Whether a buffer that the base did not have belongs to a module of the base: it was None then."""
+    """Whether a buffer that the base did not have belongs to a module of the base, where it was None."""
     prefix = name.rpartition(".")[0]
     return prefix == "" or any(other.startswith(f"{prefix}.") for other in state.digests)
 
@@ -295,7 +298,7 @@ def _is_rounding(value: Tensor, was: str, sketched: Tensor | None) -> bool:
 
 
 def _absent_buffers(model: nn.Module, state: AdaptState) -> list[tuple[nn.Module, str]]:
-    """The buffers that were None in the base, whatever they are now."""
+    """Return the buffers that were None in the base, whatever they are now."""
     if not state.digests:
         return []
     return [
@@ -307,27 +310,27 @@ def _absent_buffers(model: nn.Module, state: AdaptState) -> list[tuple[nn.Module
 
 
 def _check_known(model: nn.Module, state: AdaptState) -> None:
-    """Raise RuntimeError if something moved whose base value is not kept; cheap where there are no large buffers."""
+    """Raise RuntimeError if something moved whose base value is not kept; cheap if there are no large buffers."""
     cores = {id(m.core) for m in model.modules() if isinstance(m, LoRAEdgeConv)}
     added = {id(value) for _, value in added_tensors(model)}
     for name, p in model.named_parameters(remove_duplicate=False):
         is_ours = id(p) in cores or id(p) in added or name in state.base_values or not state.digests
         if p.requires_grad and not is_ours and state.digests.get(name) != _digest(p):
-            raise RuntimeError(f"{name} was put in or trained since adapt, and its base value is not kept; keep it frozen")
+            raise RuntimeError(f"{name} was added or trained since adapt, and its base value is not kept; keep it frozen")
     known = state.base_values.keys()
     for name in state.digests.keys() - known:
         prefix, _, key = name.rpartition(".")
         try:
             buffer = model.get_submodule(prefix)._buffers.get(key)
         except AttributeError:
-            raise RuntimeError(f"{name} is gone since adapt, so the base model's own output is not known") from None
+            raise RuntimeError(f"{name} is missing, so the base model's own output is not known; put it back") from None
         if buffer is not None and _digest(buffer) != state.digests[name]:
-            raise RuntimeError(f"{name} moved since adapt, and is too large for its base value to be kept; merge, or reload")
+            raise RuntimeError(f"{name} moved since adapt, and its base value is too large to be kept; merge, or reload it")
 
 
 def _how(name: str, value: Tensor, was: str | None) -> str:
-    """The beginning of an error text: which tensor is another one than at ``adapt``."""
-    start = "the frozen part of the model was changed since adapt, so the adapter would belong to no base: "
+    """Return the beginning of an error message: which tensor differs from the one at ``adapt``."""
+    start = "the frozen part of the model changed since adapt, so no base would fit the adapter: "
     now = f"{value.dtype} {tuple(value.shape)}"
     if was is None:
         return f"{start}{name} was added"
@@ -347,7 +350,7 @@ def _update(digest: hashlib._Hash, start: str, value: Tensor) -> None:
         value = value.to_dense()
     value = value.resolve_conj().resolve_neg().cpu().contiguous()
     digest.update(f"{start}{value.dtype} {tuple(value.shape)}\n".encode())
-    if value.numel():  # Tensor.numpy would make the storage one that cannot be resized, which observers do
+    if value.numel():  # Tensor.numpy would make the storage impossible to resize, which observers need
         digest.update((ctypes.c_char * value.nbytes).from_address(value.data_ptr()))
 
 
@@ -356,6 +359,6 @@ def _equal(tensor: Tensor, base: Tensor) -> bool:
 
 
 def _as(base: Tensor, current: Tensor | None, device: torch.device) -> Tensor:
-    """A base value in the floating-point type that the model was cast to since."""
+    """Return a base value in the floating-point dtype that the model was cast to since."""
     cast = current is not None and current.is_floating_point() and base.is_floating_point()
     return base.to(device, current.dtype if cast and current is not None else base.dtype)

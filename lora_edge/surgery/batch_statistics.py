@@ -1,4 +1,4 @@
-"""Whether a batch has statistics that BatchNorm can normalise by."""
+"""Check whether a batch has statistics that BatchNorm can normalise by."""
 
 from __future__ import annotations
 
@@ -7,15 +7,15 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from lora_edge.calibration import batch_norms
-from lora_edge.surgery.training_flags import in_evaluation
+from lora_edge.nn.bn_statistics import batch_norms
+from lora_edge.nn.training_flags import in_evaluation
 
 
 def has_statistics(model: nn.Module, x: Tensor) -> bool:
     """Whether every BatchNorm gets more than one value per channel from the batch ``x (N, ...)``.
 
-    One value has no variance: torch raises for it, and 0 would blow the output up. It happens for one window where a BatchNorm
-    comes after the pooling over time. The model runs once, in evaluation mode and without gradients.
+    One value has no variance: torch raises an error for it, and a variance of 0 would inflate the output. It happens for a
+    single window if a BatchNorm follows the pooling over time. The model runs once, in evaluation mode and without gradients.
     """
     smallest = [2]
 

@@ -1,7 +1,7 @@
-"""Convolutions that share one weight: they share one core and one suffix too, so there is one update of the one weight.
+"""Convolutions that share a weight: they share a core and a suffix too, so that the weight has one update.
 
-A weight is shared where two modules hold the same Parameter, or Parameters on the same memory. One module under two names is
-no such case: it is adapted once.
+A weight is shared if two modules hold the same Parameter, or Parameters on the same memory. A module under two names is not
+such a case: it is adapted once.
 """
 
 from __future__ import annotations
@@ -14,11 +14,11 @@ from lora_edge.nn.layers import LoRAEdgeConv
 
 
 def tied_groups(model: nn.Module, names: Iterable[str]) -> list[list[str]]:
-    """Names of convolutions, grouped by the weight they hold; most groups have one name.
+    """Group the names of convolutions by the weight they hold; most groups have one name.
 
     Raises:
-        ValueError: a weight is also used by something that is not in ``names``, or lies partly in another one's memory; names
-            both. The update would reach only one of the two.
+        ValueError: a weight is also used by something that is not in ``names``, or overlaps another tensor's memory, so the
+            update would reach only one of the two; the message names both.
     """
     names = list(names)
     modules = {name: model.get_submodule(name) for name in names}
@@ -33,7 +33,7 @@ def tied_groups(model: nn.Module, names: Iterable[str]) -> list[list[str]]:
                 is_ours = id(module) in ours and key == "weight"
                 spans.append((*_span(parameter), f"{prefix}.{key}" if prefix else key, is_ours, parameter))
     spans.sort(key=lambda span: span[:2])
-    widest: tuple[int, int, str, bool, Tensor] | None = None  # of those seen, the one that ends last
+    widest: tuple[int, int, str, bool, Tensor] | None = None  # of those seen, the one with the highest end address
     for span in spans:
         if widest is not None and span[0] < widest[1] and span[1] > span[0]:
             _check_pair(widest, span)
@@ -50,23 +50,23 @@ def _check_pair(one: tuple[int, int, str, bool, Tensor], two: tuple[int, int, st
     if not is_ours:
         name, other = other, name
     how = "is the same memory as" if same else "overlaps"
-    raise ValueError(f"{name} {how} {other}, which an update of it would not reach; adapt both or neither, or untie them")
+    raise ValueError(f"{name} {how} {other}, which its update would not reach; adapt both or neither, or untie them")
 
 
 def share(layers: list[LoRAEdgeConv]) -> None:
-    """Let layers that hold one weight have the first one's core and suffix."""
+    """Give layers that share a weight the first one's core and suffix."""
     first = layers[0]
     for layer in layers[1:]:
         layer._parameters.update(core=first.core, suffix=first.suffix)
 
 
 def _place(weight: Tensor) -> tuple[object, ...]:
-    """What two tensors on the same memory have in common."""
+    """Return a key that tensors on the same memory have in common."""
     return (str(weight.device), weight.data_ptr(), tuple(weight.shape), weight.stride())
 
 
 def _span(tensor: Tensor) -> tuple[int, int]:
-    """The addresses that a tensor lies at, from its first to past its last element."""
+    """Return a tensor's address range, from its first element to past its last."""
     if tensor.numel() == 0 or tensor.is_meta:
         return (0, 0)
     extent = sum((size - 1) * stride for size, stride in zip(tensor.shape, tensor.stride(), strict=True)) + 1

@@ -14,11 +14,11 @@ import lora_edge
 from helpers.networks import BUILD, Residual, network, output, train
 from helpers.snapshots import assert_same, snapshot
 from helpers.tolerances import assert_near
-from lora_edge import calibration
-from lora_edge.adapt import adapted_layers
 from lora_edge.har.models import MobileNetV2, ResNet18, TResNet, pointwise
 from lora_edge.memory import saved_bytes
+from lora_edge.nn.bn_statistics import batch_norms
 from lora_edge.nn.layers import LoRAEdgeConv, LoRAEdgeConv1d, LoRAEdgeConv2d
+from lora_edge.surgery.adapted import adapted_layers
 
 NAMES = list(BUILD)
 
@@ -304,7 +304,7 @@ def test_calibrate_bn_between_source_and_target():
         lora_edge.calibrate_bn(model, [(x, None)], source_samples=samples)
         if samples == 32:
             lora_edge.adapt(model, 2)
-        for name, norm in calibration.batch_norms(model):
+        for name, norm in batch_norms(model):
             for statistic in ("running_mean", "running_var"):
                 source, new = (getattr(other.get_submodule(name), statistic) for other in (base, target))
                 torch.testing.assert_close(getattr(norm, statistic), share * source + (1 - share) * new, msg=f"{name} {share}")
@@ -387,7 +387,7 @@ def test_twice_and_never():
         pass
     lora_edge.adapt(model, 2)
     before = snapshot(model)
-    with pytest.raises(RuntimeError, match="the model is adapted already; merge it first"):
+    with pytest.raises(RuntimeError, match="the model is already adapted; merge it first"):
         lora_edge.adapt(model, 2)
     assert_same(before, snapshot(model))
     lora_edge.merge(model)

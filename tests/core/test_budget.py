@@ -11,9 +11,9 @@ from torch import nn
 import lora_edge
 from helpers.networks import network, output, train
 from helpers.snapshots import assert_same, snapshot
-from lora_edge.adapt import adapted_layers
 from lora_edge.har.models import TResNet
 from lora_edge.subspaces.budget import MOST_RANK, parse_budget, spread_ranks
+from lora_edge.surgery.adapted import adapted_layers
 
 MODEL = nn.Sequential(nn.Conv1d(10, 80, 1, bias=False), nn.Conv1d(80, 15, 1, bias=False))  # 2,000 parameters
 
@@ -149,7 +149,7 @@ def test_a_layer_without_a_rank_stays_frozen_and_is_named():
     base = copy.deepcopy(model)
     lora_edge.adapt(model, params=8)
     assert list(adapted_layers(model)) == ["3"], "only its 8 channels fit"
-    assert lora_edge.summary(model).left_alone["0"] == "params=8 holds no rank for it, frozen"
+    assert lora_edge.summary(model).left_alone["0"] == "params=8 leaves no rank for it, frozen"
     train(model, x, list(lora_edge.trainable_parameters(model)))
     y = output(model.eval(), x)
     assert not torch.equal(y, output(base, x))

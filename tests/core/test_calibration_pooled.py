@@ -108,17 +108,17 @@ def test_batches_of_every_usual_form(batch):
 @pytest.mark.parametrize(
     ("batches", "error", "text"),
     [
-        ([{"x": X}], ValueError, "batch 0 is a dict of 'x', of which model.forward takes no tensor; give x or"),
+        ([{"x": X}], ValueError, "batch 0 is a dict of 'x', of which model.forward accepts no tensor; give x or"),
         ([X, {}], ValueError, "batch 1 is a dict of"),
         ([()], ValueError, "batch 0 is a tuple"),
         ([X, "text"], ValueError, "batch 1 is a str; give x"),
         ([(None, X)], ValueError, "batch 0 is a tuple that starts with a NoneType"),
         ([torch.tensor(1.0)], ValueError, "batch 0 is a Tensor"),
         (3, TypeError, "batches is a int"),
-        (iter(()), ValueError, "batches is empty, or its iterator was used up"),
+        (iter(()), ValueError, "batches is empty, or its iterator was already used up"),
         ([X[:0]], ValueError, "batches is empty"),
         ([X[:1, :, :3]], ValueError, "n saw one value per channel"),
-        ([X[:, :2]], ValueError, "the model does not take batch 0: .*channels"),
+        ([X[:, :2]], ValueError, "the model does not accept batch 0: .*channels"),
         ([X, X * float("inf")], ValueError, "the statistics of n came out as NaN or Inf"),
     ],
 )

@@ -18,8 +18,9 @@ from torch import nn
 
 import lora_edge
 from lora_edge.nn import blocks
-from lora_edge.nn.blocks import LeanModule, NoPlan, Plan
-from lora_edge.nn.fuser.items import base_of
+from lora_edge.nn.blocks import LeanModule
+from lora_edge.nn.forward_plan import ForwardPlan, NoPlan, make_plan
+from lora_edge.nn.fuser.access import base_of
 from lora_edge.nn.fuser.source import source_of
 
 GAIN = [2.0]
@@ -71,7 +72,7 @@ def adapted(function) -> nn.Module:
 
 
 def plan_of(model: nn.Module):
-    return blocks.make_plan(model, ((("tensor", 3),), ()))
+    return make_plan(model, ((("tensor", 3),), ()))
 
 
 def _helper(x, times=2, *more, scale=1.0, **rest):
@@ -122,7 +123,7 @@ def test_a_pure_forward_has_a_plan_that_computes_the_same(name):
     model = adapted(PURE[name])
     reference = copy.deepcopy(model)
     plan = plan_of(model)
-    assert isinstance(plan, Plan), plan.why
+    assert isinstance(plan, ForwardPlan), plan.why
     assert plan.blocks
     x = torch.randn(2, 3, 8)
     got, want = plan.run(model, [x.clone()]), Net.forward(reference, x.clone())
@@ -281,7 +282,7 @@ def test_closures_and_their_changes():
     first = model(x)
     gain = 4.0
     torch.testing.assert_close(model(x), 2 * first)
-    assert isinstance(plan_of(model), Plan)
+    assert isinstance(plan_of(model), ForwardPlan)
 
 
 SOURCE = """

@@ -14,7 +14,7 @@ from safetensors.torch import save_file, save_model
 from torch import nn
 
 import lora_edge
-from lora_edge.adapter_file import read_adapter
+from lora_edge.adapter_format import read_adapter
 from lora_edge.files import file_kind
 from lora_edge.files.file_kind import kind_of
 from lora_edge.files.state_file import load_state
@@ -126,7 +126,7 @@ def test_state_files(tmp_path, kind):
         (lambda: {"weight": torch.zeros(2), "epoch": 3}, "holds a dict whose 'epoch' is a int"),
         (lambda: [torch.zeros(2)], "holds a list"),
         (lambda: {}, "holds an empty dict"),
-        (_model, "of other objects than tensors"),
+        (_model, "with objects other than tensors"),
     ],
 )
 def test_other_content_of_torch_save(tmp_path, content, text):

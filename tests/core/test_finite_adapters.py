@@ -13,7 +13,7 @@ from torch import nn
 import lora_edge
 from helpers.networks import network, output, train
 from helpers.snapshots import assert_same, snapshot
-from lora_edge.adapter_file import _checksum, merge_state, read_adapter
+from lora_edge.adapter_format import checksum, merge_state, read_adapter
 from lora_edge.files.safetensors_file import write_safetensors
 
 
@@ -73,7 +73,7 @@ def rewritten(source, target, change) -> None:
     metadata = {"format": "lora_edge adapter 2", "base": adapter.base}
     for key in ("layers", "norms", "options"):
         metadata[key] = json.dumps(dataclasses.asdict(adapter)[key])
-    metadata["checksum"] = _checksum(adapter.tensors, metadata)
+    metadata["checksum"] = checksum(adapter.tensors, metadata)
     write_safetensors(adapter.tensors, target, metadata)
 
 

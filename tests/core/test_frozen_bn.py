@@ -139,7 +139,7 @@ SUBCLASSES = [NormAct, Renorm, Ghost, Split, Replacing, Tokens]
 REFUSED = [
     (Always, "running_mean in evaluation"),
     (Counting, "num_batches_tracked in evaluation"),
-    (OfTheBatch, "each sample alone"),
+    (OfTheBatch, "each sample independently"),
     (Conditional, "could not be tried"),
 ]
 

@@ -11,7 +11,7 @@ from torch import Tensor, nn
 import lora_edge
 from helpers.networks import network, output, train
 from helpers.snapshots import assert_same, snapshot
-from lora_edge.adapt import adapt_state
+from lora_edge.surgery.adapted import adapt_state
 
 X = torch.randn(6, 3, 20)
 
@@ -124,7 +124,12 @@ def test_a_convolution_as_the_head_is_excluded_from_adapting():
         ("relu", {}, ValueError, "train_head: relu has no parameters; name the classifier"),
         (1, {}, TypeError, "train_head is 1, a int; give a bool or a module's dotted name"),
         (None, {}, TypeError, "train_head is None"),
-        (True, {"batches": [torch.randn(6, 4, 20)]}, ValueError, r"batches: the model does not take an input of \(2, 4, 20\)"),
+        (
+            True,
+            {"batches": [torch.randn(6, 4, 20)]},
+            ValueError,
+            r"batches: the model does not accept an input of \(2, 4, 20\)",
+        ),
         (True, {"batches": []}, ValueError, "batches holds no samples"),
         (True, {"batches": 3}, TypeError, "batches is a int"),
     ],

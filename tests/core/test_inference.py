@@ -14,7 +14,7 @@ from torch.nn.utils import parametrize
 
 import lora_edge
 from lora_edge import LoRAEdgeConv2d
-from lora_edge.nn import inference
+from lora_edge.nn import fused_weight_cache
 from lora_edge.nn.frozen_bn import FrozenBatchNorm2d, freeze_bn
 from lora_edge.ops import reference
 from lora_edge.ops.backends import VARIABLE, use_backend
@@ -206,10 +206,10 @@ def test_frozen_tensors_of_a_wide_layer_written_under_data(write, tensor, layout
     x = torch.randn(2, 16, 5, 5, dtype=layer.core.dtype)
     with torch.no_grad():
         before = layer(x)
-        assert inference._kept.get(layer) is not None
+        assert fused_weight_cache._entries.get(layer) is not None
         WRITES[write](layer._parameters[tensor].data)  # by no way that hands out the layer's weight
         after = layer(x)
-        inference.drop(layer)
+        fused_weight_cache.drop(layer)
         assert torch.equal(after, layer(x))
     assert not torch.equal(after, before)
 
@@ -229,7 +229,7 @@ def test_who_reads_the_weight_may_write_a_part_of_it(part):
 def fusions(monkeypatch) -> list[int]:
     made: list[int] = []
     original = reference.tt_fuse
-    monkeypatch.setattr(inference.reference, "tt_fuse", lambda *a: made.append(1) or original(*a))
+    monkeypatch.setattr(fused_weight_cache.reference, "tt_fuse", lambda *a: made.append(1) or original(*a))
     return made
 
 
@@ -262,7 +262,7 @@ def test_named_backends_run_the_op(monkeypatch):
     if lora_edge.backends()["cpu"] == "available":
         with torch.no_grad(), use_backend("cpu"):
             torch.testing.assert_close(layer(x), expected(layer, x))
-        assert inference._kept.get(layer) is None
+        assert fused_weight_cache._entries.get(layer) is None
     monkeypatch.setenv(VARIABLE, "gpu")
     with torch.no_grad(), pytest.raises(ValueError, match=r"backend is 'gpu' \(from LORA_EDGE_BACKEND\)"):
         layer(x)
@@ -311,20 +311,20 @@ def test_nothing_is_copied_pickled_or_left_behind():
     layer = trained_layer()
     size = len(pickle.dumps(layer))
     check(layer)
-    assert inference._kept.get(layer) is not None
+    assert fused_weight_cache._entries.get(layer) is not None
     assert len(pickle.dumps(layer)) == size
     for twin in (copy.deepcopy(layer), pickle.loads(pickle.dumps(layer))):
-        assert inference._kept.get(twin) is None
+        assert fused_weight_cache._entries.get(twin) is None
         check(twin)
     layer.cycle = [layer]
     key = id(layer)
     del layer
     gc.collect()
-    assert key not in inference._kept._values
+    assert key not in fused_weight_cache._entries._values
     moved = trained_layer()
     check(moved)
     moved.to(torch.float64)
-    assert inference._kept.get(moved) is None
+    assert fused_weight_cache._entries.get(moved) is None
     for _ in range(20):  # a new layer may have an old one's id
         check(trained_layer())
 

@@ -12,7 +12,7 @@ from torch import nn
 
 import lora_edge
 from helpers.networks import BUILD, network, train
-from lora_edge.adapt import adapted_layers
+from lora_edge.surgery.adapted import adapted_layers
 
 NAMES = list(BUILD)
 

@@ -15,8 +15,8 @@ from torch import Tensor, nn
 
 import lora_edge
 from helpers.networks import network, train
-from lora_edge.adapt import adapted_layers
 from lora_edge.subspaces.weight import common_norm, weight_suffix
+from lora_edge.surgery.adapted import adapted_layers
 from lora_edge.tt import attainable_ranks, contract_suffix
 
 SHAPES = [(4, 8, 1), (8, 3, 3, 3), (6, 1, 3, 3), (5, 2, 3, 3, 3), (16, 6, 8)]

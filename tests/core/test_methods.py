@@ -16,8 +16,6 @@ import lora_edge
 from helpers.networks import BUILD, network, output, train
 from helpers.tolerances import assert_near
 from helpers.windows import own
-from lora_edge.adapt import fingerprint_state
-from lora_edge.calibration import base_statistics
 from lora_edge.har.data import load_npz, split
 from lora_edge.har.main_job import Settings, adapt_by
 from lora_edge.har.models import TResNet
@@ -30,7 +28,9 @@ from lora_edge.methods.lora_c import LoRAC
 from lora_edge.methods.lora_c_factors import LoRACFactors
 from lora_edge.methods.lora_fa import LoRAFA
 from lora_edge.methods.pissa import PiSSA
-from lora_edge.nn.reparametrised import attach, reparametrised_layers
+from lora_edge.nn.bn_statistics import base_statistics
+from lora_edge.nn.reparametrised import reparametrise, reparametrised_layers
+from lora_edge.surgery.base_state import fingerprint_state
 
 RANK = 2
 BASE, SMALL = (11, 776), (4, 80)  # convolutions in a row and the terms of the largest, of T-ResNet and of networks.py
@@ -339,7 +339,7 @@ def test_refuses_by_name_and_changes_nothing(name, base, x):
 def test_an_adapted_model_is_refused(base, x):
     model, _ = prepared(base, "conv_lora", x)
     for again in ("conv_lora", "lora_edge"):
-        with pytest.raises(RuntimeError, match="the model is adapted already"):
+        with pytest.raises(RuntimeError, match="the model is already adapted"):
             METHODS[again].prepare(model, 2, x, LABELS)
     with pytest.raises(RuntimeError, match=r"another method than LoRA-Edge; use lora_edge\.methods\.files\.save_trained"):
         lora_edge.save_adapter(model, "unused")
@@ -425,7 +425,7 @@ def peft_layer(layer, **options):
 def ours(conv, kind):
     """The convolution reparametrised at rank 2 and alpha 3, trained a little, as all starts at zero."""
     conv = copy.deepcopy(conv).requires_grad_(False)
-    attach(conv, kind(conv, RANK, alpha=3.0))
+    reparametrise(conv, kind(conv, RANK, alpha=3.0))
     made = conv.parametrizations.weight[0]
     with torch.no_grad():
         for parameter in made.parameters():

@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from torch.nn.utils import fusion, parametrizations, parametrize, prune
 
 import lora_edge
-from lora_edge.surgery.guarded import GuardedModules
+from lora_edge.surgery.protect import ProtectedModules
 
 X = torch.randn(4, 3, 12, generator=torch.Generator().manual_seed(0))
 
@@ -140,7 +140,7 @@ def test_after_merge_every_tool_works(tool):
     want = model(X).detach()
     lora_edge.merge(model)
     TOOLS[tool](model)
-    assert not any(isinstance(module._modules, GuardedModules) for module in model.modules())
+    assert not any(isinstance(module._modules, ProtectedModules) for module in model.modules())
     assert "save_pretrained" not in vars(model)
     if tool in ("re-parameterize", "fold BatchNorm"):
         torch.testing.assert_close(model(X), want)
@@ -195,7 +195,7 @@ def test_a_parent_that_refers_to_itself_is_copied(lean):
     model.last.__dict__["parent"] = model
     twin = copy.deepcopy(model)
     assert twin.last.__dict__["parent"] is twin
-    assert isinstance(twin._modules, GuardedModules)
+    assert isinstance(twin._modules, ProtectedModules)
     assert torch.equal(pickle.loads(pickle.dumps(twin))(X), model(X))
 
 

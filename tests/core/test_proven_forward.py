@@ -598,7 +598,7 @@ def run(cls: type[Case], **options: object) -> None:
 @pytest.mark.parametrize("options", [{}, {"backend": "torch"}, {"bn": "batch"}], ids=["lean", "torch", "batch"])
 @pytest.mark.parametrize("cls", CASES, ids=lambda cls: cls.__name__)
 def test_the_twins_agree(cls, options, monkeypatch):
-    monkeypatch.setattr(lora_edge.nn.blocks, "OVERWRITE_BYTES", 0)
+    monkeypatch.setattr(lora_edge.nn.fused_block, "OVERWRITE_BYTES", 0)
     run(cls, **options)
 
 

@@ -34,7 +34,7 @@ import lora_edge
 from helpers import programs
 from helpers import twins as twins_of
 from helpers.twins import Mismatch, Twins, compare_steps, same, take_step
-from lora_edge.nn import blocks
+from lora_edge.nn import fused_block
 from lora_edge.nn.fuser import source
 
 EXAMPLES = int(os.environ.get("LORA_EDGE_EXAMPLES", "150"))
@@ -161,8 +161,8 @@ def test_random_programs_do_what_their_stock_twins_do():
 
 
 def _no_activation(monkeypatch):
-    run_block = blocks.run_block
-    monkeypatch.setattr(blocks, "run_block", lambda *args, **kwargs: run_block(*args[:10], None, *args[11:], **kwargs))
+    run_block = fused_block.run_block
+    monkeypatch.setattr(fused_block, "run_block", lambda *args, **kwargs: run_block(*args[:10], None, *args[11:], **kwargs))
 
 
 def _no_guards(monkeypatch):

@@ -17,12 +17,12 @@ import lora_edge
 from helpers.networks import BUILD, network, output, train
 from helpers.snapshots import assert_same, snapshot
 from helpers.tolerances import assert_near
-from lora_edge.adapt import adapted_layers
 from lora_edge.har.models import TResNet
 from lora_edge.subspaces.gradient import captured_energies, leading_gradients
 from lora_edge.subspaces.inputs import leading_inputs
 from lora_edge.subspaces.samples import MOST_BATCHES, few_samples
 from lora_edge.subspaces.weight import gradient_suffix, suffix_along, weight_suffix
+from lora_edge.surgery.adapted import adapted_layers
 from lora_edge.tt import contract_suffix
 
 CPU = torch.device("cpu")
@@ -211,7 +211,7 @@ def test_inputs_that_the_model_does_not_take():
     model, _ = network("2-D")
     before = snapshot(model)
     for batches, text in (
-        ([torch.randn(4, 2, 12, 10)], r"the model does not take an input of \(4, 2, 12, 10\): .*channels"),
+        ([torch.randn(4, 2, 12, 10)], r"the model does not accept an input of \(4, 2, 12, 10\): .*channels"),
         ([X * float("nan")], "the input of stem holds NaN or Inf"),
         ([3], "batch 0 is a int; give x"),
         ([], "batches holds no samples"),
@@ -384,15 +384,15 @@ X, Y = torch.randn(4, 3, 12, 10), torch.tensor([0, 1, 2, 3])
         (
             {"batches": [X]},
             ValueError,
-            'batches is given, but subspace="weight" uses it with params only',
+            'batches is given, but subspace="weight" uses it only with params',
         ),
         ({"subspace": "gradient", "batches": []}, ValueError, "batches holds no samples"),
-        ({"subspace": "gradient", "batches": iter(())}, ValueError, "its iterator was used up before"),
+        ({"subspace": "gradient", "batches": iter(())}, ValueError, "its iterator was already used up"),
         ({"subspace": "gradient", "batches": [(X[:0], Y[:0])]}, ValueError, "batches holds no samples"),
         ({"subspace": "gradient", "batches": 3}, TypeError, "batches is a int"),
         ({"subspace": "gradient", "batches": [X]}, ValueError, "batch 0 is a Tensor; give pairs"),
         ({"subspace": "gradient", "batches": [(X, Y), (X, None)]}, ValueError, "batch 1 is a tuple; give pairs"),
-        ({"subspace": "gradient", "batches": [(X, Y[:2])]}, ValueError, "give a class for every sample"),
+        ({"subspace": "gradient", "batches": [(X, Y[:2])]}, ValueError, "give one class per sample"),
         ({"subspace": "gradient", "batches": [(X, Y + 7)]}, ValueError, r"no cross-entropy of output \(\d, 5\) and y"),
         ({"subspace": "gradient", "batches": [(X, Y.int())]}, ValueError, "no cross-entropy of output"),
         ({"subspace": "gradient", "batches": [(X * float("nan"), Y)]}, ValueError, "the loss is nan"),

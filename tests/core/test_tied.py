@@ -11,7 +11,7 @@ from torch import Tensor, nn
 import lora_edge
 from helpers.networks import output, train
 from helpers.snapshots import assert_same, snapshot
-from lora_edge.adapter_file import merge_state, read_adapter
+from lora_edge.adapter_format import merge_state, read_adapter
 
 
 class Tied(nn.Module):

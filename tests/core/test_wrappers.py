@@ -117,7 +117,7 @@ def test_adapting_around_an_adapted_model_is_refused():
     for wrap, text in ((Outer, "'model'"), (Deep, r"'parts\.backbone\.0\.model'"), (AveragedModel, "'module'")):
         wrapped = wrap(lora_edge.adapt(copy.deepcopy(base), 2))
         before = snapshot(wrapped)
-        with pytest.raises(RuntimeError, match=f"a part of the model is adapted already, at {text}") as caught:
+        with pytest.raises(RuntimeError, match=f"a part of the model is already adapted, at {text}") as caught:
             lora_edge.adapt(wrapped, 2)
         assert "\n" not in str(caught.value)
         assert_same(before, snapshot(wrapped))

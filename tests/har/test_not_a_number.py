@@ -207,7 +207,7 @@ def test_trained_files(tmp_path, name, tensor):
     with pytest.raises(ValueError, match=rf"t.safetensors: .*{tensor} holds NaN or infinity .*train again"):
         save_trained(model, path)
     assert read_safetensors(path)[1] == metadata
-    from lora_edge.adapt import fingerprint_state
+    from lora_edge.surgery.base_state import fingerprint_state
 
     good[key].view(-1)[0] = float("inf")
     write_safetensors(good, path, {**metadata, "checksum": fingerprint_state(good)})

@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 from torch import nn
 
-from lora_edge.surgery.find import adapt_state
+from lora_edge.surgery.adapted import adapt_state
 
 
 def snapshot(model: nn.Module):

@@ -24,7 +24,7 @@ from lora_edge.nn.layers import LoRAEdgeConv
 
 # Lean layers save bits in the place of their outputs, so they do not notice what stock layers refuse to differentiate.
 SAVED_WAS_WRITTEN = "has been modified by an inplace operation"
-_OURS = ("_lean_plans", "_lean_plans_made", "_lora_edge", "lean", "mode_asked_for", "backend")
+_OURS = ("_lean_plans", "_lean_plans_made", "_lora_edge", "lean", "requested_mode", "backend")
 _OF_TORCH = ("_parameters", "_buffers", "_modules")
 
 

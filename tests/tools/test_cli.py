@@ -19,7 +19,7 @@ from torch import nn
 import lora_edge
 from helpers.command import FACTORY, adapt_arguments, exit_code
 from helpers.windows import own
-from lora_edge.adapter_file import read_adapter
+from lora_edge.adapter_format import read_adapter
 from lora_edge.cli import main
 from lora_edge.har import main_job as adaptation
 from lora_edge.har.data import load_npz, split

@@ -1,4 +1,4 @@
-"""Calls in a forward that is being evaluated: what each means, or why it is refused."""
+"""Calls in a forward that is being evaluated: what each one computes, or why it is refused."""
 
 from __future__ import annotations
 
@@ -11,9 +11,9 @@ from torch import Tensor, fx, nn
 
 from lora_edge.nn.frozen_bn import FrozenBatchNorm, FrozenThen
 from lora_edge.nn.fuser import pure
-from lora_edge.nn.fuser.built_in import BuiltIn
+from lora_edge.nn.fuser.access import base_of
+from lora_edge.nn.fuser.builtin_calls import BuiltinCalls
 from lora_edge.nn.fuser.guards import MISSING, has_hooks, static
-from lora_edge.nn.fuser.items import base_of
 from lora_edge.nn.fuser.values import Bound, Container, Method, Module, Object, Once, Refused, Submodules, Super, View, refuse
 from lora_edge.nn.layers import LoRAEdgeConv
 from lora_edge.nn.lean import LeanLayer
@@ -35,13 +35,13 @@ _CONTAINER_METHODS = {
 
 
 def first_argument(layer: nn.Module) -> str:
-    """What a layer's forward calls its first argument."""
+    """Return the name of the first argument of a layer's forward."""
     names = getattr(static(getattr(layer, "stock", type(layer)), "forward"), "__code__", None)
     return "" if names is None or names.co_argcount < 2 else names.co_varnames[1]
 
 
 def readable(path: str) -> str:
-    """A dotted name as a graph's code can write it."""
+    """Return a dotted name if the code of a graph can contain it."""
     for part in path.split("."):
         if keyword.iskeyword(part):
             refuse(f"a submodule is called {part}, which is a keyword of Python")
@@ -49,7 +49,7 @@ def readable(path: str) -> str:
 
 
 def is_leaf(module: nn.Module) -> bool:
-    """Whether a module's own call is known to be pure: torch's own layers as they are, and this library's."""
+    """Whether a module's call is known to be pure: torch's own layers if unchanged, and this library's."""
     cls = type(module)
     if isinstance(module, (LoRAEdgeConv, LeanLayer)):
         return cls.__module__.startswith("lora_edge.")
@@ -58,11 +58,11 @@ def is_leaf(module: nn.Module) -> bool:
     return cls in pure.LAYERS and cls.forward is pure.LAYERS[cls]
 
 
-class Calls(BuiltIn):
+class Calls(BuiltinCalls):
     """The calls of one evaluation."""
 
     def enter(self, module: Module, args: list[Any], kwargs: dict[str, Any]) -> Any:
-        """What a module's forward computes."""
+        """Evaluate the call of a module."""
         own, guards = module.module, self.evaluator.guards
         cls = base_of(type(own))
         what = module.path or cls.__name__
@@ -91,7 +91,7 @@ class Calls(BuiltIn):
         forward = static(cls, "forward")
         if forward is nn.Sequential.forward and static(cls, "__iter__") is nn.Sequential.__iter__:
             if len(args) != 1 or kwargs:
-                refuse(f"{what} is called with other arguments than one input")
+                refuse(f"{what} is called with arguments other than one input")
             guards.class_attribute(cls, "__iter__")
             for child in self.evaluator.reader.children(module).values():
                 args = [self.enter(child, args, {})]
@@ -111,7 +111,7 @@ class Calls(BuiltIn):
         if len(kwargs) == 1 and not args and set(kwargs) == {first_argument(own)}:
             args, kwargs = list(kwargs.values()), {}
         elif kwargs and isinstance(own, (LoRAEdgeConv, LeanLayer, FrozenBatchNorm)):
-            refuse(f"{module.path} is called with other arguments than it takes")
+            refuse(f"{module.path} is called with arguments that it does not accept")
         if type(own) is nn.Identity and len(args) == 1 and not kwargs:
             return args[0]
         if "inplace" in own.__dict__:
@@ -125,9 +125,9 @@ class Calls(BuiltIn):
         return node
 
     def _frozen_then(self, module: Module, args: list[Any], kwargs: dict[str, Any]) -> Any:
-        """A frozen BatchNorm and then its submodules."""
+        """Evaluate a frozen BatchNorm and then its submodules."""
         if len(args) != 1 or kwargs:
-            refuse(f"{module.path} is called with other arguments than one input")
+            refuse(f"{module.path} is called with arguments other than one input")
         bn = self.evaluator.graph.get_attr(readable(module.path))
         value = self.evaluator.emit(normalized, (bn, args[0]), {}, pure.TENSOR)
         for name in module.module.then:  # type: ignore[union-attr]
@@ -137,7 +137,7 @@ class Calls(BuiltIn):
         return value
 
     def call(self, function: Any, args: list[Any], kwargs: dict[str, Any]) -> Any:
-        """``function(*args, **kwargs)``."""
+        """Evaluate ``function(*args, **kwargs)``."""
         if isinstance(function, Module):
             if function.module is self.evaluator.root:
                 refuse("it calls itself")
@@ -191,7 +191,7 @@ class Calls(BuiltIn):
             if kind == pure.NUMBERS and (args or kwargs):
                 kind = pure.NUMBER
             if name == "type" and not args and not kwargs:
-                kind = pure.VALUE  # a text
+                kind = pure.VALUE  # a string
             return self.evaluator.emit(name, (owner, *args), kwargs, kind)
         if isinstance(owner, Submodules):
             return self._container_method(owner.owner, name, args, kwargs)
@@ -200,7 +200,7 @@ class Calls(BuiltIn):
         if isinstance(owner, Container):
             if name == "get":
                 if len(args) not in (1, 2):
-                    refuse("it calls get with other arguments than it takes")
+                    refuse("it calls get with arguments that it does not accept")
                 return self.evaluator.reader.element(owner, args[0]) if self.contains(owner, args[0]) else (*args[1:], None)[0]
             owner = self.evaluator.reader.elements(owner)
         self._check_arguments(owner, name, args)
@@ -215,16 +215,16 @@ class Calls(BuiltIn):
         return View(found) if name in ("items", "keys", "values") else found
 
     def _check_arguments(self, owner: Any, name: str, args: list[Any]) -> None:
-        """What a method of a text, list or dictionary looks at is known; what it only keeps may be a symbol."""
+        """Refuse unknown values that a method of a string, list or dictionary examines; those it only stores may be symbols."""
         if type(owner) is str:
-            looked_at = self._flat(args)
+            examined = self._flat(args)
         elif type(owner) is dict and name == "update":
             if any(type(arg) is not dict for arg in args):
-                refuse("it updates a dictionary with something else than another one that it made")
+                refuse("it updates a dictionary with something other than a dictionary that it made")
             return
         else:
-            looked_at = args[:1] if name in ("get", "pop", "setdefault", "insert") else []
-        if any(type(value) not in pure.SCALARS for value in looked_at):
+            examined = args[:1] if name in ("get", "pop", "setdefault", "insert") else []
+        if any(type(value) not in pure.SCALARS for value in examined):
             refuse(f"it calls {name} with a value that is not known")
 
     def _object(self, function: Any, args: list[Any], kwargs: dict[str, Any]) -> Any:
@@ -245,16 +245,16 @@ class Calls(BuiltIn):
         return self._built_in(function, args, kwargs)
 
     def super_of(self, frame: Frame) -> Super:
-        """``super()`` without arguments."""
+        """Evaluate ``super()`` without arguments."""
         if "__class__" not in frame.free:
             refuse("it calls super() outside of a method")
         cls = self.evaluator.reader.free_variable(frame.function, "__class__")
         instance = frame.names.get(frame.function.__code__.co_varnames[0])
         if not isinstance(cls, Object) or not isinstance(instance, Module):
-            refuse("it calls super() on something else than a module")
+            refuse("it calls super() on something other than a module")
         return Super(cls.value, instance)
 
 
 def normalized(bn: FrozenThen, x: Tensor) -> Tensor:
-    """The BatchNorm of a layer that does more after it."""
+    """Apply the BatchNorm of a layer that does more after it."""
     return bn.normalized(x)

@@ -1,9 +1,9 @@
-"""Walks a forward's syntax tree once with a symbol for each tensor, into a graph.
+"""Walk a forward's syntax tree once, with a symbol for each tensor, to build its graph.
 
-Nothing of the model runs and nothing is patched: assignments, control flow on known values, and calls of the model's own
-functions and submodules are followed here; calls of :mod:`lora_edge.nn.fuser.pure` and of torch's own layers become nodes,
-in their order. Whatever else a forward does (contexts, exceptions, writes to attributes, unknown functions, control flow on a
-tensor) is refused with a reason. So the graph is the forward, as long as the guards hold.
+Nothing of the model runs and nothing is patched. Assignments, control flow on known values, and calls of the model's own
+functions and submodules are followed; calls that :mod:`lora_edge.nn.fuser.pure` lists and those of torch's own layers become
+nodes, in their order. Anything else a forward does (contexts, exceptions, writes to attributes, unknown functions, control flow
+on a tensor) is refused with a reason. So the graph equals the forward as long as the guards hold.
 """
 
 from __future__ import annotations
@@ -27,22 +27,22 @@ class Evaluator(Statements):
 
     Args:
         root: the module; its submodules are named from it.
-        training: what ``self.training`` is taken to be everywhere; None for what it is.
+        training: the value to assume for ``self.training`` everywhere; None for the current one.
 
     Attributes:
         graph: what the forward computes; its inputs are ``x0``, ``x1``, ...
-        guards: what that depends on.
+        guards: on everything that the graph depends on.
     """
 
     def run(self, arguments: list[Any], keywords: dict[str, Any]) -> None:
         """Evaluate the root's forward on symbols and known values.
 
         Args:
-            arguments: for each argument, ("tensor", its dimensions) or ("known", its value).
+            arguments: for each argument, ("tensor", its number of dimensions) or ("known", its value).
             keywords: the same by name.
 
         Raises:
-            Refused: it is not proven pure.
+            Refused: the forward is not proven pure.
         """
         values = [self.argument(argument) for argument in arguments]
         named = {name: self.argument(argument) for name, argument in keywords.items()}
@@ -53,16 +53,16 @@ class Evaluator(Statements):
         return self
 
     def __exit__(self, *_: object) -> None:
-        """Let go of the model: its parts know each other, and would keep it until the next garbage collection."""
+        """Release the model: the evaluator's parts refer to each other and would keep it until the next garbage collection."""
         for part in (self.reader, self.calls, self):
             vars(part).clear()
 
     def follow(self, walk: Callable[[], Any]) -> Any:
-        """What a walk gives; what Python raises on the way would be raised by the forward too, so it is refused."""
+        """Return the result of a walk; an error raised on the way would also be raised by the forward, so it is refused."""
         try:
             return walk()
         except AttributeError as error:
-            return refuse(f"it reads an attribute {error} that is not there")
+            return refuse(f"it reads an attribute {error} that does not exist")
         except (ValueError, TypeError, RuntimeError, LookupError) as error:
             return refuse(f"it raises {type(error).__name__} {error}".splitlines()[0])
 
@@ -73,7 +73,7 @@ class Evaluator(Statements):
         code = function.__code__
         node = source_of(code)
         if node is None:
-            refuse(f"the source of {function.__qualname__} is not there, or is not that of its code")
+            refuse(f"the source of {function.__qualname__} is missing, or is not that of its code")
         if code.co_flags & _GENERATOR_FLAGS:
             refuse(f"{function.__qualname__} is a generator")
         if self._depth >= _DEEPEST:
@@ -96,7 +96,7 @@ class Evaluator(Statements):
         return None
 
     def _bind(self, function: FunctionType, args: list[Any], kwargs: dict[str, Any]) -> dict[str, Any]:
-        """Arguments by name, as Python binds them."""
+        """Return the arguments by name, as Python binds them."""
         code = function.__code__
         positional = code.co_varnames[: code.co_argcount]
         only_keyword = code.co_varnames[code.co_argcount : code.co_argcount + code.co_kwonlyargcount]
@@ -124,5 +124,5 @@ class Evaluator(Statements):
             extra = {}
         missing = [name for name in (*positional, *only_keyword) if name not in names]
         if rest or extra or missing:
-            refuse(f"{function.__qualname__} is called with other arguments than it takes")
+            refuse(f"{function.__qualname__} is called with arguments that it does not accept")
         return names

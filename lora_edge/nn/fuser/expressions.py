@@ -1,4 +1,4 @@
-"""The value of each kind of expression, and what an assignment binds."""
+"""Evaluate each kind of expression, and bind the targets of assignments."""
 
 from __future__ import annotations
 
@@ -16,17 +16,17 @@ from lora_edge.nn.fuser.values import Bound, Container, Lookup, Module, Object, 
 
 
 class Expressions(Symbols):
-    """Walks expressions."""
+    """Evaluates expressions."""
 
     def expression(self, node: ast.expr, frame: Frame) -> Any:
-        """The value of an expression."""
+        """Return the value of an expression."""
         walk = getattr(self, f"_on_{type(node).__name__.lower()}", None)
         if walk is None:
             refuse(f"it has a {type(node).__name__} expression")
         return walk(node, frame)
 
     def truth(self, value: Any) -> bool:
-        """``bool(value)`` where it is known."""
+        """Return ``bool(value)``, or refuse if it is not known."""
         if isinstance(value, fx.Node):
             refuse("its control flow depends on a tensor or a size")
         if type(value) in pure.SCALARS or type(value) in (tuple, list, dict, range):
@@ -84,7 +84,7 @@ class Expressions(Symbols):
         for key, value in zip(node.keys, node.values, strict=True):
             name = None if key is None else self.expression(key, frame)
             if type(name) not in (str, int, bool):
-                refuse("it makes a dictionary with keys that are no names")
+                refuse("it makes a dictionary whose keys are not names")
             found[name] = self.expression(value, frame)
         return found
 
@@ -124,7 +124,7 @@ class Expressions(Symbols):
         return self.operate(pure.BINARY[type(node.op).__name__], (left, right))
 
     def operate(self, function: Any, operands: tuple[Any, ...]) -> Any:
-        """An operator on symbols, or at once on known values."""
+        """Emit an operator on symbols, or compute it at once on known values."""
         if any(isinstance(value, fx.Node) for value in operands):
             kinds = [value.meta["kind"] for value in operands if isinstance(value, fx.Node)]
             kind = pure.TENSOR if pure.TENSOR in kinds else kinds[0] if len(set(kinds)) == 1 else pure.VALUE
@@ -133,9 +133,9 @@ class Expressions(Symbols):
             return self.emit(function, operands, {}, kind)
         if any(type(value) not in pure.SCALARS and type(value) not in (tuple, list) for value in operands):
             refuse("it computes with an object")
-        of_texts = function is operator.mod and type(operands[0]) in (str, bytes)
-        if (of_texts or function not in (operator.add, operator.mul)) and not all(map(_is_plain, operands)):
-            refuse("it computes with an object")  # a sum or multiple of lists is all that does not look into them
+        of_strings = function is operator.mod and type(operands[0]) in (str, bytes)
+        if (of_strings or function not in (operator.add, operator.mul)) and not all(map(_is_plain, operands)):
+            refuse("it computes with an object")  # only sums and multiples of lists do not examine the elements
         if function is operator.pow and any(abs(value) > 1e4 for value in operands if isinstance(value, (int, float))):
             refuse("it computes a large power")
         try:
@@ -174,7 +174,7 @@ class Expressions(Symbols):
         try:
             return function(left, right)
         except TypeError:
-            return refuse("it compares what cannot be compared")
+            return refuse("it compares values that cannot be compared")
 
     def _on_call(self, node: ast.Call, frame: Frame) -> Any:
         if isinstance(node.func, ast.Name) and node.func.id == "super" and not node.args:
@@ -206,7 +206,7 @@ class Expressions(Symbols):
         return Once(self._comprehension(node, frame))
 
     def _comprehension(self, node: ast.ListComp | ast.GeneratorExp, frame: Frame) -> Iterator[Any]:
-        """The values one by one, each computed when it is asked for; names of the frame are read at that time."""
+        """Yield the values one by one, each computed when it is requested; names of the frame are read at that time."""
         if any(isinstance(part, (ast.NamedExpr, ast.Lambda)) for part in ast.walk(node)):
             refuse("a comprehension in it binds names outside of itself")
         targets = {part.id for g in node.generators for part in ast.walk(g.target) if isinstance(part, ast.Name)}
@@ -237,7 +237,7 @@ class Expressions(Symbols):
             if isinstance(part, ast.FormattedValue):
                 value = self.expression(part.value, frame)
                 if part.format_spec is not None or part.conversion != -1 or type(value) not in (str, int):
-                    refuse("it formats a text")
+                    refuse("it formats a string")
                 parts.append(str(value))
             else:
                 parts.append(self.expression(part, frame))
@@ -248,7 +248,7 @@ class Expressions(Symbols):
         if isinstance(target, ast.Name):
             _check_name(target.id)
             if target.id not in frame.own:
-                refuse(f"it writes {target.id}, which is not its own")
+                refuse(f"it writes {target.id}, which is not a local name")
             frame.names[target.id] = value
         elif isinstance(target, (ast.Tuple, ast.List)):
             self._unpack(target.elts, value, frame)
@@ -276,19 +276,19 @@ class Expressions(Symbols):
                 values = [*values[:at], middle, *values[len(values) - after :]]
                 targets = [t.value if isinstance(t, ast.Starred) else t for t in targets]
             if len(values) != len(targets):
-                refuse("it unpacks another number of values than it names")
+                refuse("it unpacks a different number of values than it names")
         for target, item in zip(targets, values, strict=True):
             self.assign(target, item, frame)
 
 
 def _check_name(name: str) -> None:
-    """Inside of a class Python reads ``__name`` as another name."""
+    """Refuse ``__name``, which Python mangles inside a class."""
     if name.startswith("__") and not name.endswith("__"):
         refuse(f"the name {name} is a private one of a class")
 
 
 def unpack(values: Any, count: int) -> tuple[Any, ...]:
-    """``values`` as a tuple of ``count``; the error that Python raises where there are more or fewer."""
+    """Return ``values`` as a tuple of ``count``; raise Python's own error if there are more or fewer."""
     found = tuple(values)
     if len(found) > count:
         raise ValueError(f"too many values to unpack (expected {count})")
@@ -298,14 +298,14 @@ def unpack(values: Any, count: int) -> tuple[Any, ...]:
 
 
 def _is(left: Any, right: Any) -> bool:
-    """``left is right`` where it is known."""
+    """Return ``left is right``, or refuse if it is not known."""
     if isinstance(left, fx.Node) or isinstance(right, fx.Node):
         if left is right:
             return True
         node, other = (left, right) if isinstance(left, fx.Node) else (right, left)
         if node.meta["kind"] != pure.VALUE and (other is None or type(other) is bool):
             return False
-        refuse("it asks whether a tensor is another object")
+        refuse("it tests the identity of a tensor")
     if isinstance(left, Module) and isinstance(right, Module):
         return left.module is right.module
     if isinstance(left, Object) and isinstance(right, Object):
@@ -317,7 +317,7 @@ def _is(left: Any, right: Any) -> bool:
         return left is right
     if type(left) is not type(right):
         return False
-    return refuse("it compares numbers or texts by identity")
+    return refuse("it compares numbers or strings by identity")
 
 
 def _is_plain(value: Any) -> bool:

@@ -1,4 +1,4 @@
-"""Finds the blocks of a forward's graph, ``[pad →] conv → frozen BN → (+ residual) → activation``, and makes each one call."""
+"""Find the blocks ``[pad →] conv → frozen BN → (+ residual) → activation`` in a forward's graph; replace each by one call."""
 
 from __future__ import annotations
 
@@ -25,16 +25,16 @@ _FUNCTIONAL: dict[Any, str] = {
 }  # fmt: skip
 
 _OUTSIDE = "outside"
-_MAKE_NEW = (nn.modules.conv._ConvNd, nn.modules.batchnorm._BatchNorm)  # their result lies in memory of its own
+_MAKE_NEW = (nn.modules.conv._ConvNd, nn.modules.batchnorm._BatchNorm)  # their result has its own memory
 
 
 def activate_(x: Tensor, activation: Activation) -> Tensor:
-    """:func:`activate` in place; on a view torch's own, since autograd takes no custom in-place function there."""
+    """Apply :func:`activate` in place; on a view torch's own function, because autograd rejects a custom in-place one there."""
     return apply(x, activation, True) if x._is_view() else activate(x, activation, True)
 
 
 def is_conv(module: nn.Module | None) -> bool:
-    """Whether a block may begin with this module."""
+    """Whether a block may start with this module."""
     return isinstance(module, (LoRAEdgeConv, LeanConv))
 
 
@@ -44,13 +44,12 @@ class Fuser:
     Args:
         graph: a forward as :class:`lora_edge.nn.fuser.evaluator.Evaluator` found it.
         modules: by dotted name.
-        guards: take what a block depends on besides.
-        block: what a block becomes a call of, ``block(conv, x, bn=, residual=, residual_bn=, activation=, padding=)``.
-    """
+        guards: get what a block additionally depends on.
+        block: the function that replaces a block, ``block(conv, x, bn=, residual=, residual_bn=, activation=, padding=)``.
 
-    def called(self, node: fx.Node) -> Any:
-        """The module that a node calls, None if it calls none."""
-        return self.modules[str(node.target)] if node.op == "call_module" else None
+    Attributes:
+        activations: name of each fused convolution, with the activation at the end of its block.
+    """
 
     def __init__(self, graph: fx.Graph, modules: dict[str, nn.Module], guards: Guards, block: Callable[..., Any]) -> None:
         self.graph, self.modules, self.guards, self.block = graph, modules, guards, block
@@ -64,11 +63,16 @@ class Fuser:
         self.memory: dict[fx.Node, set[Any]] = {}
         self.find_memory()
 
+    def called(self, node: fx.Node) -> Any:
+        """Return the module that a node calls, None if it calls none."""
+        return self.modules[str(node.target)] if node.op == "call_module" else None
+
     def run(self) -> tuple[dict[str, str], dict[str, str]]:
+        """Fuse every block; return what was fused and why the rest was not, by the convolution's name."""
         blocks: dict[str, str] = {}
         reasons: dict[str, str] = {}
         convs = [n for n in self.graph.nodes if n.op == "call_module" and is_conv(self.called(n))]
-        for node in reversed(convs):  # of two branches that meet in an addition the later one takes it
+        for node in reversed(convs):  # where two branches meet in an addition, the later one gets it
             what, why = self.fuse(node)
             if what:
                 blocks[node.target] = what
@@ -81,7 +85,7 @@ class Fuser:
         return dict(reversed(blocks.items())), dict(reversed(reasons.items()))
 
     def fuse(self, node: fx.Node) -> tuple[str, str]:
-        """Fuse the block that begins with a convolution; what was fused, or why not."""
+        """Fuse the block that starts with a convolution; return what was fused, or why not."""
         conv = self.called(node)
         chain, what = [node], ["conv"]
         call: dict[str, Any] = {}
@@ -114,7 +118,7 @@ class Fuser:
             what.append(activation.name)
             tail = last
         if len(what) == 1 and not isinstance(conv, LoRAEdgeConv):
-            return "", "nothing behind it can be fused" + self.why_next(tail)
+            return "", "nothing after it can be fused" + self.why_next(tail)
         if amounts is not None:
             chain.append(source)
         if self.written_between(chain):
@@ -127,11 +131,12 @@ class Fuser:
         return " + ".join(what), ""
 
     def next(self, node: fx.Node) -> fx.Node | None:
-        """The only user of a node, None if it has several or it belongs to another block."""
+        """Return the only user of a node; None if there are several or it belongs to another block."""
         users = list(node.users)
         return users[0] if len(users) == 1 and users[0] not in self.claimed else None
 
     def why_next(self, node: fx.Node) -> str:
+        """Say what follows a node that ends a block."""
         users = list(node.users)
         if len(users) != 1:
             return f": its output has {len(users)} users"
@@ -139,7 +144,7 @@ class Fuser:
         return f": {user.target} follows"
 
     def frozen_bn(self, node: fx.Node) -> str | None:
-        """Name of the lean frozen BatchNorm that a node applies."""
+        """Return the name of the lean frozen BatchNorm that a node applies, or None."""
         if node.op == "call_function" and node.target is normalized:
             name = str(node.all_input_nodes[0].target)
             return name if self.modules[name].is_lean() else None  # type: ignore[operator]
@@ -147,11 +152,11 @@ class Fuser:
         return str(node.target) if isinstance(bn, FrozenBatchNorm) and bn.is_lean() else None
 
     def normalizes(self, node: fx.Node) -> Any:
-        """What a node that applies a BatchNorm applies it to."""
+        """Return the input of a node that applies a BatchNorm."""
         return node.args[1] if node.op == "call_function" else node.args[0]
 
     def other_operand(self, add: fx.Node, mine: fx.Node) -> tuple[fx.Node, str | None, list[fx.Node]] | None:
-        """The residual of an addition, the BatchNorm on it, and the nodes of that branch that the block takes in."""
+        """Return the residual of an addition, the BatchNorm on it, and the nodes of that branch that join the block."""
         if add.op not in ("call_function", "call_method") or add.target not in _ADD or len(add.args) != 2 or add.kwargs:
             return None
         left, right = add.args
@@ -159,7 +164,7 @@ class Fuser:
         if not isinstance(other, fx.Node) or other is mine:
             return None
         in_place = add.target in (operator.iadd, "add_")
-        if in_place and left is not mine:  # it writes into the shortcut, which may be somebody's input
+        if in_place and left is not mine:  # it writes into the shortcut, which may be the input of other code
             return None
         bn = self.frozen_bn(other)
         inner = None if bn is None else self.normalizes(other)
@@ -168,7 +173,7 @@ class Fuser:
         return other, None, []
 
     def activation(self, node: fx.Node) -> Activation | None:
-        """The lean activation that a node applies."""
+        """Return the lean activation that a node applies, or None."""
         if node.op == "call_module":
             module = self.called(node)
             if not isinstance(module, LeanActivation):
@@ -188,7 +193,7 @@ class Fuser:
         return Activation(kind, tuple(float(v) for v in values))  # type: ignore[arg-type]
 
     def zero_pad(self, node: fx.Node, conv: Any) -> tuple[int, ...] | None:
-        """Amounts of a zero padding that only this convolution uses and whose taps the kernel can take in."""
+        """Return the amounts of a zero padding that only this convolution uses and that can be merged with its own, or None."""
         if len(node.users) != 1 or node in self.claimed or conv.padding_mode != "zeros":
             return None
         amounts: Any = None
@@ -219,7 +224,7 @@ class Fuser:
         return tuple(amounts) if own_is_even and all(u % d == 0 for u, d in zip(uneven, dilation, strict=True)) else None
 
     def written_between(self, chain: list[fx.Node]) -> bool:
-        """Whether something that a block reads may be written in place before the block's place, which is its last node's."""
+        """Whether something that a block reads may be written in place before the position of its last node, where it runs."""
         last = max(self.order[node] for node in chain)
         writing = [n for n in self.graph.nodes if self.order.get(n, last) < last and n not in chain and self.writes(n)]
         for node in chain:
@@ -232,7 +237,7 @@ class Fuser:
         return False
 
     def find_memory(self) -> None:
-        """Whose memory each value may lie in: that of nodes which made it, or of inputs, parameters and buffers."""
+        """Record whose memory each value may share: that of the nodes that made it, or of inputs, parameters and buffers."""
         for node in self.graph.nodes:
             if node.op in ("placeholder", "get_attr"):
                 self.memory[node] = {_OUTSIDE}
@@ -242,18 +247,19 @@ class Fuser:
                 self.memory[node] = set().union(*(self.memory[source] for source in node.all_input_nodes))
 
     def writes(self, node: fx.Node) -> bool:
+        """Whether a node writes into its input."""
         if node.op == "call_module":
             return bool(getattr(self.called(node), "inplace", False))
         return node.op in ("call_function", "call_method") and pure.writes(node.target, node.kwargs)
 
     def depends_on(self, module: nn.Module, *names: str) -> None:
-        """A block is made for these attributes of a layer."""
+        """Guard the attributes of a layer that a block is made for."""
         for name in names:
             if name in module.__dict__:
                 self.guards.attribute(module, name, module.__dict__[name])
 
     def replace(self, chain: list[fx.Node], x: fx.Node, call: dict[str, Any]) -> None:
-        """Put one call in the place of the chain's last node and erase the chain."""
+        """Replace the chain's last node by one call and erase the chain."""
         chain = sorted(chain, key=self.order.__getitem__)
         conv = next(n for n in chain if n.op == "call_module" and is_conv(self.called(n)))
         with self.graph.inserting_before(chain[-1]):
@@ -268,7 +274,7 @@ class Fuser:
             self.graph.erase_node(node)
 
     def mark_private_inputs(self) -> None:
-        """A block's input that another block made and that nobody else uses may be overwritten."""
+        """Allow a block to overwrite an input that another block made and that nothing else uses."""
         for node in self.graph.nodes:
             if node.target is self.block and node.op == "call_function":
                 x = node.args[1]
@@ -276,6 +282,7 @@ class Fuser:
                     node.kwargs = {**node.kwargs, "overwrite": True}
 
     def make_functional_activation_lean(self, node: fx.Node) -> None:
+        """Replace an activation function outside the blocks by its lean form."""
         if node.op == "call_module" or node in self.claimed or (activation := self.activation(node)) is None:
             return
         if len(node.args) == 0:

@@ -1,4 +1,4 @@
-"""The names of a function that is being walked, and how its walk ends."""
+"""The names of a function that is being walked, and the exceptions that end its parts."""
 
 from __future__ import annotations
 
@@ -7,17 +7,21 @@ from typing import Any
 
 
 class Return(Exception):  # noqa: N818
+    """A ``return`` statement was reached."""
+
     def __init__(self, value: Any) -> None:
         self.value = value
 
 
 class Loop(Exception):  # noqa: N818
+    """A ``continue`` (``goes_on``) or ``break`` statement was reached."""
+
     def __init__(self, goes_on: bool) -> None:
         self.goes_on = goes_on
 
 
 class Names(dict[str, Any]):
-    """The names of a comprehension: its own targets, and those of the function around it as they are by then."""
+    """The names of a comprehension: its own targets, and the current ones of the function around it."""
 
     def __init__(self, outer: dict[str, Any], targets: set[str]) -> None:
         super().__init__()

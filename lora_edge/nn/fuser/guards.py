@@ -1,7 +1,7 @@
-"""Whether everything that an evaluation read is still the same, asked before every run of its plan.
+"""Guards: check before every run of a forward plan that everything its evaluation read is unchanged.
 
-A plan is exact only for the values that its evaluation read. Each read leaves a guard here; :meth:`Guards.hold` compares object
-identities with a few calls that run in C, since it stands on the way of every training step.
+A plan is exact only for the values that its evaluation read. Each read adds a guard here; :meth:`Guards.hold` compares object
+identities with a few calls that run in C, because it is part of every training step.
 """
 
 from __future__ import annotations
@@ -20,7 +20,7 @@ _own = attrgetter("__dict__")
 
 
 def static(cls: type, name: str) -> Any:
-    """A class's attribute as it stands in the classes' dictionaries, :data:`MISSING` where there is none."""
+    """Return a class's attribute as stored in the classes' dictionaries, :data:`MISSING` if there is none."""
     for base in cls.__mro__:
         if name in base.__dict__:
             return base.__dict__[name]
@@ -33,7 +33,7 @@ def has_hooks(module: nn.Module) -> bool:
 
 
 class Guards:
-    """What was read. The root module is never held, so that a model is collected with its last reference."""
+    """What was read. It holds no strong reference to the root module, so that the model can be collected."""
 
     def __init__(self, root: nn.Module) -> None:
         self._owners: list[Any] = [None]  # objects whose __dict__ was read; the first is the root
@@ -50,7 +50,7 @@ class Guards:
         self._fixed = False
 
     def owner(self, thing: Any) -> int:
-        """Position of an object whose attributes are guarded; its type is guarded with it."""
+        """Return the position of an object whose attributes are guarded; its type is guarded too."""
         key = id(thing)
         if key not in self._positions:
             self._positions[key] = len(self._owners)
@@ -59,41 +59,41 @@ class Guards:
         return self._positions[key]
 
     def called(self, module: nn.Module) -> None:
-        """The module was entered or called: it has no hook and no forward of its own."""
+        """Guard a module that was entered or called: it has no hook, and the instance has no forward."""
         self._called[self.owner(module)] = None
         self.attribute(module, "forward", MISSING)
 
     def attribute(self, thing: Any, name: str, value: Any) -> None:
-        """The object's own ``__dict__`` holds this value, or none (:data:`MISSING`)."""
+        """Guard that the object's own ``__dict__`` holds this value, or none (:data:`MISSING`)."""
         self._attributes[self.owner(thing), name] = value
 
     def item(self, mapping: dict[Any, Any], key: Any, value: Any) -> None:
-        """A dictionary holds this value at a key, or none (:data:`MISSING`)."""
+        """Guard that a dictionary holds this value at a key, or none (:data:`MISSING`)."""
         self._items[id(mapping), key] = (mapping, key, value)
 
     def class_attribute(self, cls: type, name: str) -> None:
-        """A class gives for a name what it gives now, which may be nothing."""
+        """Guard the current value of a class's attribute, or that there is none."""
         self._class_attributes[cls, name] = getattr(cls, name, MISSING)
 
     def present(self, module: nn.Module, kind: str, name: str, is_there: bool) -> None:
-        """A module's parameter or buffer is a tensor, or is None."""
+        """Guard that a module's parameter or buffer is a tensor, or that it is None."""
         self._presence[self.owner(module), kind, name] = is_there
 
     def whole(self, container: Any) -> None:
-        """A list, or a dictionary with its order, holds the very objects that it holds now."""
+        """Guard that a list, or a dictionary with its order, holds exactly the current objects."""
         keys, values = _content(container)
         self._orders[id(container)] = (container, keys, values)
 
     def function(self, function: Any) -> None:
-        """A Python function has the code and defaults that it has now."""
+        """Guard the current code and defaults of a Python function."""
         self._functions[id(function)] = (function, _parts(function))
 
     def cell(self, cell: Any, value: Any) -> None:
-        """A closure's cell holds this value."""
+        """Guard that a closure's cell holds this value."""
         self._cells[id(cell)] = (cell, value)
 
     def fix(self) -> Guards:
-        """Lay the guards out for :meth:`hold`; no further ones may come."""
+        """Prepare the guards for :meth:`hold`; none may be added afterwards."""
         names = list(self._attributes)
         self._positions_of_attributes = [position for position, _ in names]
         self._names = [name for _, name in names]
@@ -107,7 +107,7 @@ class Guards:
         return self
 
     def hold(self, root: nn.Module) -> bool:
-        """Whether everything is as it was read."""
+        """Whether everything is unchanged, for the model whose root is ``root``."""
         owners = self._owners.copy()
         owners[0] = root
         if [*map(type, owners)] != self._types:

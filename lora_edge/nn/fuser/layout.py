@@ -1,8 +1,8 @@
-"""Channels-last maps between blocks, stock strides everywhere else.
+"""Lay out a graph: channels-last maps between blocks, stock strides everywhere else.
 
-The CPU engine computes on channels-last maps. Between blocks, and through operations whose result does not depend on strides,
-they stay so. Whatever else reads a map (a view, the model's output, a layer of unknown needs) gets the strides that stock
-layers would have given it; and an input of blocks is laid out once, not by each of them.
+The CPU engine computes on channels-last maps. Maps stay channels-last between blocks, and through operations whose result does
+not depend on strides. Anything else that reads a map (a view, the model's output, a layer with unknown needs) gets the strides
+that stock layers would have produced. An input of several blocks is laid out once, not by each of them.
 """
 
 from __future__ import annotations
@@ -18,7 +18,7 @@ from lora_edge.nn.frozen_bn import FrozenBatchNorm
 from lora_edge.nn.fuser import pure
 from lora_edge.nn.fuser.calls import normalized
 from lora_edge.nn.fuser.find_blocks import activate_
-from lora_edge.nn.fuser.stock_strides import Sketch, StockStrides
+from lora_edge.nn.fuser.stock_strides import SizesAndStrides, StockStrides
 from lora_edge.nn.lean import LeanActivation, LeanConv, LeanMaxPool
 from lora_edge.ops.activation import activate
 from lora_edge.ops.strides import laid_out
@@ -54,10 +54,11 @@ class Layout:
 
     def __init__(self, graph: fx.Graph, modules: dict[str, nn.Module], block: Any) -> None:
         self.graph, self.modules, self.block = graph, modules, block
-        self.private: dict[fx.Node, None] = {}  # maps that may lie in the engine's strides
+        self.private: dict[fx.Node, None] = {}  # maps that may have the engine's strides
 
     def run(self) -> None:
-        self.sketches: dict[fx.Node, fx.Node] = {}
+        """Lay out the graph, in place."""
+        self.without_values: dict[fx.Node, fx.Node] = {}
         self.name_results_of_writing()
         for node in list(self.graph.nodes):
             if self.keeps(node):
@@ -67,7 +68,7 @@ class Layout:
             self.restore_after(node)
 
     def name_results_of_writing(self) -> None:
-        """Operations in place return their input: later users refer to the result."""
+        """Let later users of the input of an in-place operation refer to its result."""
         order = {node: k for k, node in enumerate(self.graph.nodes)}
         for node in list(self.graph.nodes):
             source = node.args[0] if node.args else None
@@ -78,6 +79,7 @@ class Layout:
                     user.replace_input_with(source, node)
 
     def writes(self, node: fx.Node) -> bool:
+        """Whether a node writes into its first argument and returns it."""
         if node.op == "call_module":
             return bool(getattr(self.modules[str(node.target)], "inplace", False))
         into_others = node.target in (F.batch_norm, F.instance_norm, torch.batch_norm) or "out" in node.kwargs
@@ -85,10 +87,11 @@ class Layout:
         return is_call and pure.writes(node.target, node.kwargs)
 
     def is_block(self, node: fx.Node) -> bool:
+        """Whether a node is a fused block."""
         return node.op == "call_function" and node.target is self.block
 
     def indifferent(self, node: fx.Node) -> bool:
-        """Whether a node computes the same from any strides, in strides of its input, on memory of its own or in place."""
+        """Whether a node's values do not depend on strides and it keeps its input's, in its own memory or in place."""
         if node.op == "call_module":
             return isinstance(self.modules[str(node.target)], _INDIFFERENT_LAYERS)
         if node.op == "call_method":
@@ -96,19 +99,19 @@ class Layout:
         return node.op == "call_function" and node.target in _INDIFFERENT
 
     def keeps(self, node: fx.Node) -> bool:
-        """Whether a node's result may lie in the engine's strides."""
+        """Whether a node's result may have the engine's strides."""
         if self.is_block(node):
             return True
         if self.writes(node) and node.args[0] not in self.private:
-            return False  # the result is somebody else's map
+            return False  # the result is a map of other code
         return (
             node.meta.get("kind") == pure.TENSOR
             and self.indifferent(node)
             and any(i in self.private for i in node.all_input_nodes)
         )
 
-    def door(self, node: fx.Node) -> tuple[StockStrides, list[fx.Node]]:
-        """What gives a map its stock strides, and the nodes whose values it needs besides."""
+    def stock_strides_of(self, node: fx.Node) -> tuple[StockStrides, list[fx.Node]]:
+        """Return the function that gives a map its stock strides, and the further nodes that it needs."""
         now = {other.meta["original"]: other for other in self.graph.nodes if "original" in other.meta}
         inputs: dict[fx.Node, fx.Node] = {}
         seen, waiting = set(), [node.meta["original"]]
@@ -121,19 +124,20 @@ class Layout:
                 inputs[original] = now[original]
             else:
                 waiting += original.all_input_nodes
-        return StockStrides(node.meta["original"], list(inputs), self.modules), [self.sketch(node) for node in inputs.values()]
+        in_stock_strides = StockStrides(node.meta["original"], list(inputs), self.modules)
+        return in_stock_strides, [self.sizes_of(node) for node in inputs.values()]
 
-    def sketch(self, node: fx.Node) -> fx.Node:
-        """A node's sizes and strides in place of its value, so that a door keeps no map alive."""
+    def sizes_of(self, node: fx.Node) -> fx.Node:
+        """Return a node for sizes and strides instead of the value, so that no map is kept alive for them."""
         if node.op in ("placeholder", "get_attr") or node.meta.get("kind") != pure.TENSOR:
             return node
-        if node not in self.sketches:
+        if node not in self.without_values:
             with self.graph.inserting_after(node):
-                self.sketches[node] = self.graph.call_function(Sketch, (node,))
-        return self.sketches[node]
+                self.without_values[node] = self.graph.call_function(SizesAndStrides, (node,))
+        return self.without_values[node]
 
     def lay_out_inputs(self) -> None:
-        """One copy of each map that blocks read and that other code made, as long as nothing is written in between."""
+        """Copy each map that blocks read and other code made once, as long as nothing is written in between."""
         laid: dict[fx.Node, fx.Node] = {}
         for node in list(self.graph.nodes):
             if self.is_block(node):
@@ -149,7 +153,7 @@ class Layout:
                 laid.clear()
 
     def restore_after(self, node: fx.Node) -> None:
-        """From its first user on that needs stock strides, all users of a map read it in these."""
+        """Give a map stock strides from its first user that needs them on; all later users read that copy."""
         order = {other: k for k, other in enumerate(self.graph.nodes)}
         strict = [user for user in node.users if not self.is_block(user) and user not in self.private]
         strict = [user for user in strict if not (self.writes(user) and self.indifferent(user) and user.args[0] is not node)]
@@ -157,10 +161,10 @@ class Layout:
             return
         first = min(order[user] for user in strict)
         later = [user for user in node.users if order[user] >= first]
-        door, inputs = self.door(node)
+        in_stock_strides, inputs = self.stock_strides_of(node)
         with self.graph.inserting_before(next(user for user in strict if order[user] == first)):
-            modules = tuple(self.graph.get_attr(name) for name in door.names)
-            stock = self.graph.call_function(door, (node, modules, *inputs))
+            modules = tuple(self.graph.get_attr(name) for name in in_stock_strides.names)
+            stock = self.graph.call_function(in_stock_strides, (node, modules, *inputs))
         stock.meta["kind"] = pure.TENSOR
         for user in later:
             user.replace_input_with(node, stock)

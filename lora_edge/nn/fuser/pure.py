@@ -1,7 +1,7 @@
-"""What a forward may call and still be proven pure: its result follows from its arguments and from what is guarded.
+"""What a forward may call and still be proven pure: its result depends only on its arguments and on what is guarded.
 
 Everything here computes on tensors, sizes and numbers. It may draw from torch's generator (dropout) or write into a tensor in
-place (:data:`WRITES`), since a plan keeps the order of calls; it reads no other state, keeps nothing, and calls nobody back.
+place (:func:`writes`), because a plan keeps the order of calls; it reads no other state, stores nothing and calls nothing back.
 """
 
 from __future__ import annotations
@@ -82,7 +82,7 @@ _INDICES_AT = {  # position of return_indices
 
 
 def kind_of_call(function: Any, args: list[Any], kwargs: dict[str, Any], kind: str) -> str:
-    """What a call of one of :data:`FUNCTIONS` gives, whose usual kind is ``kind``."""
+    """Return the kind of result of a call of one of :data:`FUNCTIONS`, whose usual kind is ``kind``."""
     if function in _INDICES_AT and (kwargs.get("return_indices") or len(args) > _INDICES_AT[function]):
         return VALUE
     if function is torch.where and len(args) + len(kwargs) == 1:
@@ -119,12 +119,12 @@ COMPARE: dict[str, Callable[..., Any]] = {
     "Eq": operator.eq, "NotEq": operator.ne, "Lt": operator.lt, "LtE": operator.le, "Gt": operator.gt, "GtE": operator.ge,
 }  # fmt: skip
 
-# functions of numbers: computed at once on known numbers, part of the plan on sizes
+# functions of numbers: computed at once on known numbers, part of the graph on sizes
 NUMERIC: set[Any] = {
     builtins.abs, builtins.float, builtins.int, builtins.max, builtins.min, builtins.round, builtins.divmod, builtins.pow,
     math.ceil, math.floor, math.sqrt, math.log, math.log2, math.log10, math.exp, math.prod, math.trunc, math.isqrt, math.gcd,
 }  # fmt: skip
-# what these answer wherever a plan runs: gradients are on and nothing is scripted, traced or compiled
+# what these return whenever a plan runs: gradients are on and nothing is scripted, traced or compiled
 CONSTANT: dict[Any, bool] = {
     torch.jit.is_scripting: False, torch.jit.is_tracing: False, torch.compiler.is_compiling: False, torch.is_grad_enabled: True,
 }  # fmt: skip
@@ -132,7 +132,7 @@ CONSTANT: dict[Any, bool] = {
 _NUMBER_TYPES = (bool, int, float, complex, str, bytes, type(None), type(Ellipsis), torch.dtype, torch.device)
 SCALARS = frozenset([*_NUMBER_TYPES, torch.memory_format, torch.layout])
 
-# batch_norm and instance_norm move the statistics that they are given
+# batch_norm and instance_norm update the statistics that they are given
 WRITES_FUNCTIONS = frozenset([*IN_PLACE.values(), operator.setitem, F.batch_norm, F.instance_norm, torch.batch_norm])
 
 
@@ -150,7 +150,7 @@ _INPLACE_POSITIONS = _inplace_positions()
 
 
 def by_name(function: Any, args: list[Any], kwargs: dict[str, Any]) -> tuple[list[Any], dict[str, Any]]:
-    """The same arguments with ``inplace`` by its name, which tells whether the call writes."""
+    """Return the same arguments with ``inplace`` passed by name, which tells whether the call writes."""
     at = _INPLACE_POSITIONS.get(function)
     if at is None or len(args) <= at:
         return args, kwargs
@@ -159,7 +159,7 @@ def by_name(function: Any, args: list[Any], kwargs: dict[str, Any]) -> tuple[lis
 
 
 def writes(function: Any, kwargs: dict[str, Any]) -> bool:
-    """Whether a function or a method's name writes into its first argument."""
+    """Whether a function, or a method given by its name, writes into its first argument."""
     name = function if isinstance(function, str) else getattr(function, "__name__", "")
     if function in WRITES_FUNCTIONS or (name.endswith("_") and not name.endswith("__")):
         return True
@@ -177,12 +177,12 @@ def _layers() -> dict[type[nn.Module], Any]:
     return found
 
 
-LAYERS = _layers()  # torch's own layers with the forward that was read here
+LAYERS = _layers()  # torch's own layers, with their forwards at import
 _SEVERAL_OUTPUTS = (nn.RNNBase, nn.RNNCellBase, nn.MultiheadAttention, nn.AdaptiveLogSoftmaxWithLoss)
 
 
 def layer_kind(layer: nn.Module) -> str:
-    """What a call of one of torch's layers gives."""
+    """Return the kind of result of a call of one of torch's layers."""
     if isinstance(layer, _SEVERAL_OUTPUTS) or getattr(layer, "return_indices", False):
         return VALUE
     return TENSOR

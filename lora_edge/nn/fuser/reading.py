@@ -1,6 +1,6 @@
 """Reads of modules, objects and containers, each with the guard that makes it safe to rely on.
 
-Attribute look-up follows Python's own order. Where a class changes that order, or a read would run unknown code, it is refused.
+Attribute look-up follows Python's own order. If a class changes that order, or a read would run unknown code, it is refused.
 """
 
 from __future__ import annotations
@@ -24,10 +24,10 @@ class Reader:
 
     Args:
         root: the module whose forward is evaluated.
-        guards: takes a guard for each read.
+        guards: get a guard for each read.
         tensor: makes the symbol of a parameter or buffer from its dotted name.
         call: enters a Python function with arguments, for properties.
-        training: what ``self.training`` is taken to be; None for what it is.
+        training: the value to assume for ``self.training``; None for the current one.
     """
 
     def __init__(
@@ -41,7 +41,7 @@ class Reader:
         self.root, self.guards, self.tensor, self.call, self.training = root, guards, tensor, call, training
 
     def lift(self, value: Any, what: str) -> Any:
-        """What stands for a value that was read and is guarded by its identity."""
+        """Return what stands for a value that was read and is guarded by its identity."""
         kind = type(value)
         if kind in SCALARS:
             return value
@@ -52,9 +52,9 @@ class Reader:
         if kind is slice:
             return slice(*(self.lift(item, what) for item in (value.start, value.stop, value.step)))
         if isinstance(value, Tensor):
-            refuse(f"{what} is a tensor that is no parameter or buffer of its module")
+            refuse(f"{what} is a tensor that is not a parameter or buffer of its module")
         if isinstance(value, nn.Module):
-            refuse(f"{what} is a module that is no submodule")
+            refuse(f"{what} is a module that is not a submodule")
         return Object(value)
 
     def attribute(self, owner: Any, name: str) -> Any:
@@ -83,7 +83,7 @@ class Reader:
         if name.startswith("__"):
             refuse(f"it reads {name} of {cls.__name__}")
         if isinstance(module, LoRAEdgeConv) and name == "weight":
-            refuse(f"it reads the weight of {owner.path}, which is the base's")
+            refuse(f"it reads the weight of {owner.path}, which lacks the update")
         found = self._of_class(cls, name)
         if isinstance(found, property):
             if found.fget is None:
@@ -119,7 +119,7 @@ class Reader:
         return child
 
     def child(self, owner: Module, name: str) -> Any:
-        """A submodule by its name: None where it is None, MISSING where there is none."""
+        """Return a submodule by its name: None if it is None, MISSING if there is none."""
         children = owner.module.__dict__["_modules"]
         self.guards.attribute(owner.module, "_modules", children)
         child = children.get(name, MISSING)
@@ -129,7 +129,7 @@ class Reader:
         return Module(child, owner.child(name)) if isinstance(child, nn.Module) else child
 
     def children(self, owner: Module) -> dict[str, Module]:
-        """All submodules in order; the guard is on all of them."""
+        """Return all submodules in order; the guard is on all of them."""
         children = owner.module.__dict__["_modules"]
         self.guards.attribute(owner.module, "_modules", children)
         self.guards.whole(children)
@@ -140,7 +140,7 @@ class Reader:
     def _of_class(self, cls: type, name: str) -> Any:
         found = static(cls, name)
         plain = isinstance(found, (FunctionType, property, staticmethod, type)) or not hasattr(type(found), "__get__")
-        if not plain:  # to look at it would run its code
+        if not plain:  # reading it would run its code
             refuse(f"{cls.__name__}.{name} is a {type(found).__name__}")
         self.guards.class_attribute(cls, name)
         return found
@@ -161,13 +161,13 @@ class Reader:
             self.guards.class_attribute(base, name)
             if name in base.__dict__:
                 return self._bind(base.__dict__[name], owner.instance, f"{base.__name__}.{name}")
-        return refuse(f"super().{name} is not there")
+        return refuse(f"super().{name} does not exist")
 
     def _of_object(self, value: Any, name: str) -> Any:
         if isinstance(value, ModuleType):
             found = value.__dict__.get(name, MISSING)
             if found is MISSING:
-                refuse(f"{value.__name__}.{name} is not there")
+                refuse(f"{value.__name__}.{name} does not exist")
             self.guards.item(value.__dict__, name, found)
             return self.lift_global(found, f"{value.__name__}.{name}")
         if isinstance(value, type):
@@ -197,25 +197,25 @@ class Reader:
             refuse(f"it reads {name} of {cls.__name__}")
         meta = type(cls)
         if static(meta, name) is not MISSING or static(meta, "__getattribute__") is not type.__getattribute__:
-            refuse(f"{cls.__name__}.{name} is up to its metaclass")
+            refuse(f"{cls.__name__}.{name} depends on its metaclass")
         found = static(cls, name)
         if not isinstance(found, (FunctionType, staticmethod, type)) and hasattr(type(found), "__get__"):
             refuse(f"{cls.__name__}.{name} is a {type(found).__name__}")
         self.guards.class_attribute(cls, name)
         if found is MISSING:
-            refuse(f"{cls.__name__}.{name} is not there")
+            refuse(f"{cls.__name__}.{name} does not exist")
         if isinstance(found, staticmethod):
             return Object(found.__func__)
         return self.lift_global(found, f"{cls.__name__}.{name}")
 
     def lift_global(self, value: Any, what: str) -> Any:
-        """As :meth:`lift`; the model itself, reached from outside, is refused, since a plan must not hold it."""
+        """As :meth:`lift`; the model itself, reached from outside, is refused, because a plan must not hold it."""
         if value is self.root:
             refuse(f"{what} is the module itself")
         return self.lift(value, what)
 
     def variable(self, function: FunctionType, name: str) -> Any:
-        """A global name of a function, or a built-in one."""
+        """Return the value of a global name of a function, or a built-in one."""
         scope = function.__globals__
         found = scope.get(name, MISSING)
         self.guards.item(scope, name, found)
@@ -229,7 +229,7 @@ class Reader:
         return self.lift_global(found, name)
 
     def free_variable(self, function: FunctionType, name: str) -> Any:
-        """A name from an enclosing function."""
+        """Return the value of a name from an enclosing function."""
         cell = dict(zip(function.__code__.co_freevars, function.__closure__ or (), strict=True))[name]
         try:
             value = cell.cell_contents
@@ -242,11 +242,11 @@ class Reader:
         """``container[key]`` of a list or dictionary that existed before."""
         value, what = container.value, "an element of a list or dictionary"
         if type(key) not in SCALARS:
-            refuse("it reads a list or dictionary by something else than a name or number")
+            refuse("it reads a list or dictionary by something other than a name or number")
         try:
             found = value[key]
         except (KeyError, IndexError, TypeError) as error:
-            refuse(f"it reads what is not there: {type(error).__name__} {error}")
+            refuse(f"it reads a missing element: {type(error).__name__} {error}")
         if isinstance(value, dict):
             self.guards.item(value, key, found)
         else:
@@ -254,7 +254,7 @@ class Reader:
         return self.lift_global(found, what)
 
     def elements(self, container: Container) -> Any:
-        """All of a container: a list of values, or a dictionary."""
+        """Return the whole content of a container: a list of values, or a dictionary."""
         value, what = container.value, "an element of a list or dictionary"
         self.guards.whole(value)
         if isinstance(value, dict):

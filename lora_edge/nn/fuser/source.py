@@ -1,7 +1,7 @@
 """The syntax tree of a function, proven to be what its compiled code was made from.
 
 A source file may have changed since it was imported, and a decorator or a debugger may have replaced the code. So the file is
-compiled again: a function's tree counts only where the compiled code equals the function's own code object.
+compiled again: a function's tree is used only if the compiled code equals the function's own code object.
 """
 
 from __future__ import annotations
@@ -19,7 +19,7 @@ Function = ast.FunctionDef | ast.Lambda
 
 @functools.lru_cache(maxsize=4096)
 def source_of(code: CodeType) -> Function | None:
-    """The syntax tree that ``code`` was compiled from, None where there is none or it cannot be proven."""
+    """Return the syntax tree that ``code`` was compiled from, None if there is none or it cannot be proven."""
     found = _index(code.co_filename, tuple(linecache.getlines(code.co_filename)), code.co_flags & _FUTURE)
     if found is None or code not in found[0]:
         return None
@@ -33,7 +33,7 @@ def source_of(code: CodeType) -> Function | None:
 
 @functools.lru_cache(maxsize=256)
 def _index(filename: str, lines: tuple[str, ...], future: int) -> tuple[set[CodeType], list[Function]] | None:
-    """Every code object of a file, and every function's node."""
+    """Return every code object of a file, and the node of every function."""
     text = "".join(lines)
     try:
         tree = ast.parse(text, filename)
@@ -61,7 +61,7 @@ def _first_line(node: Function) -> int:
 
 
 def _within(code: CodeType, node: Function) -> bool:
-    """Whether the code's instructions lie inside the node: tells apart lambdas on one line (from Python 3.11 on)."""
+    """Whether the code's instructions lie inside the node; distinguishes lambdas on one line (from Python 3.11 on)."""
     if not hasattr(code, "co_positions"):
         return True
     first = (_first_line(node), 0 if node.col_offset == 0 else node.col_offset)
@@ -76,7 +76,7 @@ def _within(code: CodeType, node: Function) -> bool:
 
 
 def asks_for_its_class(cls: type) -> bool:
-    """Whether a method of a module's class uses ``type(self)`` or ``self.__class__``, other than for the class's name."""
+    """Whether a method of a module's class uses ``type(self)`` or ``self.__class__``, except for the class's name."""
     for base in cls.__mro__:
         if base.__module__.partition(".")[0] in ("torch", "lora_edge", "builtins"):
             continue
@@ -100,7 +100,7 @@ def _uses_its_class(code: CodeType) -> bool:
     return any(part not in for_its_name for part in asks)
 
 
-_NAMES = ("__name__", "__qualname__")  # the same for the class that blocks.fuse makes
+_NAMES = ("__name__", "__qualname__")  # which the class that blocks.fuse makes has too
 
 
 def _is_class_of(node: ast.AST, own: str) -> bool:

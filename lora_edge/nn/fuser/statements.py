@@ -1,4 +1,4 @@
-"""What each kind of statement does."""
+"""Walk each kind of statement."""
 
 from __future__ import annotations
 
@@ -84,7 +84,7 @@ class Statements(Expressions):
         if isinstance(now, fx.Node) and now.meta["kind"] == pure.TENSOR and kind != "MatMult":
             return self.operate(pure.IN_PLACE[kind], (now, value))
         if isinstance(now, fx.Node) and now.meta["kind"] in (pure.VALUE, pure.TENSORS):
-            refuse("it writes in place into a value that may be anything")
+            refuse("it writes in place into a value of unknown kind")
         return self.operate(pure.BINARY[kind], (now, value))  # a number, a size or x @= w: a new object
 
     def _if(self, statement: ast.If, frame: Frame) -> None:
@@ -134,11 +134,11 @@ class Statements(Expressions):
     def _delete(self, statement: ast.Delete, frame: Frame) -> None:
         for target in statement.targets:
             if not isinstance(target, ast.Name) or target.id not in frame.names:
-                refuse("it deletes something else than a local name")
+                refuse("it deletes something other than a local name")
             del frame.names[target.id]
 
 
 def check_assertion(test: Any, message: Any) -> None:
-    """An ``assert`` statement whose test is known at run time only."""
+    """Run an ``assert`` statement whose test is known only at run time."""
     if not test:
         raise AssertionError(*([] if message is None else [message]))

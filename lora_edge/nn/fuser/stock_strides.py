@@ -1,8 +1,8 @@
-"""The strides that a map would have if stock layers had made it, for the doors between blocks and other code.
+"""The strides that a map would have if stock layers had made it, for the places where blocks meet other code.
 
-Torch decides on strides in each kernel by its own rules: which operand of a sum comes first, whether all maps of a ``cat`` are
-channels-last, what a convolution of a transposed map in float64 gives. Where everything that a map was made from is contiguous,
-it is contiguous. Otherwise the stock layers run once, without gradients, on memory of the same sizes and strides.
+Each of torch's kernels decides on strides by its own rules: which operand of a sum comes first, whether all maps of a ``cat``
+are channels-last, what a convolution of a transposed map in float64 returns. If everything that a map was made from is
+contiguous, the map is too. Otherwise the stock layers run once, without gradients, on memory of the same sizes and strides.
 """
 
 from __future__ import annotations
@@ -18,10 +18,10 @@ from lora_edge.nn.frozen_bn import FrozenBatchNorm
 from lora_edge.ops.plan import dense_stride
 from lora_edge.ops.strides import restrided
 
-_MOST_KNOWN = 64  # sizes and strides of inputs that a door remembers
+_MOST_KNOWN = 64  # sizes and strides of inputs for which the result is remembered
 
 
-class Sketch:
+class SizesAndStrides:
     """Sizes and strides of a tensor, without its values."""
 
     def __init__(self, tensor: Tensor) -> None:
@@ -37,15 +37,15 @@ class Sketch:
 
 
 class StockStrides:
-    """A function of a graph: gives a map in its stock strides.
+    """A function in a graph: returns a map in its stock strides.
 
     Args:
-        result: the map's node in the graph as it was before blocks were fused.
-        inputs: nodes there on which it depends and whose values are those of stock layers.
+        result: the map's node in the graph before blocks were fused.
+        inputs: nodes in that graph on which it depends and whose values are those of stock layers.
         modules: by dotted name.
 
     Attributes:
-        names: of the modules that a call needs.
+        names: dotted names of the modules that a call needs.
     """
 
     def __init__(self, result: fx.Node, inputs: list[fx.Node], modules: dict[str, nn.Module]) -> None:
@@ -57,14 +57,14 @@ class StockStrides:
         self.known: dict[Any, tuple[int, ...]] = {}
 
     def __call__(self, y: Tensor, modules: tuple[nn.Module, ...], *values: Any) -> Tensor:
-        """``y``, or a copy of it in stock strides.
+        """Return ``y``, or a copy of it in stock strides.
 
         Args:
             y: the map.
-            modules: called :attr:`names`; a graph's function holds none, so that a model goes with its last reference.
+            modules: those named by :attr:`names`; this function holds no reference to them, so that the model can be collected.
             values: of the inputs.
         """
-        tensors = [value for value in values if isinstance(value, (Tensor, Sketch))]
+        tensors = [value for value in values if isinstance(value, (Tensor, SizesAndStrides))]
         tensors += [modules[k].weight for k in self.convs]  # type: ignore[misc]
         if all(map(_is_plain, tensors)):
             stride = _dense(y.shape)
@@ -80,17 +80,17 @@ class StockStrides:
 
     @torch.no_grad()
     def find(self, modules: tuple[nn.Module, ...], values: tuple[Any, ...]) -> tuple[int, ...]:
-        """The strides that stock layers give for inputs of these sizes and strides."""
-        # in one dtype, whatever autocast makes of it on the way: it is no question of strides
+        """Return the strides that stock layers produce for inputs of these sizes and strides."""
+        # in one dtype, whatever autocast does on the way: strides do not depend on it
         dtype: Any = modules[self.convs[0]].weight.dtype if self.convs else None
         known: dict[fx.Node, Any] = {node: _alike(value, dtype) for node, value in zip(self.inputs, values, strict=True)}
-        device = next((value.device.type for value in values if isinstance(value, (Tensor, Sketch))), "cpu")
+        device = next((value.device.type for value in values if isinstance(value, (Tensor, SizesAndStrides))), "cpu")
         with torch.autocast(device, enabled=False):
             self.run(known, modules)
         return known[self.result].stride()  # type: ignore[no-any-return]
 
     def run(self, known: dict[fx.Node, Any], modules: tuple[nn.Module, ...]) -> None:
-        """Run the steps on what is known of the inputs."""
+        """Run the steps on the known inputs, adding the results to ``known``."""
         for step in self.steps:
             args = fx.node.map_arg(step.args, known.__getitem__)
             kwargs = fx.node.map_arg(step.kwargs, known.__getitem__)
@@ -103,7 +103,7 @@ class StockStrides:
 
 
 def _steps(result: fx.Node, inputs: list[fx.Node]) -> list[fx.Node]:
-    """The nodes to run from the inputs to the result, in their order."""
+    """Return the nodes to run from the inputs to the result, in their order."""
     needed, waiting = set(), [result]
     while waiting:
         node = waiting.pop()
@@ -120,14 +120,14 @@ def _stock(module: nn.Module, *args: Any, **kwargs: Any) -> Any:
 
 
 def _alike(value: Any, dtype: torch.dtype | None) -> Any:
-    if not isinstance(value, (Tensor, Sketch)):
+    if not isinstance(value, (Tensor, SizesAndStrides)):
         return value
     wanted = dtype if dtype is not None and value.dtype.is_floating_point else value.dtype
     return torch.empty_strided(value.shape, value.stride(), dtype=wanted, device=value.device)
 
 
-def _is_plain(tensor: Tensor | Sketch) -> bool:
-    """Contiguous, and so to torch: where a dimension has one element, its stride decides what kind of map that is."""
+def _is_plain(tensor: Tensor | SizesAndStrides) -> bool:
+    """Whether a tensor is contiguous for torch too: if a dimension has one element, its stride decides the kind of map."""
     return tensor.is_contiguous() and (1 not in tensor.shape or tensor.stride() == _dense(tensor.shape))
 
 

@@ -1,4 +1,4 @@
-"""What a walk makes: a graph of symbols, with guards on everything that it depends on."""
+"""The graph of symbols that a walk builds, with guards on everything that it depends on."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ class Symbols:
 
     Attributes:
         graph: what the forward computes; its inputs are ``x0``, ``x1``, ...
-        guards: what that depends on.
+        guards: on everything that the graph depends on.
     """
 
     def __init__(self, root: nn.Module, training: bool | None = None) -> None:
@@ -31,7 +31,7 @@ class Symbols:
         self._depth = 0
 
     def argument(self, argument: tuple[str, Any]) -> Any:
-        """An input of the graph, or a known value."""
+        """Return an input of the graph, or a known value."""
         kind, about = argument
         if kind == "known":
             return about
@@ -43,7 +43,7 @@ class Symbols:
         return node
 
     def finish(self, output: Any) -> None:
-        """What the graph returns: values of this call, and no list or dictionary twice: the caller may write into them."""
+        """Set what the graph returns: new values, and no list or dictionary twice, because the caller may write into them."""
         self._check_output(output, set())
         self.graph.output(self.as_argument(output))
 
@@ -59,13 +59,13 @@ class Symbols:
                 self._check_output(item, seen)
 
     def parameter(self, path: str) -> fx.Node:
-        """The symbol of a parameter or buffer."""
+        """Return the symbol of a parameter or buffer."""
         node = self.graph.get_attr(readable(path))
         node.meta["kind"] = pure.TENSOR
         return node
 
     def emit(self, function: Any, args: tuple[Any, ...], kwargs: dict[str, Any], kind: str) -> fx.Node:
-        """A node that calls a function, or a method by its name."""
+        """Add a node that calls a function, or a method by its name."""
         args = tuple(self.as_argument(arg) for arg in args)
         kwargs = {name: self.as_argument(arg) for name, arg in kwargs.items()}
         create = self.graph.call_method if isinstance(function, str) else self.graph.call_function
@@ -74,7 +74,7 @@ class Symbols:
         return node
 
     def as_argument(self, value: Any) -> Any:
-        """A value as an argument of a node."""
+        """Return a value as an argument of a node."""
         if isinstance(value, fx.Node) or type(value) in pure.SCALARS:
             return value
         if type(value) in (tuple, list):
@@ -84,12 +84,12 @@ class Symbols:
         if type(value) is slice:
             return slice(*(self.as_argument(item) for item in (value.start, value.stop, value.step)))
         if type(value) is range:
-            return refuse("it passes a range on")
+            return refuse("it passes on a range")
         if isinstance(value, Container):
             return self.as_argument(self.reader.elements(value))
         what = value.value if isinstance(value, Object) else value
-        return refuse(f"it passes a {type(what).__name__} on")
+        return refuse(f"it passes on a {type(what).__name__}")
 
     def call(self, function: Any, args: list[Any], kwargs: dict[str, Any]) -> Any:
-        """Call what a forward calls; see :class:`lora_edge.nn.fuser.calls.Calls`."""
+        """Evaluate a call; see :class:`lora_edge.nn.fuser.calls.Calls`."""
         return self.calls.call(function, args, kwargs)

@@ -1,6 +1,6 @@
 """What stands for a value while a forward is evaluated.
 
-A tensor, a size or anything else that is known at run time only is an ``fx.Node``. Numbers, strings and the like stand for
+A tensor, a size or anything else that is known only at run time is an ``fx.Node``. Numbers, strings and the like stand for
 themselves, as do tuples, and lists and dictionaries that the forward made itself. The rest is wrapped in one of these classes.
 """
 
@@ -12,8 +12,8 @@ from typing import Any, NoReturn
 from torch import nn
 
 
-class Refused(Exception):  # noqa: N818  # it is an answer, not an error
-    """The forward is not proven pure; the text says why, and where it does that."""
+class Refused(Exception):  # noqa: N818  # a result, not an error
+    """The forward is not proven pure; the message says why and where."""
 
     line: int | None = None
     place: str | None = None
@@ -23,7 +23,7 @@ class Refused(Exception):  # noqa: N818  # it is an answer, not an error
 
 
 def refuse(why: str) -> NoReturn:
-    """Leave the forward to smaller pieces."""
+    """Give up on the forward that is being evaluated."""
     raise Refused(why)
 
 
@@ -35,6 +35,7 @@ class Module:
     path: str
 
     def child(self, name: str) -> str:
+        """Return the dotted name of an attribute or submodule."""
         return f"{self.path}.{name}" if self.path else name
 
 
@@ -76,21 +77,21 @@ class Method:
 
 
 class Once:
-    """A generator, or what ``zip``, ``enumerate``, ``reversed`` and the like give: its values can be taken once."""
+    """A generator, or the result of ``zip``, ``enumerate``, ``reversed`` and the like: its values can be read once."""
 
     def __init__(self, values: Any) -> None:
         self.values = iter(values)
 
 
 class View:
-    """The keys, values or items of a dictionary: they follow it, and they can be iterated, counted and searched only."""
+    """The keys, values or items of a dictionary: a live view that can only be iterated, counted and searched."""
 
     def __init__(self, values: Any) -> None:
         self.values = values
 
 
 class Lookup:
-    """A set: something may be looked up in it, which is all that does not depend on its order."""
+    """A set: it can only be searched, because anything else depends on its order."""
 
     def __init__(self, values: list[Any]) -> None:
         self.values = tuple(values)
@@ -105,7 +106,7 @@ class Super:
 
 
 class Constant:
-    """A function without arguments whose value is known."""
+    """A function without arguments whose result is known."""
 
     def __init__(self, value: Any) -> None:
         self.value = value

@@ -1,8 +1,8 @@
-"""Whether a tensor that was not kept moved by rounding alone: 16 random sums of it tell how far it moved.
+"""Tell whether a tensor of which no copy is kept moved by rounding alone: 16 random sums of it show how far it moved.
 
 An average of the weights over the steps, such as timm's ``ModelEma``, computes ``d * w + (1 - d) * w`` of a frozen weight,
-which is not ``w`` to the last bit. The sums are of float64 products with fixed random numbers, so the mean of their squared
-changes is the squared norm of the tensor's change, to about a third.
+which differs from ``w`` in the last bits. The sums are of float64 products with fixed random numbers, so the mean of their
+squared changes estimates the squared norm of the tensor's change to about a third.
 """
 
 from __future__ import annotations
@@ -11,12 +11,12 @@ import torch
 from torch import Tensor
 
 SUMS = 16
-ROUNDING = 1e-4  # of the tensor's norm: timm's averages at decays up to 0.9999 stay below half of it (3,000 steps, float32)
+ROUNDING = 1e-4  # of the tensor's norm; timm's averages at decays up to 0.9999 stay below half of it (3,000 steps, float32)
 _COLUMNS = 256
 
 
 def sketch(tensor: Tensor) -> Tensor:
-    """``(17,)`` in float64 on the CPU: the random sums, and the norm."""
+    """Return a sketch ``(17,)`` in float64 on the CPU: the random sums and the norm."""
     flat = tensor.detach().cpu().reshape(-1).to(torch.float64)
     rows = -(-flat.numel() // _COLUMNS)
     generator = torch.Generator().manual_seed(0)
@@ -27,7 +27,7 @@ def sketch(tensor: Tensor) -> Tensor:
 
 
 def moved_by_rounding(tensor: Tensor, was: Tensor) -> bool:
-    """Whether ``tensor`` is no further from the one that ``was`` is the sketch of than an average of it may be."""
+    """Whether ``tensor`` is as close to the tensor that ``was`` is a sketch of as an average of the latter would be."""
     now = sketch(tensor)
     apart = (now[:SUMS] - was[:SUMS]).square().mean().sqrt()
     allowed = max(ROUNDING, float(torch.finfo(tensor.dtype).eps)) if tensor.is_floating_point() else 0.0

@@ -1,4 +1,4 @@
-"""Python's own functions in a forward that is being evaluated."""
+"""Calls of Python's built-in functions and types in a forward that is being evaluated."""
 
 from __future__ import annotations
 
@@ -8,13 +8,13 @@ from typing import Any
 from torch import Tensor, fx, nn
 
 from lora_edge.nn.fuser import pure
+from lora_edge.nn.fuser.access import Access, base_of
 from lora_edge.nn.fuser.guards import MISSING, static
-from lora_edge.nn.fuser.items import Items, base_of
 from lora_edge.nn.fuser.values import Constant, Container, Module, Object, Once, Submodules, View, refuse
 
 
-class BuiltIn(Items):
-    """Calls of built-in functions and types."""
+class BuiltinCalls(Access):
+    """The calls of built-in functions and types in one evaluation."""
 
     def _built_in(self, function: Any, args: list[Any], kwargs: dict[str, Any]) -> Any:
         evaluator = self.evaluator
@@ -26,7 +26,7 @@ class BuiltIn(Items):
             try:
                 return _HANDLED[function](self, args, kwargs)
             except (TypeError, ValueError, IndexError) as error:
-                refuse(f"it calls {function.__name__} with other arguments than it takes: {error}")
+                refuse(f"it calls {function.__name__} with arguments that it does not accept: {error}")
         if not isinstance(function, (type, type(len))):
             refuse(f"it calls a {type(function).__name__}, which is not known to be pure")
         if function in pure.NUMERIC or function in (str, bool):
@@ -34,7 +34,7 @@ class BuiltIn(Items):
                 if function not in pure.NUMERIC or kwargs:
                     refuse(f"it calls {function.__name__} on a tensor or a size")
                 if any(isinstance(arg, fx.Node) and arg.meta["kind"] == pure.TENSOR for arg in self._flat(args)):
-                    refuse(f"it takes a number out of a tensor by {function.__name__}")
+                    refuse(f"it converts a tensor to a number by {function.__name__}")
                 return evaluator.emit(function, tuple(args), {}, pure.NUMBER)
             values = [evaluator.reader.elements(arg) if isinstance(arg, Container) else arg for arg in args]
             if kwargs or any(type(arg) not in pure.SCALARS for arg in self._flat(values)):
@@ -53,14 +53,14 @@ class BuiltIn(Items):
         classes = cls if type(cls) is tuple else (cls,)
         classes = tuple(c.value if isinstance(c, Object) else c for c in classes)
         if any(not isinstance(c, type) for c in classes):
-            refuse("it asks for a class that is not known")
+            refuse("it tests for a class that is not known")
         if isinstance(value, fx.Node):
             plain = (list, tuple, dict, str, int, float, bool, set)
             if value.meta["kind"] != pure.TENSOR or any(c is not Tensor and c not in plain for c in classes):
-                refuse("it asks for the type of a tensor or a size")
+                refuse("it tests the type of a tensor or a size")
             return Tensor in classes
         if any(type(c).__instancecheck__ is not type.__instancecheck__ and c is not Tensor for c in classes):
-            refuse("it asks for a class that decides itself what belongs to it")
+            refuse("it tests for a class with its own __instancecheck__")
         if isinstance(value, Module):
             self.evaluator.guards.owner(value.module)
             return isinstance(value.module, tuple(c for c in classes if c is not Tensor))
@@ -70,7 +70,7 @@ class BuiltIn(Items):
             return isinstance(value.value, tuple(c for c in classes if c is not Tensor))
         if type(value) in pure.SCALARS or type(value) in (tuple, list, dict, slice, range):
             return isinstance(value, tuple(c for c in classes if c is not Tensor))
-        return refuse("it asks for the type of an object")
+        return refuse("it tests the type of an object")
 
     def _attribute_by_name(self, args: list[Any], kwargs: dict[str, Any]) -> Any:
         if len(args) not in (2, 3) or kwargs or type(args[1]) is not str:
@@ -84,7 +84,7 @@ class BuiltIn(Items):
 
     def _has_attribute(self, args: list[Any], kwargs: dict[str, Any]) -> bool:
         if len(args) != 2 or type(args[1]) is not str or not isinstance(args[0], (Module, Object)):
-            refuse("it asks what attributes a tensor or an object has")
+            refuse("it tests what attributes a tensor or an object has")
         return self.evaluator.reader.has(args[0], args[1])
 
     def _length(self, args: list[Any], kwargs: dict[str, Any]) -> Any:
@@ -107,7 +107,7 @@ class BuiltIn(Items):
 
     def _zip(self, args: list[Any], kwargs: dict[str, Any]) -> Any:
         if kwargs.keys() - {"strict"} or type(kwargs.get("strict", False)) is not bool:
-            refuse("it calls zip with other arguments than it takes")
+            refuse("it calls zip with arguments that it does not accept")
         return Once(zip(*map(self.iterate, args), strict=kwargs.get("strict", False)))
 
     def _reversed(self, args: list[Any], kwargs: dict[str, Any]) -> Any:
@@ -125,13 +125,13 @@ class BuiltIn(Items):
 
     def _list_or_tuple(self, function: Any, args: list[Any], kwargs: dict[str, Any]) -> Any:
         if kwargs or len(args) > 1:
-            refuse(f"it calls {function.__name__} with other arguments than it takes")
+            refuse(f"it calls {function.__name__} with arguments that it does not accept")
         return function(self.iterate(args[0])) if args else function()
 
     def _any_or_all(self, function: Any, args: list[Any], kwargs: dict[str, Any]) -> bool:
         (values,) = args
         if kwargs:
-            refuse(f"it calls {function.__name__} with other arguments than it takes")
+            refuse(f"it calls {function.__name__} with arguments that it does not accept")
         return function(self.evaluator.truth(value) for value in self.iterate(values))
 
     def _enumerate(self, args: list[Any], kwargs: dict[str, Any]) -> Any:
@@ -148,7 +148,7 @@ class BuiltIn(Items):
     def _sum(self, args: list[Any], kwargs: dict[str, Any]) -> Any:
         total = (*args[1:], kwargs.get("start", 0))[0]
         if len(args) not in (1, 2) or kwargs.keys() - {"start"} or (kwargs and len(args) == 2) or type(total) is str:
-            refuse("it calls sum with other arguments than it takes")
+            refuse("it calls sum with arguments that it does not accept")
         for value in self.iterate(args[0]):
             total = self.evaluator.operate(operator.add, (total, value))
         return total
@@ -163,25 +163,25 @@ class BuiltIn(Items):
                 for pair in self.iterate(first):
                     key, value = self.iterate(pair)
                     if type(key) not in (str, int, bool):
-                        refuse("it makes a dictionary with keys that are no names")
+                        refuse("it makes a dictionary whose keys are not names")
                     found[key] = value
         return {**found, **kwargs}
 
 
 _HANDLED: dict[Any, Any] = {
     isinstance: lambda calls, args, kwargs: calls._is_instance(*args),
-    getattr: BuiltIn._attribute_by_name,
-    hasattr: BuiltIn._has_attribute,
-    len: BuiltIn._length,
-    range: BuiltIn._range,
-    enumerate: BuiltIn._enumerate,
-    zip: BuiltIn._zip,
-    reversed: BuiltIn._reversed,
+    getattr: BuiltinCalls._attribute_by_name,
+    hasattr: BuiltinCalls._has_attribute,
+    len: BuiltinCalls._length,
+    range: BuiltinCalls._range,
+    enumerate: BuiltinCalls._enumerate,
+    zip: BuiltinCalls._zip,
+    reversed: BuiltinCalls._reversed,
     list: lambda calls, args, kwargs: calls._list_or_tuple(list, args, kwargs),
     tuple: lambda calls, args, kwargs: calls._list_or_tuple(tuple, args, kwargs),
-    sum: BuiltIn._sum,
+    sum: BuiltinCalls._sum,
     any: lambda calls, args, kwargs: calls._any_or_all(any, args, kwargs),
     all: lambda calls, args, kwargs: calls._any_or_all(all, args, kwargs),
-    dict: BuiltIn._make_dict,
+    dict: BuiltinCalls._make_dict,
     slice: lambda calls, args, kwargs: slice(*args),
 }

@@ -1,9 +1,9 @@
-"""Cores that do not learn: the loss does not depend on them, so they get no gradient.
+"""Warn about cores that do not learn, because the loss does not depend on them and they get no gradient.
 
-So it is where a model reads ``conv.weight`` and never calls the module, as Mamba's blocks do, or where no gradient comes
-through. It is said once for a model, by name: in training, when two steps went by without a gradient (:func:`watch`), or else
-at ``save_adapter`` and ``merge``, by the values: a core starts at zero, and one that is still all zero when something else was
-trained got none. :func:`lora_edge.summary` always shows it.
+This happens if a model reads ``conv.weight`` and never calls the module, as Mamba's blocks do, or if no gradient reaches the
+layer. The warning comes once per model and names the layers: in training, after two steps without a gradient (:func:`watch`),
+or otherwise at ``save_adapter`` and ``merge``, where it goes by the values: a core that is still all zero although something
+else was trained got no gradient. :func:`lora_edge.summary` always shows these layers.
 """
 
 from __future__ import annotations
@@ -15,17 +15,17 @@ from torch import Tensor, nn
 from torch.utils.hooks import RemovableHandle
 
 from lora_edge.nn.layers import LoRAEdgeConv
-from lora_edge.nn.staleness import Beside
-from lora_edge.surgery.find import Adapted, AdaptState
+from lora_edge.nn.per_module import PerModule
+from lora_edge.surgery.adapted import Adapted, AdaptState
 
-STEPS = 2  # without a gradient, before it is said
+STEPS = 2  # without a gradient, before the warning
 
 
 class _Watch:
-    """The cores that had no gradient yet. It knows parameters by their hooks alone, so it keeps nothing alive.
+    """The cores that have had no gradient yet. It holds the parameters' hooks only, so it keeps no parameter alive.
 
-    Each hook ends when its parameter has had one gradient, but for that of the first one, which counts the steps until
-    ``STEPS`` are over. After that a step costs nothing.
+    Each hook is removed once its parameter has had a gradient; only the first one stays to count the steps up to ``STEPS``.
+    After that a step costs nothing.
     """
 
     def __init__(self, state: AdaptState) -> None:
@@ -50,7 +50,7 @@ class _Watch:
         if self.steps > STEPS:
             idle = [name for name in self.waiting if name in self.cores and name != self.first]
             self.stop()
-            _say(self.state, idle)
+            _warn(self.state, idle)
 
     def stop(self) -> None:
         for handle in self.waiting.values():
@@ -58,11 +58,11 @@ class _Watch:
         self.waiting.clear()
 
 
-_watches: Beside[_Watch] = Beside()
+_watches: PerModule[_Watch] = PerModule()
 
 
 def watch(model: nn.Module, state: AdaptState, layers: dict[str, LoRAEdgeConv]) -> None:
-    """Begin to look for cores without a gradient; copies and pickles of the model are not looked at."""
+    """Start watching for cores without a gradient; copies and pickles of the model are not watched."""
     watched = _Watch(state)
     seen: set[int] = set()
     named = [(name, layer.core, True) for name, layer in layers.items()]
@@ -84,24 +84,24 @@ def end_watch(model: nn.Module) -> None:
 
 
 def idle_cores(adapted: Adapted) -> list[str]:
-    """Names of the layers whose core never moved, though something else of the model was trained; else an empty list."""
+    """Return the names of the layers whose core never moved although something else in the model was trained."""
     moved = {name: _moved(layer.core) for name, layer in adapted.layers.items()}
     was_trained = any(moved.values()) or _head_moved(adapted)
     return [name for name, layer in adapted.layers.items() if was_trained and layer.core.requires_grad and not moved[name]]
 
 
 def warn_of_idle_cores(adapted: Adapted) -> None:
-    """Say once for a model which cores got no gradient."""
-    if adapted.state is not None and not adapted.state.idle_was_said:
-        _say(adapted.state, idle_cores(adapted))
+    """Warn which cores got no gradient, once per model."""
+    if adapted.state is not None and not adapted.state.warned_of_idle:
+        _warn(adapted.state, idle_cores(adapted))
 
 
-def _say(state: AdaptState, idle: list[str]) -> None:
-    if idle and not state.idle_was_said:
-        state.idle_was_said = True
+def _warn(state: AdaptState, idle: list[str]) -> None:
+    if idle and not state.warned_of_idle:
+        state.warned_of_idle = True
         names = ", ".join(name or "the model" for name in idle)
         warnings.warn(
-            f"the core of {names} got no gradient in training and does not learn: the loss does not depend on it, as where a "
+            f"the core of {names} got no gradient in training and does not learn: the loss does not depend on it, as when a "
             "model reads the weight itself; exclude it",
             UserWarning,
             stacklevel=4,
@@ -114,7 +114,7 @@ def _moved(core: Tensor) -> bool:
 
 
 def _head_moved(adapted: Adapted) -> bool:
-    """Whether the trained head is another than the base's."""
+    """Whether the trained head differs from the base's."""
     state = adapted.state
     if state is None or state.head is None:
         return False

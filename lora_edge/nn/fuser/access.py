@@ -1,4 +1,4 @@
-"""Attributes, subscripts and iteration in a forward that is being evaluated: what each means, or why it is refused."""
+"""Access to attributes, elements and iteration in a forward that is being evaluated, or why it is refused."""
 
 from __future__ import annotations
 
@@ -21,18 +21,18 @@ _TEXT_METHODS = {"lower", "upper", "startswith", "endswith", "split", "strip", "
 
 
 def base_of(cls: type) -> type:
-    """The user's own class of a module that :func:`lora_edge.nn.blocks.fuse` may have re-classed."""
+    """Return the user's own class for a class that :func:`lora_edge.nn.blocks.fuse` may have made."""
     return cls.__dict__.get("base_class", cls)
 
 
-class Items:
-    """What the values of one evaluation hold."""
+class Access:
+    """The accesses of one evaluation."""
 
     def __init__(self, evaluator: Evaluator) -> None:
         self.evaluator = evaluator
 
     def children_of(self, module: Module) -> list[Any]:
-        """What iterating over a module gives."""
+        """Return what iterating over a module yields."""
         cls = base_of(type(module.module))
         iterate = static(cls, "__iter__")
         self.evaluator.guards.class_attribute(cls, "__iter__")
@@ -117,7 +117,7 @@ class Items:
             type(key) is slice and all(type(k) in (int, type(None)) for k in (key.start, key.stop, key.step))
         )
         if not known:
-            refuse("it reads an element whose place depends on a tensor or a size")
+            refuse("it reads an element whose position depends on a tensor or a size")
         try:
             return owner[key]
         except (KeyError, IndexError, TypeError) as error:
@@ -139,7 +139,7 @@ class Items:
             self.evaluator.emit(operator.setitem, (owner, key, value), {}, pure.VALUE)
         elif type(owner) in (list, dict):
             if type(key) not in (int, bool, str):
-                refuse("it writes an element whose place is not known")
+                refuse("it writes an element whose position is not known")
             try:
                 owner[key] = value
             except (IndexError, TypeError) as error:
@@ -166,12 +166,12 @@ class Items:
         try:
             return key in owner
         except TypeError:
-            return refuse("it looks for what cannot be there")
+            return refuse("it looks for an element of an impossible type")
 
     def iterate(self, value: Any) -> Any:
-        """What a loop over a value gives."""
+        """Return an iterator over what a loop over a value yields."""
         if type(value) in (list, tuple, range, str, dict):
-            return iter(value)  # a loop sees what it appends, as Python's own does
+            return iter(value)  # as in Python, a loop sees what is appended meanwhile
         if isinstance(value, Once):
             return value.values
         if isinstance(value, View):

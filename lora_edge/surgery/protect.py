@@ -1,10 +1,10 @@
-"""While a model is adapted, no tool can take an adapted layer out of it without a word.
+"""While a model is adapted, a tool that would silently remove an adapted layer raises an error instead.
 
-Tools that fuse, re-parameterize or convert layers (timm's ``reparameterize_model``, ultralytics' ``fuse``,
-code that writes ``parent._modules[name]``) read a layer's base weight, put another layer in its
-place, and its update is lost. So :func:`guard` watches the submodules of every module that holds adapted layers, at the one
-dictionary that all of these write to; :func:`unguard` ends it. A module that *contains* the layer it replaces, as a wrapper
-does, is allowed, and so is a copy of an adapted layer in its place.
+Tools that fuse, re-parameterize or convert layers (timm's ``reparameterize_model``, ultralytics' ``fuse``, code that writes
+``parent._modules[name]``) read a layer's base weight and put another layer in its place, and its update is lost. So
+:func:`protect` replaces the dictionary of submodules, which all of these write to, in every module that holds adapted layers;
+:func:`unprotect` undoes it. Replacing a layer by a module that *contains* it, as a wrapper does, is allowed, and so is
+replacing it by a copy.
 """
 
 from __future__ import annotations
@@ -18,30 +18,30 @@ from lora_edge.nn.frozen_bn import FrozenNorm, freeze_as
 from lora_edge.nn.layers import LoRAEdgeConv
 
 
-class GuardedModules(dict[str, Any]):
-    """The submodules of one module, of which none that holds adapted layers can be lost.
+class ProtectedModules(dict[str, Any]):
+    """A module's dictionary of submodules that refuses to lose adapted layers.
 
-    Raises:
-        RuntimeError: at a call that would replace or remove such a submodule, or put a new convolution beside it.
+    Every method that would replace or remove a submodule that holds adapted layers, or add a convolution beside it, raises
+    RuntimeError.
     """
 
     def __init__(self, modules: Any, kind: type = dict, empty: frozenset[str] = frozenset()) -> None:
         super().__init__(modules)
-        self.kind = kind  # the dictionary's class outside
+        self.kind = kind  # the class of the dictionary that it replaces
         self.empty = empty  # names of the module's attributes that are None
 
     def __setitem__(self, name: str, module: nn.Module | None) -> None:
         old = self.get(name)
         if isinstance(old, FrozenNorm) and type(module) is nn.SyncBatchNorm and module.running_mean is old.running_mean:
-            freeze_as(module, old)  # convert_sync_batchnorm made it of the frozen one's own tensors
+            freeze_as(module, old)  # convert_sync_batchnorm made it from the frozen one's own tensors
         if old is not None and old is not module:
             _check(f"replace {name}", old, module)
         if isinstance(module, _ConvNd) and not isinstance(old, _ConvNd) and any(map(_updates, self.values())):
-            if name in self.empty:  # nn.Module has taken the None away already
+            if name in self.empty:  # nn.Module has already removed the None
                 super().__setitem__(name, None)
             raise RuntimeError(
-                f"{name} is a new convolution beside adapted ones, which read as the base's; "
-                "call lora_edge.merge(model) before layers are fused or added"
+                f"{name} is a new convolution beside adapted ones, whose weights are the base's; "
+                "call lora_edge.merge(model) before fusing or adding layers"
             )
         super().__setitem__(name, module)
 
@@ -69,40 +69,40 @@ class GuardedModules(dict[str, Any]):
         for name, module in dict(*others, **more).items():
             self[name] = module
 
-    def __ior__(self, other: Any) -> GuardedModules:  # type: ignore[override, misc]
+    def __ior__(self, other: Any) -> ProtectedModules:  # type: ignore[override, misc]
         self.update(other)
         return self
 
-    def __reduce__(self) -> tuple[Any, ...]:  # whole, where a copy item by item would be taken for new layers
-        return GuardedModules, (dict(self), self.kind, self.empty)
+    def __reduce__(self) -> tuple[Any, ...]:  # at once, because items copied one by one would look like new layers
+        return ProtectedModules, (dict(self), self.kind, self.empty)
 
 
-def guard(model: nn.Module) -> None:
-    """Watch every module of an adapted model that has a submodule with an adapted convolution or a frozen BatchNorm.
+def protect(model: nn.Module) -> None:
+    """Protect every adapted convolution and frozen BatchNorm of an adapted model.
 
-    A model with ``save_pretrained``, which would write the base's weights and an update that nobody loads, raises there.
+    A model's ``save_pretrained`` raises as well: it would write the base's weights with an update that nothing loads.
     """
     for module in model.modules():
         children = module._modules
-        if not isinstance(children, GuardedModules) and any(_kept(child) for child in children.values()):
+        if not isinstance(children, ProtectedModules) and any(_kept(child) for child in children.values()):
             empty = frozenset(name for name, value in vars(module).items() if value is None)
-            module.__dict__["_modules"] = GuardedModules(children, type(children), empty)
+            module.__dict__["_modules"] = ProtectedModules(children, type(children), empty)
         if callable(getattr(type(module), "save_pretrained", None)):
             module.__dict__["save_pretrained"] = refuse_save_pretrained
 
 
-def unguard(model: nn.Module) -> None:
-    """Undo :func:`guard`."""
+def unprotect(model: nn.Module) -> None:
+    """Undo :func:`protect`."""
     for module in model.modules():
         children = module._modules
-        if isinstance(children, GuardedModules):
+        if isinstance(children, ProtectedModules):
             module.__dict__["_modules"] = children.kind(children)
         if module.__dict__.get("save_pretrained") is refuse_save_pretrained:
             del module.__dict__["save_pretrained"]
 
 
 def refuse_save_pretrained(*_: Any, **__: Any) -> NoReturn:
-    """What ``save_pretrained`` is while the model is adapted.
+    """Stand in for ``save_pretrained`` while the model is adapted.
 
     Raises:
         RuntimeError: always.
@@ -114,17 +114,17 @@ def refuse_save_pretrained(*_: Any, **__: Any) -> NoReturn:
 
 
 def _kept(module: nn.Module | None) -> list[nn.Module]:
-    """The layers in a module that must not be lost."""
+    """Return the layers in a module that must not be lost."""
     return [] if module is None else [m for m in module.modules() if isinstance(m, (LoRAEdgeConv, FrozenNorm))]
 
 
 def _updates(module: nn.Module | None) -> int:
-    """How many adapted convolutions a module holds."""
+    """Return the number of adapted convolutions in a module."""
     return sum(isinstance(m, LoRAEdgeConv) for m in _kept(module))
 
 
 def _check(what: str, old: nn.Module | None, new: nn.Module | None = None) -> None:
-    """Refuse what leaves fewer layers than there were; another adapted layer may take the place of one."""
+    """Refuse a change that leaves fewer protected layers; another adapted layer may replace one."""
     if _updates(new) < _updates(old):
         raise RuntimeError(
             f"cannot {what}: it holds an adapted convolution, whose update would be lost; call lora_edge.merge(model) first"

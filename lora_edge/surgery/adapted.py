@@ -1,7 +1,7 @@
-"""Where the adapted models are in what a public function is given: the module itself, or inside a wrapper, one or several.
+"""Find the adapted models in a module: the module itself, or one or several inside it.
 
-A model that :func:`lora_edge.adapt` changed carries its :class:`AdaptState`; wrappers (a LightningModule, ``AveragedModel``,
-``DataParallel``, ``torch.compile``, any outer module) do not, so every public function looks for it here.
+A model that :func:`lora_edge.adapt` changed carries its :class:`AdaptState`. Wrappers (a LightningModule, ``AveragedModel``,
+``DataParallel``, ``torch.compile``, any outer module) do not, so every public function uses this file to find it.
 """
 
 from __future__ import annotations
@@ -18,10 +18,10 @@ from lora_edge.nn.reparametrised import reparametrised_layers
 
 @dataclass
 class AdaptState:
-    """What ``adapt`` remembers on the model: plain data, so that it survives deepcopy and pickle.
+    """What ``adapt`` stores on the model: plain data, so that it survives deepcopy and pickle.
 
-    ``digests`` has one entry per tensor of the base's state dict, ``base_values`` copies on the CPU of those that may move,
-    ``sketches`` a few numbers of each of the others; see :mod:`lora_edge.surgery.base_state`.
+    ``digests`` has one entry per tensor of the base's state dict, ``base_values`` CPU copies of those that may move, and
+    ``sketches`` random sums of each of the others; see :mod:`lora_edge.surgery.base_state`.
     """
 
     bn: str
@@ -36,16 +36,16 @@ class AdaptState:
     sketches: dict[str, Tensor] = field(default_factory=dict)
     replaced: list[str] = field(default_factory=list)
     frozen_norms: list[str] = field(default_factory=list)
-    idle_was_said: bool = False
+    warned_of_idle: bool = False
     load_hook: RemovableHandle | None = None
     blocks: dict[str, str] = field(default_factory=dict)
     not_fused: dict[str, str] = field(default_factory=dict)
 
 
 class Adapted(NamedTuple):
-    """One adapted model: where it is in what was given, its state and its layers by their names in it.
+    """One adapted model: its name in the given module, the model, its state, and its layers by their names in the model.
 
-    ``state`` is None where the layers were built, not adapted.
+    ``state`` is None for layers that were built as ``LoRAEdgeConv*`` and not adapted.
     """
 
     name: str
@@ -55,20 +55,20 @@ class Adapted(NamedTuple):
 
 
 def adapt_state(model: nn.Module) -> AdaptState | None:
-    """The state that ``adapt`` left on the model itself, None where there is none."""
+    """Return the state that ``adapt`` stored on this very module, or None."""
     return model.__dict__.get("_lora_edge")
 
 
 def adapted_layers(model: nn.Module) -> dict[str, LoRAEdgeConv]:
-    """Dotted name and layer of every adapted convolution, each once, in registration order."""
+    """Return every adapted convolution by its dotted name, each once, in registration order."""
     return {name: m for name, m in model.named_modules() if isinstance(m, LoRAEdgeConv)}
 
 
 def unwrap(model: nn.Module) -> nn.Module:
-    """The module inside DistributedDataParallel, DataParallel and torch.compile wrappers, which only pass calls on.
+    """Return the module inside DistributedDataParallel, DataParallel and torch.compile wrappers.
 
     Raises:
-        TypeError: ``model`` is no module.
+        TypeError: ``model`` is not a module.
     """
     if not isinstance(model, nn.Module):
         raise TypeError(f"model is a {type(model).__name__}; give a torch.nn.Module")
@@ -83,9 +83,9 @@ def unwrap(model: nn.Module) -> nn.Module:
 
 
 def find_adapted(model: nn.Module) -> list[Adapted]:
-    """Every adapted model inside ``model`` (itself, if it is one), in registration order.
+    """Return every adapted model inside ``model`` (or itself), in registration order.
 
-    Adapted layers outside of these, such as layers that were built as ``LoRAEdgeConv2d``, are one more entry without a state,
+    Adapted layers outside these, such as layers that were built as ``LoRAEdgeConv2d``, form one more entry without a state,
     whose model is ``model``.
     """
     model = unwrap(model)
@@ -103,7 +103,7 @@ def find_adapted(model: nn.Module) -> list[Adapted]:
 
 
 def require_adapted(model: nn.Module) -> list[Adapted]:
-    """As :func:`find_adapted`, at least one.
+    """Return what :func:`find_adapted` finds, at least one.
 
     Raises:
         RuntimeError: neither the model nor anything inside it is adapted.
@@ -114,19 +114,27 @@ def require_adapted(model: nn.Module) -> list[Adapted]:
     return found
 
 
+def require_whole_model(one: Adapted, what: str) -> None:
+    """Raise RuntimeError if ``one`` is only a part of a model that was adapted; ``what`` names the function that was called."""
+    if one.state is None:
+        for name, layer in one.layers.items():
+            if layer.belongs_to_adapted:
+                raise RuntimeError(f"{what}: {name or 'the layer'} belongs to a larger model that was adapted; give that model")
+
+
 def places(found: list[Adapted]) -> str:
-    """The names of several adapted models for an error text."""
+    """Return the names of several adapted models for an error message."""
     return ", ".join(repr(one.name) if one.name else "the model itself" for one in found)
 
 
 def refuse_adapted(model: nn.Module) -> None:
-    """Raise RuntimeError, with the place, if the model or a part of it is adapted already."""
+    """Raise RuntimeError if the model or a part of it is already adapted; the message says where."""
     found = find_adapted(model)
     if not found:
         return
     if found[0].model is unwrap(model):
-        raise RuntimeError("the model is adapted already; merge it first, or adapt a fresh copy of the base model")
+        raise RuntimeError("the model is already adapted; merge it first, or adapt a fresh copy of the base model")
     raise RuntimeError(
-        f"a part of the model is adapted already, at {places(found)}; merge it first (lora_edge.merge finds it there), "
+        f"a part of the model is already adapted, at {places(found)}; merge it first (lora_edge.merge finds it there), "
         "or adapt a fresh copy of the base model"
     )

@@ -1,4 +1,4 @@
-"""The mean and variance of what every BatchNorm reads over many batches: pooled sums, the same however the data are cut."""
+"""Pool the mean and variance of every BatchNorm's input over many batches, independently of how the data are divided."""
 
 from __future__ import annotations
 
@@ -11,16 +11,17 @@ import torch
 from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _BatchNorm
 
-from lora_edge.surgery.training_flags import in_evaluation
+from lora_edge.error_text import first_line
+from lora_edge.nn.training_flags import in_evaluation
 
-SETTLED = 1e-6  # of a standard deviation: less than float32's rounding moves a mean of many values
+SETTLED = 1e-6  # of a standard deviation: less than float32's rounding changes a mean of many values
 
 
 @dataclass
 class Moments:
-    """Count, mean ``(C,)`` and sum of squared deviations ``(C,)`` of all values of a channel, in float64 where it is known.
+    """Count, mean ``(C,)`` and sum of squared deviations ``(C,)`` of all values of a channel, in float64 (float32 on MPS).
 
-    ``calls`` is how many batches they come from.
+    ``calls`` is the number of batches they come from.
     """
 
     mean: Tensor
@@ -29,7 +30,7 @@ class Moments:
     calls: int = 0
 
     def add(self, x: Tensor) -> None:
-        """Take in a batch ``(N, C, ...)``, by the pairwise rule of Chan, Golub and LeVeque (1979)."""
+        """Add a batch ``(N, C, ...)`` by the pairwise rule of Chan, Golub and LeVeque (1979)."""
         count = x.numel() // x.shape[1] if x.shape[1] else 0
         if count == 0:
             return
@@ -43,7 +44,7 @@ class Moments:
         self.count, self.calls = total, self.calls + 1
 
     def write(self, bn: _BatchNorm, unbiased: bool) -> None:
-        """Set the running statistics of a BatchNorm: the variance over ``count``, or over ``count - 1`` as torch keeps it."""
+        """Set a BatchNorm's running statistics; the variance is over ``count - 1``, as torch keeps it, if ``unbiased``."""
         assert bn.running_mean is not None
         assert bn.running_var is not None
         with torch.no_grad():
@@ -51,7 +52,7 @@ class Moments:
             bn.running_var.copy_(self.squares / (self.count - 1 if unbiased else self.count))
 
     def far_from(self, other: Moments) -> bool:
-        """Whether a channel's mean or deviation is another one by more than rounding."""
+        """Whether a channel's mean or variance differs by more than rounding."""
         variance, was = self.squares / self.count, other.squares / other.count
         tiny = torch.finfo(variance.dtype).tiny
         mean = (self.mean - other.mean).square() / variance.clamp_min(tiny)
@@ -62,11 +63,13 @@ class Moments:
 def pool_statistics(
     model: nn.Module, norms: Mapping[str, _BatchNorm], batches: Iterable[Any]
 ) -> tuple[dict[str, Moments], int]:
-    """What every BatchNorm reads where all those before it are on the statistics that are returned, over ``count``.
+    """Return the moments of every BatchNorm's input, while all BatchNorms before it use the moments that are returned.
 
-    The running statistics are written on the way. The model runs in evaluation mode and without gradients.
+    The running statistics are overwritten on the way, with variances over ``count``. The model runs in evaluation mode and
+    without gradients.
 
     Args:
+        model: the model.
         norms: BatchNorm layers of the model by name.
         batches: see :func:`lora_edge.calibrate_bn`.
 
@@ -84,10 +87,10 @@ def pool_statistics(
     pooled, parts, samples = _pass(model, norms, batches, None)
     if samples == 0:
         raise ValueError(
-            "calibrate_bn: batches is empty, or its iterator was used up before; give at least one batch of inputs"
+            "calibrate_bn: batches is empty, or its iterator was already used up; give at least one batch of inputs"
         )
     if parts == 1 and all(moments.calls == 1 for moments in pooled.values()):
-        return pooled, samples  # each was on the statistics of all its values already
+        return pooled, samples  # each already used the statistics of all its values
     for _ in norms:
         again, _, _ = _pass(model, norms, batches, pooled)
         is_settled = again.keys() == pooled.keys() and not any(again[name].far_from(pooled[name]) for name in again)
@@ -100,9 +103,9 @@ def pool_statistics(
 def _pass(
     model: nn.Module, norms: Mapping[str, _BatchNorm], batches: Iterable[Any], known: dict[str, Moments] | None
 ) -> tuple[dict[str, Moments], int, int]:
-    """One pass over the batches: moments by name, the number of batches that held samples, and of samples.
+    """Make one pass over the batches; return moments by name, and the numbers of non-empty batches and of samples.
 
-    Every BatchNorm is on its ``known`` moments, or in the first pass on what it has seen so far.
+    Every BatchNorm uses its ``known`` moments, or in the first pass what it has seen so far.
     """
     found: dict[str, Moments] = {}
     for name, moments in (known or {}).items():
@@ -118,8 +121,7 @@ def _pass(
                 try:
                     model(*args, **kwargs)
                 except (RuntimeError, ValueError, TypeError, IndexError) as error:
-                    why = str(error).splitlines()[0] if str(error) else type(error).__name__
-                    raise ValueError(f"calibrate_bn: the model does not take batch {number}: {why}") from error
+                    raise ValueError(f"calibrate_bn: the model does not accept batch {number}: {first_line(error)}") from error
                 parts, samples = parts + 1, samples + size
     finally:
         for hook in hooks:
@@ -131,7 +133,7 @@ def _pass(
 
 
 class _Reader:
-    """A hook that takes in what a BatchNorm reads, before it runs."""
+    """A forward pre-hook that adds a BatchNorm's input to its moments."""
 
     def __init__(self, name: str, found: dict[str, Moments], is_first: bool) -> None:
         self.name, self.found, self.is_first = name, found, is_first
@@ -152,14 +154,14 @@ class _Reader:
 
 
 def _inputs(model: nn.Module, batch: Any, number: int) -> tuple[tuple[Any, ...], dict[str, Any], int]:
-    """What the model is called with for a batch, and how many samples that is."""
+    """Return the arguments that the model is called with for a batch, and its number of samples."""
     if isinstance(batch, Mapping):
         kwargs = _known_entries(model, batch)
         first = next((value for value in kwargs.values() if isinstance(value, Tensor) and value.dim()), None)
         if first is None:
             keys = ", ".join(map(repr, batch))
             raise ValueError(
-                f"calibrate_bn: batch {number} is a dict of {keys}, of which model.forward takes no tensor; give x or (x, y)"
+                f"calibrate_bn: batch {number} is a dict of {keys}, of which model.forward accepts no tensor; give x or (x, y)"
             )
         return (), kwargs, len(first)
     x = batch[0] if isinstance(batch, (tuple, list)) and batch else batch

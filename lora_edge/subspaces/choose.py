@@ -1,4 +1,4 @@
-"""Rank and frozen cores of every layer to adapt: what ``rank``, ``params``, ``subspace`` and ``batches`` come to."""
+"""Choose rank and frozen cores of every layer to adapt, from ``adapt``'s ``rank``, ``params``, ``subspace`` and ``batches``."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ from lora_edge.subspaces.samples import few_inputs, few_samples
 from lora_edge.subspaces.weight import gradient_suffix, row_energies, suffix_along, weight_energies, weight_suffix
 
 
-def choose(
+def choose_suffixes(
     model: nn.Module,
     groups: list[list[str]],
     rank: int,
@@ -26,24 +26,31 @@ def choose(
     scaling: str,
     backend: str,
 ) -> dict[str, tuple[int, list[Tensor]]]:
-    """Rank and frozen cores ``[G2, ..., Gd]`` by the first name of each group. Touches neither the model nor torch's generator.
+    """Return rank and frozen cores ``[G2, ..., Gd]`` for each group. Changes neither the model nor torch's generator.
 
     Args:
-        groups: names of convolutions, together where they share one weight: what is seen of the gradient or the input then
-            comes from all of them.
-        budget: trained parameters in all, None where ``rank`` counts.
+        model: the base model.
+        groups: names of convolutions, grouped by the weight they share; a group uses the gradients or inputs of all of them.
+        rank: of every layer, unless there is a budget.
+        budget: total number of trained parameters, None to use ``rank``.
+        subspace: "weight", "input" or "gradient".
+        batches: see :func:`lora_edge.adapt`; None where they are not needed.
+        scaling, backend: as for :func:`lora_edge.adapt`.
 
     Returns:
-        By the first name of each group; a group that the budget leaves no rank for is not in it.
+        By the first name of each group; a group for which the budget leaves no rank is missing.
+
+    Raises:
+        ValueError: a suffix cannot be made; the message names the layer.
     """
     cap = rank if budget is None else MOST_RANK
     names = [name for group in groups for name in group]
     weights: dict[str, Tensor] = {group[0]: model.get_submodule(group[0]).weight for group in groups}  # type: ignore[misc]
-    rows: dict[str, Tensor] = {}  # that the suffixes are made of, where not of the weights
+    rows: dict[str, Tensor] = {}  # that the suffixes are made from, if not from the weights
     energies: dict[str, Tensor] = {}
 
     def suffix(name: str, own: int) -> list[Tensor]:
-        with named(name):
+        with naming_layer(name):
             if not rows:
                 return weight_suffix(weights[name], own, scaling)
             make = gradient_suffix if subspace == "gradient" else suffix_along
@@ -76,8 +83,8 @@ def choose(
 
 
 @contextmanager
-def named(layer: str) -> Iterator[None]:
-    """A ValueError inside says which layer it is about."""
+def naming_layer(layer: str) -> Iterator[None]:
+    """Put the layer's name in front of the message of a ValueError raised inside."""
     try:
         yield
     except ValueError as error:

@@ -1,4 +1,4 @@
-"""Look at a model in evaluation mode without leaving a trace on its training flags."""
+"""Run a model in evaluation mode and leave its training flags as they were."""
 
 from __future__ import annotations
 
@@ -10,10 +10,10 @@ from torch import nn
 
 @contextmanager
 def in_evaluation(model: nn.Module) -> Iterator[None]:
-    """Every module's ``training`` flag is False inside and what it was afterwards.
+    """Set every module's ``training`` flag to False inside; each flag is restored afterwards.
 
     The flags are set directly: ``model.eval()`` would run the modules' own ``train`` methods, and ``model.train(True)`` would
-    not give back the flags of a model that was in both modes.
+    not restore the flags of a model whose modules were in different modes.
     """
     flags = [(module, module.training) for module in model.modules()]
     try:
