@@ -122,8 +122,10 @@ def calls(layer: Layer, precision: str, layout: str, device: torch.device) -> di
             before = run_block(
                 x, weight, core, suffix, None, args, 1.0, affine, residual, None, None, None, backend="torch"
             )  # fmt: skip
-            low, high = before.abs() > CORNER, (before - SIX).abs() > CORNER
-            dy = dy.where(low & high if layer.activation == "relu6" else low, 0.0)
+            keep = before.abs() > CORNER
+            if layer.activation == "relu6":
+                keep &= (before - SIX).abs() > CORNER
+            dy = dy.where(keep, 0.0)
 
     def block(backend: str) -> Tensor:
         return run_block(

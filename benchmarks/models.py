@@ -131,7 +131,7 @@ class Examination:
         none = [name for name in want if (want[name] is None) != (lean_grads[name] is None)]
         if none:
             raise RuntimeError(f"{len(none)} cores get a gradient in one of the two only, such as {none[0]}")
-        pairs = [(lean_grads[name], g) for name, g in want.items() if g is not None]
+        pairs = [(got, g) for name, g in want.items() if g is not None and (got := lean_grads[name]) is not None]
         norms = torch.stack([g.norm() for _, g in pairs])
         floors = norms.clamp_min(max(1e-9 * float(norms.max()), 1e-30))
         errors = torch.stack([(got - g).norm() for got, g in pairs]) / floors

@@ -67,7 +67,7 @@ def methods(workload: Workload) -> Iterator[tuple[str, Callable[[], nn.Module]]]
     yield "full again", workload.model
 
     def channels_last() -> nn.Module:
-        return workload.model().to(memory_format=torch.channels_last)
+        return workload.model().to(memory_format=torch.channels_last)  # type: ignore[call-overload]
 
     def compiled() -> nn.Module:
         return torch.compile(workload.model())  # type: ignore[return-value]
@@ -239,7 +239,7 @@ def profile(workload: Workload, x: Tensor, y: Tensor, steps: int, fixed: dict[st
     a = torch.randn(1024, 1024)
     product = min(_seconds(lambda: a @ a) for _ in range(20))
     times: dict[tuple[str, tuple[int, ...], tuple[int, ...]], list[float]] = {}
-    originals = {"forward": cpu_launch.block_forward, "backward": cpu_launch.block_backward}
+    originals: dict[str, Callable[..., Any]] = {"forward": cpu_launch.block_forward, "backward": cpu_launch.block_backward}
 
     def timed(direction: str) -> Callable[..., Any]:
         def run(plan: Any, *arguments: Any) -> Any:
@@ -252,11 +252,11 @@ def profile(workload: Workload, x: Tensor, y: Tensor, steps: int, fixed: dict[st
         return run
 
     try:
-        cpu_launch.block_forward, cpu_launch.block_backward = timed("forward"), timed("backward")
+        cpu_launch.block_forward, cpu_launch.block_backward = timed("forward"), timed("backward")  # type: ignore[assignment]
         for _ in range(steps + 1):
             step()
     finally:
-        cpu_launch.block_forward, cpu_launch.block_backward = originals["forward"], originals["backward"]
+        cpu_launch.block_forward, cpu_launch.block_backward = originals["forward"], originals["backward"]  # type: ignore[assignment]
     rows = []
     for (direction, outputs, weight), seconds in times.items():
         median = float(np.median(seconds))

@@ -48,16 +48,16 @@ class TracedLaunch:
 
 
 @functools.cache
-def host_layer() -> ModuleType:
-    """``tests/helpers/emulator.py`` of the clone."""
+def emulator() -> ModuleType:
+    """tests/helpers/emulator.py of the clone."""
     sys.path.append(str(Path(__file__).parents[2] / "tests"))
-    return importlib.import_module("host_layer")
+    return importlib.import_module("helpers.emulator")
 
 
 @functools.cache
 def runner() -> Path:
     """The emulator with the kernels, recompiled if something changed."""
-    return host_layer().build(sanitize=False)
+    return emulator().build(sanitize=False)
 
 
 def traced_launches(
@@ -76,7 +76,7 @@ def traced_launches(
     """
     job = _job(layer, op, precision, layout, samples)
     with tempfile.TemporaryDirectory() as folder:
-        trace = host_layer().trace(job, choose, Path(folder), runner())
+        trace = emulator().trace(job, choose, Path(folder), runner())
         records = np.fromfile(trace.sectors, dtype="<u8")
     tensors = (*trace.buffers, "other")
     launches, at = [], 0
@@ -111,7 +111,7 @@ def _touches(records: NDArray[np.uint64], tensors: int) -> Touches:
 
 def _job(layer: Layer, op: str, precision: str, layout: str, samples: int) -> Any:
     dtype = DTYPES[precision]
-    new_job = functools.partial(host_layer().Job, op, op, seeds=1)
+    new_job = functools.partial(emulator().Job, op, op, seeds=1)
 
     def map_of(channels: int, size: tuple[int, int]) -> Tensor:
         return torch.zeros(samples, channels, *size, dtype=dtype).contiguous(memory_format=LAYOUTS[layout])
@@ -119,7 +119,7 @@ def _job(layer: Layer, op: str, precision: str, layout: str, samples: int) -> An
     def vector() -> Tensor:
         return torch.zeros(layer.outputs, dtype=dtype)
 
-    fields = host_layer().problem(
+    fields = emulator().problem(
         batch=layer.batch, channels=layer.channels, outputs=layer.outputs, size=layer.in_size, kernel=layer.kernel,
         groups=layer.groups, rank=layer.rank, stride=layer.stride, padding=layer.pad, padding_end=_padding_end(layer),
         dilation=layer.dilation, dtype=dtype, precision=precision,

@@ -11,7 +11,7 @@ import numpy as np
 import pytest
 
 from benchmarks import layers
-from benchmarks.orin import orin, page, sass, table, tiles
+from benchmarks.orin import orin, page, sass, table, tiles, traces
 from benchmarks.orin.predict import Case, PredictedLaunch
 
 SASS = """
@@ -60,6 +60,7 @@ def test_sass_instructions_and_loops():
     assert [(loop.head, len(loop.instructions)) for loop in code.loops] == [(0x20, 9), (0x70, 2)]
     # the block at 0xd0 is after the exit and jumps back, but is not a loop
     assert code.innermost is not None
+    assert code.main is not None
     assert code.innermost.head == code.main.head == 0x20
     assert sass.parse(SASS)["spilled"].count(sass.is_local) == 1
     assert sass.parse(SASS)["spilled"].innermost is None
@@ -267,3 +268,7 @@ def test_the_committed_page_and_summary():
     kernels, launches = (list(csv.DictReader((results / name).open())) for name in ("kernels.csv", "main_launches.csv"))
     assert {row["launch"] for row in launches} <= {row["kernel"] for row in kernels}
     assert {row["workload"] for row in launches} == {"W1", "W2", "W3"}
+
+
+def test_the_traces_use_the_tests_emulator():
+    assert {"Job", "build", "trace", "problem"} <= set(vars(traces.emulator()))

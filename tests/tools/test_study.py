@@ -163,7 +163,7 @@ def test_digits_of_search_and_study_are_apart(monkeypatch):
     monkeypatch.setattr(digits, "load_digits", lambda path: (x, y))
     monkeypatch.setattr(digits, "load_weights", lambda model, path: None)
     problem = digits.Digits(500, Path("svhn.pth"), Path("digits.csv.gz"))
-    seen = {"search": set(), "study": set()}
+    seen: dict[str, set[int]] = {"search": set(), "study": set()}
     for stage, numbers in seen.items():
         for draw in problem.people:
             run = Run(stage, draw, 0, "full", 8, 1e-3, 50)
