@@ -23,7 +23,7 @@ MULTIPLY_ADDS = {"fp32": 128, "tf32": 512, "half": 1024}  # per SM and cycle: 1.
 # be four of its slices of 512 KB with 64 bytes per cycle each, which are 32.
 L2_BYTES = 47.4
 L2_BYTES_LOW = 32.0
-L2_CAPACITY, L2_WAYS, LINE, SECTOR = 2 << 20, 16, 128, 32
+L2_CAPACITY, L2_WAYS, SECTOR = 2 << 20, 16, 32
 
 
 @dataclass(frozen=True)
@@ -46,7 +46,7 @@ def _up(n: int, unit: int) -> int:
     return -(-n // unit) * unit
 
 
-def blocks_an_sm(threads: int, registers: int, shared_bytes: int) -> int:
+def blocks_per_sm(threads: int, registers: int, shared_bytes: int) -> int:
     """Resident blocks per SM, as CUDA's occupancy calculator counts them; 0 if a block does not fit.
 
     Args:
@@ -55,9 +55,9 @@ def blocks_an_sm(threads: int, registers: int, shared_bytes: int) -> int:
         shared_bytes: per block, static and dynamic.
     """
     warps = -(-threads // 32)
-    registers_a_warp = _up(32 * registers, REGISTER_UNIT)
-    fitting_warps = REGISTERS // SCHEDULERS // registers_a_warp * SCHEDULERS
-    if registers_a_warp * _up(warps, SCHEDULERS) > REGISTERS or shared_bytes > SHARED_MOST:
+    registers_per_warp = _up(32 * registers, REGISTER_UNIT)
+    fitting_warps = REGISTERS // SCHEDULERS // registers_per_warp * SCHEDULERS
+    if registers_per_warp * _up(warps, SCHEDULERS) > REGISTERS or shared_bytes > SHARED_MOST:
         return 0
     by_shared = SHARED_BYTES // _up(shared_bytes + SHARED_RESERVED, SHARED_UNIT)
     return min(BLOCKS, WARPS // warps, fitting_warps // warps, by_shared)
@@ -86,19 +86,19 @@ class Launch:
         time = waves * max(self.resident, alone) + (max(rest, alone) if rest else 0)
         return time * SMS / self.blocks
 
-    def terms(self, mode: Mode, l2_bytes_a_cycle: float = L2_BYTES) -> dict[str, float]:
+    def terms(self, mode: Mode, l2_bytes_per_cycle: float = L2_BYTES) -> dict[str, float]:
         """Seconds by limiting term."""
         cycles = SMS * mode.clock
         return {
             "dram": self.dram_bytes / mode.bandwidth,
-            "l2": self.l2_bytes / (l2_bytes_a_cycle * cycles),
+            "l2": self.l2_bytes / (l2_bytes_per_cycle * cycles),
             "multiply-adds": self.uneven() * self.multiply_adds / (MULTIPLY_ADDS[self.unit] * cycles),
             "instructions": self.uneven() * self.instructions / (SCHEDULERS * cycles),
             "shared": self.uneven() * self.wavefronts / cycles,
         }
 
-    def seconds(self, mode: Mode, l2_bytes_a_cycle: float = L2_BYTES) -> tuple[float, str]:
+    def seconds(self, mode: Mode, l2_bytes_per_cycle: float = L2_BYTES) -> tuple[float, str]:
         """The predicted time and the term that limits it."""
-        terms = self.terms(mode, l2_bytes_a_cycle)
+        terms = self.terms(mode, l2_bytes_per_cycle)
         bound = max(terms, key=lambda name: terms[name])
         return terms[bound], bound

@@ -117,7 +117,8 @@ def _kernels(kernels: Sequence[Mapping[str, Any]]) -> str:
     lines = [
         (
             f"`{k['kernel']}`", k["registers"], k["spill_store_bytes"] + k["spill_load_bytes"],
-            f"{(k['static_shared_bytes'] + k['dynamic_shared_bytes']) / 1024:.1f}", f"{k['blocks_an_sm']}, {k['warps_an_sm']}",
+            f"{(k['static_shared_bytes'] + k['dynamic_shared_bytes']) / 1024:.1f}",
+            f"{k['blocks_per_sm']}, {k['warps_per_sm']}",
             k["instructions"], k["innermost_instructions"], k["innermost_hmma"], k["innermost_ffma"],
             k["main_loop_instructions"], k["main_loop_cp_async"], k["main_loop_16_byte"],
         )

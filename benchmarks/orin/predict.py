@@ -195,7 +195,7 @@ def _work(block: Mapping[str, float], launch: TracedLaunch, kernel: Kernel, mult
 
 def _resident(launch: TracedLaunch, kernel: Kernel) -> int:
     shared = launch.shared_bytes + kernel.resources.static_shared
-    resident = orin.blocks_an_sm(launch.threads, kernel.resources.registers, shared)
+    resident = orin.blocks_per_sm(launch.threads, kernel.resources.registers, shared)
     if resident == 0:
         raise RuntimeError(
             f"a block of {launch.kernel} does not fit an SM: {kernel.resources}, {shared} bytes of shared memory"

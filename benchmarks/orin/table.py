@@ -183,7 +183,7 @@ def kernel_rows(kernels: Mapping[str, Kernel], rows: Sequence[Row]) -> list[dict
         threads = max((launch.threads for launch in launches), default=0)
         dynamic = max((launch.shared_bytes for launch in launches), default=0)
         resident = (
-            orin.blocks_an_sm(threads, kernel.resources.registers, dynamic + kernel.resources.static_shared) if threads else 0
+            orin.blocks_per_sm(threads, kernel.resources.registers, dynamic + kernel.resources.static_shared) if threads else 0
         )
         found.append(
             {
@@ -191,7 +191,7 @@ def kernel_rows(kernels: Mapping[str, Kernel], rows: Sequence[Row]) -> list[dict
                 "registers": kernel.resources.registers, "stack_bytes": kernel.resources.stack,
                 "spill_store_bytes": kernel.resources.spill_stores, "spill_load_bytes": kernel.resources.spill_loads,
                 "local_instructions": kernel.code.count(sass.is_local), "static_shared_bytes": kernel.resources.static_shared,
-                "dynamic_shared_bytes": dynamic, "blocks_an_sm": resident, "warps_an_sm": resident * threads // 32,
+                "dynamic_shared_bytes": dynamic, "blocks_per_sm": resident, "warps_per_sm": resident * threads // 32,
                 "instructions": len(kernel.code.instructions),
                 **_loop_columns("innermost", kernel.code.innermost), **_loop_columns("main_loop", kernel.code.main),
             }
@@ -235,7 +235,7 @@ def main_launch_rows(rows: Sequence[Row]) -> list[dict[str, Any]]:
         launch = row.main()
         columns: dict[str, Any] = {
             "launch": launch.kernel, "threads": launch.threads, "shared_bytes": launch.shared_bytes,
-            "blocks_an_sm": launch.launch.resident,
+            "blocks_per_sm": launch.launch.resident,
         }  # fmt: skip
         for mode in orin.MODES:
             columns |= {
@@ -274,7 +274,7 @@ def _launch_columns(launch: PredictedLaunch, mode: orin.Mode, floor: float) -> d
     with_l1, _ = dataclasses.replace(work, l2_bytes=work.l2_bytes_with_l1).seconds(mode)
     terms = {f"{name.replace('-', '_')}_us": _microseconds(term) for name, term in work.terms(mode).items()}
     return {
-        "blocks": work.blocks, "threads": launch.threads, "shared_bytes": launch.shared_bytes, "blocks_an_sm": work.resident,
+        "blocks": work.blocks, "threads": launch.threads, "shared_bytes": launch.shared_bytes, "blocks_per_sm": work.resident,
         "dram_bytes": round(work.dram_bytes), "l2_bytes": round(work.l2_bytes), "multiply_adds": round(work.multiply_adds),
         "warp_instructions": round(work.instructions), "wavefronts": round(work.wavefronts), "uneven": f"{work.uneven():.3f}",
         **terms, "predicted_us": _microseconds(seconds), "limit": limit, "over_floor": f"{seconds / floor:.3f}",
@@ -295,8 +295,8 @@ def failures(kernels: Sequence[Mapping[str, Any]]) -> list[str]:
             found.append(
                 f"{k['kernel']}: {spilled}, {k['local_instructions']} local accesses, {k['stack_bytes']} bytes of stack"
             )
-        if k["threads"] and k["warps_an_sm"] < FEWEST_WARPS:
-            found.append(f"{k['kernel']}: {k['warps_an_sm']} warps per SM, at least {FEWEST_WARPS} must fit")
+        if k["threads"] and k["warps_per_sm"] < FEWEST_WARPS:
+            found.append(f"{k['kernel']}: {k['warps_per_sm']} warps per SM, at least {FEWEST_WARPS} must fit")
     return found
 
 

@@ -131,13 +131,13 @@ def row_of(variant: Variant, capability: int, found: Compiled) -> dict[str, Any]
     loop = found.code.innermost if found.code is not None else None
     kinds = {"hmma": sass.is_tensor, "ffma": sass.is_fma, "cp_async": sass.is_async_copy, "16_byte": sass.is_wide}
     constants = [f"{name}={value}" for name, value in variant.constants if not name.isupper()]
-    resident = orin.blocks_an_sm(32 * variant.warps, found.registers, found.shared) if capability == 87 else ""
+    resident = orin.blocks_per_sm(32 * variant.warps, found.registers, found.shared) if capability == 87 else ""
     return {
         "arch": f"sm_{capability}", "kernel": variant.name, "configuration": variant.configuration,
         "unit": variant.constant("UNIT") or "", "flat": variant.constant("FLAT"),
         "channels_last": variant.constant("X_LAST" if "forward" in variant.name else "DY_LAST"),
         "warps": variant.warps, "registers": found.registers, "spill_bytes": found.stack + found.local,
-        "shared_bytes": found.shared, "blocks_an_sm": resident,
+        "shared_bytes": found.shared, "blocks_per_sm": resident,
         **{f"loop_{name}": loop.count(kind) if loop else "" for name, kind in kinds.items()},
         "loop_instructions": len(loop.instructions) if loop else "", "constants": " ".join(constants),
     }  # fmt: skip
@@ -176,12 +176,12 @@ def side_by_side(by_use: Mapping[Use, Variant], compiled: Mapping[Variant, Compi
         first, *others = launch["layers"].split()
         kernel, made = kernels[launch["launch"]], compiled[variant]
         loop = made.code.innermost if made.code is not None else None
-        resident = orin.blocks_an_sm(32 * variant.warps, made.registers, made.shared)
+        resident = orin.blocks_per_sm(32 * variant.warps, made.registers, made.shared)
         warps = int(launch["threads"]) // 32
         lines.append(
             (use.workload, first + (f" and {len(others)} more" if others else ""), use.op, use.precision,
              kernel["registers"], f"{int(launch['shared_bytes']) / 1024:.1f}",
-             f"{launch['blocks_an_sm']}, {int(launch['blocks_an_sm']) * warps}",
+             f"{launch['blocks_per_sm']}, {int(launch['blocks_per_sm']) * warps}",
              _loop(kernel["innermost_instructions"], kernel["innermost_hmma"], kernel["innermost_ffma"]),
              variant.configuration, made.registers, f"{made.shared / 1024:.1f}", f"{resident}, {resident * variant.warps}",
              _loop(*((len(loop.instructions), loop.count(sass.is_tensor), loop.count(sass.is_fma)) if loop else ("", "", "")))),

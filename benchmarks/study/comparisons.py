@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping
+from functools import partial
 
 import pandas as pd
 
@@ -14,7 +15,7 @@ from .tables import markdown, signed
 
 DEFAULTS = f"lora_edge{OWN_RATE}"
 AS_WORN = f"lora_edge_as_worn{OWN_RATE}"
-BATCH = {"watch_A": f"lora_edge_batch_bn{OWN_RATE}", "watch_B": f"lora_edge_batch_bn_turned{OWN_RATE}"}
+BATCH_MODE = {"watch_A": f"lora_edge_batch_bn{OWN_RATE}", "watch_B": f"lora_edge_batch_bn_turned{OWN_RATE}"}
 PUBLISHED = {"watch_A": "lora_edge_paper", "watch_B": "lora_edge_paper, rank 6"}
 MOST_PARAMETERS = 3  # times LoRA-Edge's: the methods that it is compared with most closely
 
@@ -95,7 +96,7 @@ def aims_table(a: StudyRows, b: StudyRows) -> str:
         return [value(*of_one) for of_one in zip(both, own, full, strict=True)]
 
     def batch(study: StudyRows, own: Summary, full: Summary) -> str:
-        summary = study.found[BATCH[study.name]]
+        summary = study.found[BATCH_MODE[study.name]]
         return f"{signed(*summary.points(full))} ({'axes turned' if 'turned' in summary.name else 'as worn'})"
 
     def published(study: StudyRows, own: Summary, full: Summary) -> str:
@@ -110,7 +111,7 @@ def aims_table(a: StudyRows, b: StudyRows) -> str:
         return f"{own.times_shorter(full).median():.1f} / {own.shorter_in_total(full):.1f}"
 
     def ahead_of_both(study: StudyRows, own: Summary, full: Summary) -> str:
-        names = (own.name + own.note, BATCH[study.name])
+        names = (own.name + own.note, BATCH_MODE[study.name])
         counts = (ahead(study.found[n], study.found[other]) for n in names for other in ("head_only", "bn_only"))
         return "{} and {} / {} and {}".format(*counts)
 
@@ -174,37 +175,42 @@ def steps_and_labels_table(studies: Mapping[str, StudyRows]) -> str:
     """LoRA-Edge at a searched rate after more steps, after few steps, and with few labels."""
     shown = [studies["watch_A"], studies["watch_B"]]
     lines: list[tuple[str, Callable[[StudyRows], pd.Series]]] = [
-        (f"LoRA-Edge minus full fine-tuning, {LONG_STEPS} steps", lambda s: s.f1("long", "lora_edge") - s.f1("long", "full")),
-        *(
-            (
-                f"{title}, {LONG_STEPS} minus {STEPS} steps",
-                lambda s, name=name: s.f1("long", name) - s.found[name].f1 if len(s.f1("long", name)) else pd.Series(),  # type: ignore[misc]
-            )
-            for name, title in (("lora_edge", "LoRA-Edge"), ("lora_edge_as_worn", "LoRA-Edge, axes as worn"))
-        ),
-        *(
-            (
-                f"LoRA-Edge minus {title}, {100 * share:g} % of each recording",
-                lambda s, share=share, name=name: s.f1("few_shot", "lora_edge", share) - s.f1("few_shot", name, share),  # type: ignore[misc]
-            )
-            for share in (SHARES[0], SHARES[-1])
-            for name, title in (("full", "full fine-tuning"), ("head_only", "head only"))
-        ),
-        *(
-            (
-                f"the gradient's subspace minus the weight's, after {step} steps",
-                lambda s, step=step: s.f1_after("lora_edge_gradient", step) - s.f1_after(SAME_AXES[s.name], step),  # type: ignore[misc]
-            )
-            for step in (2, 10)
-        ),
+        (f"LoRA-Edge minus full fine-tuning, {LONG_STEPS} steps", _long_minus_full),
+        (f"LoRA-Edge, {LONG_STEPS} minus {STEPS} steps", partial(_long_minus_short, name="lora_edge")),
+        (f"LoRA-Edge, axes as worn, {LONG_STEPS} minus {STEPS} steps", partial(_long_minus_short, name="lora_edge_as_worn")),
     ]
+    for share in (SHARES[0], SHARES[-1]):
+        for name, title in (("full", "full fine-tuning"), ("head_only", "head only")):
+            line = f"LoRA-Edge minus {title}, {100 * share:g} % of each recording"
+            lines.append((line, partial(_few_minus, name=name, share=share)))
+    for step in (2, 10):
+        lines.append(
+            (f"the gradient's subspace minus the weight's, after {step} steps", partial(_gradient_minus_weight, step=step))
+        )
     return markdown(
         ["points of macro-F1", *(study.column for study in shown)],
         ([title, *(_paired(difference(study)) for study in shown)] for title, difference in lines),
     )
 
 
-SAME_AXES = {"watch_A": DEFAULTS, "watch_B": "lora_edge_as_worn"}  # the gradient's runs are as worn; A's axes are hardly turned
+def _long_minus_full(study: StudyRows) -> pd.Series:
+    return study.f1("long", "lora_edge") - study.f1("long", "full")
+
+
+def _long_minus_short(study: StudyRows, name: str) -> pd.Series:
+    """Empty for a study without long runs of the method."""
+    long = study.f1("long", name)
+    return long - study.found[name].f1 if len(long) else long
+
+
+def _few_minus(study: StudyRows, name: str, share: float) -> pd.Series:
+    return study.f1("few_shot", "lora_edge", share) - study.f1("few_shot", name, share)
+
+
+def _gradient_minus_weight(study: StudyRows, step: int) -> pd.Series:
+    """On the same axes: the gradient's runs are as worn, and A's axes are hardly turned."""
+    weight = {"watch_A": DEFAULTS, "watch_B": "lora_edge_as_worn"}[study.name]
+    return study.f1_after("lora_edge_gradient", step) - study.f1_after(weight, step)
 
 
 def _paired(difference: pd.Series) -> str:

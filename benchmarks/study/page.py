@@ -6,11 +6,11 @@ import textwrap
 from collections.abc import Mapping
 
 from lora_edge.har import frame
-from lora_edge.har.training import BATCH as BATCH_SIZE
+from lora_edge.har.training import BATCH
 from lora_edge.methods import methods
 from lora_edge.methods.base import SOURCE_SAMPLES
 
-from .comparisons import BATCH, DEFAULTS, aims_table, comparison_tables, steps_and_labels_table
+from .comparisons import BATCH_MODE, DEFAULTS, aims_table, comparison_tables, steps_and_labels_table
 from .problems import SEARCH_PEOPLE
 from .stages import RATE_FACTORS, STEPS
 from .studies import StudyRows
@@ -25,7 +25,7 @@ NEEDED = ("watch_A", "watch_B")  # the studies of the README's table, the pictur
 HEADLINE: tuple[tuple[str, tuple[str, str]], ...] = (
     ("full fine-tuning", ("full", "full")),
     ("**LoRA-Edge, defaults**", (DEFAULTS, DEFAULTS)),
-    ("LoRA-Edge, BatchNorm in batch mode", (BATCH["watch_A"], BATCH["watch_B"])),
+    ("LoRA-Edge, BatchNorm in batch mode", (BATCH_MODE["watch_A"], BATCH_MODE["watch_B"])),
     ("LoRA-Edge, as published", ("lora_edge_paper", "lora_edge_paper")),
     ("DoRA, rank 1", ("dora, rank 1", "dora, rank 1")),
     ("conv LoRA, rank 1", ("conv_lora, rank 1", "conv_lora, rank 1")),
@@ -86,7 +86,7 @@ def _how() -> str:
     """What was done, with the figures of the code that does it."""
     turns, own = len(frame.turns(["ax", "ay", "az"])), methods()["lora_edge"]
     return f"""Each person is left out once: the others pre-train the model, the person's first windows adapt it in {STEPS}
-    steps of Adam at batch {BATCH_SIZE}, the last ones test it. A searched rate is the best of {len(RATE_FACTORS)} on
+    steps of Adam at batch {BATCH}, the last ones test it. A searched rate is the best of {len(RATE_FACTORS)} on
     {len(SEARCH_PEOPLE[0])} other people; "no search" is LoRA-Edge at its own rate, {own.lr:g}: those are the defaults.
     `runs` are people times seeds; a method with fewer runs than others had fewer seeds. `s to 95 %` is the time, set-up
     included, to 95 % of the F1 that full fine-tuning reaches. ± is always the 95 % interval. Full fine-tuning, BN only and
@@ -98,7 +98,7 @@ def _how() -> str:
 
 def _cost(a: StudyRows, b: StudyRows) -> str:
     """Bytes and time on the watch data, and the untouched model."""
-    own, full, batch = (b.found[name] for name in (DEFAULTS, "full", BATCH[b.name]))
+    own, full, batch = (b.found[name] for name in (DEFAULTS, "full", BATCH_MODE[b.name]))
     assert own.step_over_full is not None
     assert batch.step_over_full is not None
     there = a.found["full"].steps == 0

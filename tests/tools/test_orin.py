@@ -96,7 +96,7 @@ def test_short_names():
     ],
 )
 def test_occupancy(threads: int, registers: int, shared: int, blocks: int):
-    assert orin.blocks_an_sm(threads, registers, shared) == blocks
+    assert orin.blocks_per_sm(threads, registers, shared) == blocks
 
 
 def launch(**changes) -> orin.Launch:
@@ -253,7 +253,7 @@ def test_the_summary_of_launches():
     )
     rows = [table.Row("W1", name, case, launches) for name in ("first", "second")]
     (row,) = table.main_launch_rows(rows)
-    assert (row["layers"], row["launch"], row["threads"], row["shared_bytes"], row["blocks_an_sm"]) == (
+    assert (row["layers"], row["launch"], row["threads"], row["shared_bytes"], row["blocks_per_sm"]) == (
         "first second", "tt_block_forward_kernel<Fp32>", 256, 4096, 2,
     )  # fmt: skip
     assert (row["over_floor_625mhz"], row["limit_625mhz"]) == ("2.000", "dram")
