@@ -1,7 +1,7 @@
 # `make demo` runs the main job, `make test` the tests, `make test-all` every case in Triton's interpreter too, `make test-isa` the
 # numerics on every instruction set of this processor, `make compat` the core tests on the oldest and the newest torch, `make check`
 # the linters, `make mutate` the test of the kernels' tests, `make sanitize` the CPU engine's tests under the address and
-# undefined-behaviour sanitizers, `make results` writes the study's page, picture and table from its rows. Each does its own set-up.
+# undefined-behaviour sanitizers, `make results` writes the README's results from the study's rows. Each does its own set-up.
 #
 # The virtual environment reuses a torch that python3 already has (as on a Jetson) and never replaces it; without one it
 # installs $(TORCH).

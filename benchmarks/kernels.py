@@ -23,7 +23,7 @@ import torch
 from torch import Tensor
 
 from lora_edge.cli import OneLineParser
-from lora_edge.environment.machine import machine
+from lora_edge.environment.machine import describe_machine
 from lora_edge.error_text import first_line
 from lora_edge.files.output import check_file, make_folder
 from lora_edge.ops import tt_fuse
@@ -122,10 +122,8 @@ def calls(layer: Layer, precision: str, layout: str, device: torch.device) -> di
             before = run_block(
                 x, weight, core, suffix, None, args, 1.0, affine, residual, None, None, None, backend="torch"
             )  # fmt: skip
-            keep = before.abs() > CORNER
-            if layer.activation == "relu6":
-                keep &= (before - SIX).abs() > CORNER
-            dy = dy.where(keep, 0.0)
+            off_zero, off_six = before.abs() > CORNER, (before - SIX).abs() > CORNER
+            dy = dy.where(off_zero & off_six if layer.activation == "relu6" else off_zero, 0.0)
 
     def block(backend: str) -> Tensor:
         return run_block(
@@ -237,7 +235,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     check_file(path)
     timer = Timer(device)
     names = ["torch", *(b for b in options.backend if state(b) == AVAILABLE and engines.device_type(b) == device.type)]
-    about = {"device": title(device), **{key: machine()[key] for key in ("lora_edge", "torch", "date")}}
+    about = {"device": title(device), **{key: describe_machine()[key] for key in ("lora_edge", "torch", "date")}}
     rows: list[dict[str, Any]] = []
     side = torch.cuda.stream(torch.cuda.Stream(device)) if timer.cuda else nullcontext()  # graph capture needs its own stream
     with side:

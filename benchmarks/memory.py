@@ -23,7 +23,7 @@ from rich.console import Console
 from rich.table import Table
 
 import lora_edge
-from lora_edge.environment.machine import machine
+from lora_edge.environment.machine import describe_machine
 from lora_edge.memory import training_step_bytes
 
 from . import RESULTS, write_rows
@@ -131,7 +131,13 @@ def main() -> int:
         for batch in options.batch:
             for variant in VARIANTS:
                 found = measure(workload, batch, variant)
-                about = {**machine(), "device": options.device, "workload": workload, "batch": batch, "variant": variant}
+                about = {
+                    **describe_machine(),
+                    "device": options.device,
+                    "workload": workload,
+                    "batch": batch,
+                    "variant": variant,
+                }
                 kept = resident_in_a_fresh_process(workload, batch, variant) if batch == max(options.batch) else ""
                 row = {**about, **found, "rank": RANK, "resident": kept}
                 rows.append({key: row[key] for key in FIELDS})

@@ -39,7 +39,7 @@ import torch
 from torch import Tensor, nn
 
 import lora_edge
-from lora_edge.environment.machine import machine
+from lora_edge.environment.machine import describe_machine
 from lora_edge.memory import saved_bytes
 
 from . import RESULTS, write_rows
@@ -113,7 +113,7 @@ class Examination:
 
     def gradients(self) -> None:
         x = self.x.double()
-        found = []
+        found: list[tuple[Any, ...]] = []
         twin = with_random_cores(lora_edge.adapt(copy.deepcopy(self.base), RANK, lean=False))
         for model in (copy.deepcopy(self.trained), twin):
             without_dropout(model.double()).train()
@@ -131,7 +131,7 @@ class Examination:
         none = [name for name in want if (want[name] is None) != (lean_grads[name] is None)]
         if none:
             raise RuntimeError(f"{len(none)} cores get a gradient in one of the two only, such as {none[0]}")
-        pairs = [(got, g) for name, g in want.items() if g is not None and (got := lean_grads[name]) is not None]
+        pairs = [(lean_grads[name], g) for name, g in want.items() if g is not None]
         norms = torch.stack([g.norm() for _, g in pairs])
         floors = norms.clamp_min(max(1e-9 * float(norms.max()), 1e-30))
         errors = torch.stack([(got - g).norm() for got, g in pairs]) / floors
@@ -265,7 +265,7 @@ def examine(definition: Definition) -> dict[str, Any]:
         }
     shape = "x".join(map(str, (BATCH, *definition.shape)))
     about = {"model": definition.name, "source": definition.source, "input": shape}
-    row = {**machine(), **row, **about, "seconds": f"{time.perf_counter() - started:.1f}"}
+    row = {**describe_machine(), **row, **about, "seconds": f"{time.perf_counter() - started:.1f}"}
     return {key: row.get(key, "") for key in FIELDS}
 
 
@@ -287,7 +287,7 @@ def in_a_process(definition: Definition, work: Callable[[Definition], dict[str, 
         process.kill()
         process.join()
     about = {"model": definition.name, "source": definition.source, "verdict": why}
-    return {key: {**machine(), **about}.get(key, "") for key in FIELDS}
+    return {key: {**describe_machine(), **about}.get(key, "") for key in FIELDS}
 
 
 def _send(pipe: Connection, definition: Definition, work: Callable[[Definition], dict[str, Any]]) -> None:

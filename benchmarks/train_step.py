@@ -28,7 +28,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 import lora_edge
-from lora_edge.environment.machine import machine
+from lora_edge.environment.machine import describe_machine
 from lora_edge.ops.engines.cpu import launch as cpu_launch
 
 from . import write_rows
@@ -252,11 +252,11 @@ def profile(workload: Workload, x: Tensor, y: Tensor, steps: int, fixed: dict[st
         return run
 
     try:
-        cpu_launch.block_forward, cpu_launch.block_backward = timed("forward"), timed("backward")  # type: ignore[assignment]
+        cpu_launch.block_forward, cpu_launch.block_backward = timed("forward"), timed("backward")
         for _ in range(steps + 1):
             step()
     finally:
-        cpu_launch.block_forward, cpu_launch.block_backward = originals["forward"], originals["backward"]  # type: ignore[assignment]
+        cpu_launch.block_forward, cpu_launch.block_backward = originals["forward"], originals["backward"]
     rows = []
     for (direction, outputs, weight), seconds in times.items():
         median = float(np.median(seconds))
@@ -308,7 +308,7 @@ def main() -> int:
     warnings.simplefilter("ignore")
     device = torch.device(options.device)
     is_cpu = device.type == "cpu"
-    about = {key: machine()[key] for key in ("lora_edge", "torch", "threads", "date")} | {"device": title(device)}
+    about = {key: describe_machine()[key] for key in ("lora_edge", "torch", "threads", "date")} | {"device": title(device)}
     rows: list[dict[str, Any]] = []
     blocks: list[dict[str, Any]] = []
     for name in options.workload:

@@ -25,7 +25,7 @@ from pathlib import Path
 from typing import Any
 
 from benchmarks.orin import orin, sass
-from lora_edge.environment.machine import machine
+from lora_edge.environment.machine import describe_machine
 from lora_edge.files.output import write_text
 
 from .. import RESULTS, write_rows
@@ -333,7 +333,7 @@ def worst(rows: Sequence[Row]) -> list[str]:
 
 def write_csv(path: Path, rows: Sequence[Mapping[str, Any]]) -> None:
     """Write rows with the versions that they were made with."""
-    about = {"device": "sm_87 model", **{key: machine()[key] for key in ("date", "lora_edge")}}
+    about = {"device": "sm_87 model", **{key: describe_machine()[key] for key in ("date", "lora_edge")}}
     fields = list(dict.fromkeys([*about, *(key for row in rows for key in row)]))
     write_rows(path, fields, ({**about, **row} for row in rows))
 

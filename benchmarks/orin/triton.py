@@ -23,7 +23,7 @@ import torch
 from torch._subclasses.fake_tensor import FakeTensorMode
 
 from benchmarks.orin import orin, sass
-from lora_edge.environment.machine import machine
+from lora_edge.environment.machine import describe_machine
 from lora_edge.files.output import write_text
 from lora_edge.ops import tt_fuse
 from lora_edge.ops.engines.triton import available as triton_machine
@@ -235,7 +235,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     print(f"{len(variants)} variants; compiling {len(wanted)}", flush=True)
     compiled = compile_all(wanted)
     together = [(variant, capability, made) for (variant, capability), made in zip(wanted, compiled, strict=True)]
-    about = {key: machine()[key] for key in ("date", "lora_edge", "triton") if key in machine()}
+    about = {key: describe_machine()[key] for key in ("date", "lora_edge", "triton") if key in describe_machine()}
     rows = [{**about, **row_of(*one)} for one in together]
     write_rows(FOLDER / "triton.csv", list(rows[0]), rows)
     failed = failures(together)

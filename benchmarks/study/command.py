@@ -26,7 +26,7 @@ from typing import Any
 
 from torch import nn
 
-from lora_edge.environment.machine import machine
+from lora_edge.environment.machine import describe_machine
 from lora_edge.error_text import first_line
 from lora_edge.har.data import Split
 
@@ -56,7 +56,7 @@ def run_study(study: Study, tell: Callable[[str], None] = print) -> int:
             timed = speeds(study, [study.problem.task(run._replace(person=person), tell) for person in study.problem.people])
         found: dict[str, Any] = timed[run.method] if run.stage == "speed" else measure(study, run, loaded[1], loaded[2])
         about = {"device": study.device, "data": study.problem.name, "protocol": study.problem.protocol}
-        append_row(study.rows, {**machine(), **about, **run._asdict(), **found})
+        append_row(study.rows, {**describe_machine(), **about, **run._asdict(), **found})
         count += 1
         result = f"F1 {found['f1']:.3f}" if "f1" in found else f"{1000 * found['step_seconds']:.0f} ms per step"
         tell(f"{run.stage} person {run.person} seed {run.seed} {run.method} lr {run.lr:g}: {result}")

@@ -1,4 +1,4 @@
-"""What figures were measured on."""
+"""The machine that figures were measured on."""
 
 from __future__ import annotations
 
@@ -11,8 +11,8 @@ import torch
 from lora_edge._version import VERSION
 
 
-def machine() -> dict[str, Any]:
-    """Versions, processor, threads and date, for rows of results."""
+def describe_machine() -> dict[str, Any]:
+    """Return versions, processor architecture, number of threads and the date, for rows of results."""
     return {
         "lora_edge": VERSION,
         "torch": torch.__version__,

@@ -19,7 +19,7 @@ import torch
 from torch import nn
 
 from lora_edge.adapter_file import save_adapter
-from lora_edge.environment.machine import machine
+from lora_edge.environment.machine import describe_machine
 from lora_edge.error_text import in_words
 from lora_edge.files.output import check_file, make_folder, write_text
 from lora_edge.files.safetensors_file import write_safetensors
@@ -141,7 +141,7 @@ def new_report(model: nn.Module, task: Split, settings: Settings) -> Report:
     """A report with the rows that need no training."""
     report = Report(
         settings={**asdict(settings), "out": str(settings.out), "weights": settings.weights and str(settings.weights)},
-        machine=machine(),
+        machine=describe_machine(),
         windows={"source": len(task.source), "adapt": len(task.adapt), "test": len(task.test)},
         normalisation={"mean": task.mean.tolist(), "std": task.std.tolist()},
         target_f1=None,

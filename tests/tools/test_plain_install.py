@@ -15,7 +15,7 @@ import torch
 from torch import nn
 
 import lora_edge
-from helpers.builds import python
+from helpers.builds import ROOT, python
 
 # not by find_spec: asked for pip, setuptools' finder takes its own distutils away for the rest of the process
 INSTALLED = {distribution.name for distribution in importlib.metadata.distributions()}
@@ -127,14 +127,12 @@ def test_triton_says_why_it_is_off(environment, folder):
     assert "triton missing" in done.stdout
 
 
-def test_modules_of_the_clone_that_are_run_name_their_extra(environment):
+def test_modules_run_as_scripts_name_their_extra(environment):
     for module, name in (
         ("benchmarks.study", "study"),
         ("benchmarks.study.report", "study_report"),
         ("benchmarks.study.digits", "digits"),
     ):
-        done = subprocess.run(
-            [environment / "bin" / "python", "-m", module], cwd=Path(__file__).parents[2], capture_output=True, text=True
-        )
+        done = subprocess.run([environment / "bin" / "python", "-m", module], cwd=ROOT, capture_output=True, text=True)
         assert done.returncode == 2
         assert done.stderr == f"{name}: error: the study {STUDY}\n"
