@@ -1,4 +1,4 @@
-// The L2 cache of the machine model: 2 MB of 128-byte lines with four 32-byte sectors, 16 ways, least recently used, write back.
+// The L2 cache of the model of Orin: 2 MB of 128-byte lines with 4 32-byte sectors, 16 ways, least recently used, write back.
 //
 // A block touches the sectors of the traced block that represents it, each tensor's moved by the offset of the block's tile. As
 // many blocks as fit the GPU run at once and take turns of `turn` sectors, in the order of the trace; then the next ones follow.

@@ -144,7 +144,7 @@ def _predicted(launch: TracedLaunch, kernel: Kernel, scale: float, blocks: int) 
     patterns = [block.touches for block in launch.traced]
     still = np.zeros((len(patterns), len(launch.tensors)), np.int64)
     read, written = dram_sectors(patterns, np.arange(len(patterns), dtype=np.int32), still, resident * orin.SMS)
-    return _on_the_machine(launch, totals, blocks, resident, scale * (read + written), "fp32")
+    return _on_orin(launch, totals, blocks, resident, scale * (read + written), "fp32")
 
 
 def _predicted_gemm(launch: TracedLaunch, kernel: Kernel, case: Case, grid: Grid) -> PredictedLaunch:
@@ -166,7 +166,7 @@ def _predicted_gemm(launch: TracedLaunch, kernel: Kernel, case: Case, grid: Grid
     pattern_of, shift = _moves(launch, case, grid)
     patterns = [*(b.touches for b in launch.traced), NOTHING]
     read, written = dram_sectors(patterns, pattern_of, shift, resident * orin.SMS)
-    return _on_the_machine(launch, totals, launch.blocks, resident, read + written, case.precision)
+    return _on_orin(launch, totals, launch.blocks, resident, read + written, case.precision)
 
 
 def _mean(blocks: Sequence[Block], weights: Sequence[float] | None = None) -> dict[str, float]:
@@ -203,7 +203,7 @@ def _resident(launch: TracedLaunch, kernel: Kernel) -> int:
     return resident
 
 
-def _on_the_machine(
+def _on_orin(
     launch: TracedLaunch, totals: Mapping[str, float], blocks: int, resident: int, sectors: float, unit: str
 ) -> PredictedLaunch:
     work = orin.Launch(blocks, launch.threads // 32, resident, unit, dram_bytes=orin.SECTOR * sectors, **totals)

@@ -1,7 +1,8 @@
 """The study: every method on every person left out, its rows, tables, text and picture.
 
-problems.py, digits.py (what is adapted to), stages.py (which runs), measure.py (one run), rows.py (the files), command.py (runs
-what is missing); summary.py (what the rows say of each method), tables.py, text.py, picture.py, report.py (writes all of it).
+To run it: problems.py and digits.py (what is adapted to), stages.py (which runs), measure.py (one run), rows.py (the files),
+command.py (``python -m benchmarks.study``). To report it: summary.py (what the rows say of each method), studies.py (several
+files), tables.py, comparisons.py, page.py, picture.py and report.py (``python -m benchmarks.study.report``, ``make results``).
 """
 
 from lora_edge.environment.extras import require
