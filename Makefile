@@ -44,9 +44,8 @@ mutate: $(VENV)/test
 compat: $(VENV)/test
 	$(BIN)/python tests/tools/compat/run.py $(MACHINES)
 
-results: $(VENV)/har
-	$(BIN)/python -m benchmarks.study.report benchmarks/results/cpu/study_*.csv --page README.md \
-	  --picture benchmarks/results/study.png
+results: $(VENV)/study
+	$(BIN)/python -m benchmarks.study.report --write .
 
 # A copy is built with the sanitizers (setup.py compiles C++ with CXXFLAGS alone); their runtimes must be there before Python is.
 # tests/tools/sanitize.py fails unless the library holds their symbols and planted faults are found. Python itself leaks on purpose, and
@@ -74,12 +73,12 @@ $(VENV)/torch.txt:
 	fi
 	$(BIN)/python -c "import torch; print('torch==' + torch.__version__)" > $@
 
-$(VENV)/har $(VENV)/test $(VENV)/check: $(VENV)/%: $(VENV)/torch.txt pyproject.toml
+$(VENV)/har $(VENV)/test $(VENV)/check $(VENV)/study: $(VENV)/%: $(VENV)/torch.txt pyproject.toml
 	@echo "installing lora_edge[$*]"
 	$(PIP) install -c $(VENV)/torch.txt -e ".[$*]"
 	@touch $@
 
-$(VENV)/har $(VENV)/test: setup.py $(wildcard csrc/*.* csrc/*/*.*)
+$(VENV)/har $(VENV)/test $(VENV)/study: setup.py $(wildcard csrc/*.* csrc/*/*.*)
 
 clean:
 	rm -rf $(VENV) demo build *.egg-info lora_edge/_C*.so

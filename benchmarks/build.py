@@ -1,7 +1,7 @@
 """``python -m benchmarks.build``: time and memory of building the extension for Orin alone (sm_87 and its PTX) with one job.
 
-Builds a fresh copy of the sources, writes ``results/<device>/build.csv`` and fails where a bound is missed. The memory is the
-largest process's; with one job nothing else of size runs beside it.
+Builds a fresh copy of the sources, writes ``results/<device>/build.csv`` and fails if a bound is missed. The memory is that of
+the largest process; with one job no other large process runs beside it.
 """
 
 from __future__ import annotations

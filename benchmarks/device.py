@@ -11,10 +11,10 @@ from . import RESULTS
 
 
 def title(device: torch.device) -> str:
-    """A GPU's own name, else torch's."""
+    """The GPU's own name, otherwise torch's name of the device type."""
     return torch.cuda.get_device_name(device) if device.type == "cuda" else device.type
 
 
 def results_folder(device: torch.device) -> Path:
-    """Where its rows go."""
+    """The folder of the device's rows."""
     return RESULTS / re.sub(r"\W+", "_", title(device)).strip("_").lower()

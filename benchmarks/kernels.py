@@ -1,11 +1,11 @@
 """``python -m benchmarks.kernels``, also ``lora-edge bench``: each op on each layer of the workloads, backend beside backend.
 
 On a CUDA device the torch backend is cuDNN's convolution with everything else around it. The backends take turns in rounds
-within one process; a row has p20, p50 and p80 in microseconds, the median over rounds of the ratio to torch, and how far the
-median is above the floor of DESIGN, section 5, at the bandwidth and the matrix product's rate that this device reached first.
-There these are the device's alone, of replayed CUDA graphs of ten calls, which find in the L2 what it holds; ``launched_us`` is
-the median of a call as Python makes it.
-A backend is timed only where it agrees with torch; a call that it leaves to torch has the reason in its row. Rows go to
+within one process; a row has p20, p50 and p80 in microseconds, the median over rounds of the ratio to torch, and the ratio of
+the median to the floor of docs/design.md, section 5, at the bandwidth and the matrix product's rate measured on this device
+beforehand. On a CUDA device these are device times without Python's launches, from replayed CUDA graphs of ten calls, with a
+warm L2; ``launched_us`` is the median of a call as Python makes it.
+A backend is timed only if it agrees with torch; a call that it leaves to torch has the reason in its row. Rows go to
 ``results/<device>/kernels.csv``.
 """
 
@@ -50,7 +50,7 @@ Call = Callable[[], Sequence[Tensor]]
 
 
 class Timer:
-    """Seconds of a call on a device; a CUDA device's own clock where there is one, on the current stream."""
+    """Seconds of a call on a device; on a CUDA device by its own clock, on the current stream."""
 
     def __init__(self, device: torch.device) -> None:
         self.cuda = device.type == "cuda"
@@ -68,7 +68,7 @@ class Timer:
         return events[0].elapsed_time(events[1]) / 1e3
 
     def without_launches(self, call: Call) -> Callable[[], float]:
-        """Seconds of a call on a CUDA device alone: of a captured graph of several, so that Python's launches do not count."""
+        """Seconds of a call on a CUDA device without Python's launches, from a captured graph of several calls."""
         if not self.cuda:
             return lambda: self(call)
         call()
@@ -80,7 +80,7 @@ class Timer:
 
 
 def rates(device: torch.device, precision: str, size: int) -> tuple[float, float]:
-    """Bytes a second of a copy, and multiply-adds a second of a ``size x size`` matrix product, each the best of ten."""
+    """Bytes per second of a copy, and multiply-adds per second of a ``size x size`` matrix product, each the best of ten."""
     timer, dtype = Timer(device), DTYPES[precision]
     a = torch.randn(size, size, device=device).to(dtype)
     b = torch.empty_like(a)
@@ -90,7 +90,7 @@ def rates(device: torch.device, precision: str, size: int) -> tuple[float, float
 
 
 def calls(layer: Layer, precision: str, layout: str, device: torch.device) -> dict[str, Callable[[str], Call]]:
-    """For each op what makes its call on a backend; the call returns the tensors that must agree."""
+    """By op, a function that makes its call on a backend; the call returns the tensors that must agree."""
     dtype = DTYPES[precision]
 
     def normal(*shape: int) -> Tensor:
@@ -117,13 +117,13 @@ def calls(layer: Layer, precision: str, layout: str, device: torch.device) -> di
     args = ConvArgs(layer.stride, padding, layer.dilation, layer.groups)
     activation = None if layer.activation is None else Activation(layer.activation)
     dy = one_map(layer.outputs, layer.out_size)
-    if activation is not None:  # at its corners a rounding turns a derivative, and no two backends would agree
+    if activation is not None:  # near its corners rounding flips the derivative, and no two backends would agree
         with torch.no_grad():
             before = run_block(
                 x, weight, core, suffix, None, args, 1.0, affine, residual, None, None, None, backend="torch"
             )  # fmt: skip
-            low, high = before.abs() > CORNER, (before - SIX).abs() > CORNER
-            dy = dy.where(low & high if layer.activation == "relu6" else low, 0.0)
+            off_zero, off_six = before.abs() > CORNER, (before - SIX).abs() > CORNER
+            dy = dy.where(off_zero & off_six if layer.activation == "relu6" else off_zero, 0.0)
 
     def block(backend: str) -> Tensor:
         return run_block(
@@ -147,7 +147,7 @@ def calls(layer: Layer, precision: str, layout: str, device: torch.device) -> di
 
 
 def floor(layer: Layer, op: str, itemsize: int, bandwidth: float, multiply_adds: float) -> float:
-    """Seconds: DESIGN, section 5."""
+    """The floor in seconds: docs/design.md, section 5."""
     if op == "tt_fuse_forward":
         return layer.fuse_bytes(itemsize, op) / bandwidth
     if op == "tt_block_forward":
@@ -160,7 +160,7 @@ def agree(got: Sequence[Tensor], want: Sequence[Tensor], tolerance: float) -> bo
 
 
 def rounds(by_backend: dict[str, Call], timer: Timer, count: int) -> dict[str, list[float]]:
-    """Seconds of each backend's call, ``count`` of them in interleaved rounds after two that do not count."""
+    """Seconds of each backend's call in ``count`` interleaved rounds, after two that are discarded."""
     timed = {name: timer.without_launches(call) for name, call in by_backend.items()}
     seconds: dict[str, list[float]] = {name: [] for name in by_backend}
     for _ in range(count + 2):
@@ -173,7 +173,7 @@ def rows_of(
     workload: str, name: str, layer: Layer, op: str, make: Callable[[str], Call], names: Sequence[str], fixed: dict[str, Any],
     timer: Timer, count: int, least: float,
 ) -> list[dict[str, Any]]:  # fmt: skip
-    """The rows of one op on one layer: a backend each, torch first."""
+    """The rows of one op on one layer: one per backend, torch first."""
     right = {"torch": make("torch")}
     want = [t.detach().clone() for t in right["torch"]()]
     refused: dict[str, str] = {}
@@ -208,7 +208,7 @@ FIELDS = (
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
-    """Measure and write the table; 1 where a backend does not agree with torch."""
+    """Measure and write the table; returns 1 if a backend does not agree with torch."""
     parser = OneLineParser(prog="lora-edge bench", description=__doc__)
     parser.add_argument("--workload", nargs="+", choices=list(WORKLOADS), default=list(WORKLOADS))
     parser.add_argument("--precision", nargs="+", choices=list(DTYPES), default=list(DTYPES))
@@ -217,7 +217,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser.add_argument("--layer", nargs="+", help="only these layers, by name")
     parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu", help="torch's name of the device")
     parser.add_argument("--rounds", type=int, default=30)
-    parser.add_argument("--size", type=int, default=4096, help="of the matrices that measure the device's rates")
+    parser.add_argument("--size", type=int, default=4096, help="size of the matrices that measure the device's rates")
     parser.add_argument("--out", type=Path, help="the table; default results/<device>/kernels.csv")
     options = parser.parse_args(arguments)
     if min(options.rounds, options.size) < 1:
@@ -225,7 +225,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     try:
         device = torch.device(options.device)
         torch.empty(0, device=device)
-    except (RuntimeError, AssertionError) as error:  # torch's own, where it is built without CUDA
+    except (RuntimeError, AssertionError) as error:  # torch's own message, for example where it is built without CUDA
         raise ValueError(f"--device is {options.device!r}; give one that is here, such as cpu ({first_line(error)})") from None
     known = {name for workload in options.workload for name in layers_of(workload)} if options.layer else set()
     if unknown := set(options.layer or ()) - known:
@@ -237,7 +237,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     names = ["torch", *(b for b in options.backend if state(b) == AVAILABLE and engines.device_type(b) == device.type)]
     about = {"device": title(device), **{key: describe_machine()[key] for key in ("lora_edge", "torch", "date")}}
     rows: list[dict[str, Any]] = []
-    side = torch.cuda.stream(torch.cuda.Stream(device)) if timer.cuda else nullcontext()  # a graph needs one to be captured on
+    side = torch.cuda.stream(torch.cuda.Stream(device)) if timer.cuda else nullcontext()  # graph capture needs its own stream
     with side:
         for precision in options.precision:
             torch.backends.cudnn.allow_tf32 = torch.backends.cuda.matmul.allow_tf32 = precision == "tf32"

@@ -1,4 +1,4 @@
-"""The convolutions of the workloads as a training step runs them, and the floor of DESIGN, section 5, for each op on them."""
+"""The convolutions of the workloads as a training step runs them, and the floor of each op (docs/design.md, 5)."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ RANK = 2
 
 @dataclass(frozen=True)
 class Layer:
-    """One block: a convolution and what is fused to it. A 1-D convolution has height 1; ``rank`` 0 is not adapted."""
+    """One block: a convolution and what is fused to it. A 1-D convolution has height 1; ``rank`` 0 means not adapted."""
 
     batch: int
     channels: int
@@ -37,13 +37,13 @@ class Layer:
     has_residual: bool
     has_residual_affine: bool
     activation: str | None
-    needs_dx: bool  # not where the block's input is the model's
-    needs_backward: bool  # not where nothing in front of it, nor in it, is trained
+    needs_dx: bool  # False if the block's input is the model's
+    needs_backward: bool  # False if nothing in it or in front of it is trained
     needs_dresidual: bool
 
     @property
     def weight(self) -> int:
-        """Elements of the kernel."""
+        """Elements of the weight."""
         return self.outputs * self.channels // self.groups * math.prod(self.kernel)
 
     @property
@@ -58,7 +58,7 @@ class Layer:
 
     @property
     def bits_bytes(self) -> int:
-        """Bytes of the packed bits: whole bytes a group, or of all channels of a depthwise convolution."""
+        """Bytes of the packed bits: whole bytes per group, or for all channels of a depthwise convolution."""
         return self.positions * self.octets if self.has_bits else 0
 
     @property
@@ -67,7 +67,7 @@ class Layer:
 
     @property
     def octets(self) -> int:
-        """Bytes of bits of a position."""
+        """Bytes of bits per position."""
         groups = 1 if self.is_depthwise else self.groups
         return groups * -(-self.outputs // groups // 8)
 
@@ -77,12 +77,12 @@ class Layer:
 
     @property
     def multiply_adds(self) -> int:
-        """The floor's: ``N L (O + r1) (I/g) ΠK``, of either direction."""
+        """Multiply-adds of the floor: ``N L (O + r1) (I/g) ΠK``, in either direction."""
         return self.positions * (self.outputs + self.rank) * self.channels // self.groups * math.prod(self.kernel)
 
     @property
     def read_positions(self) -> int:
-        """Input positions that some tap reaches, over the batch: a 1x1 kernel with stride 2 reads a quarter of x."""
+        """Input positions that a tap reaches, over the batch: a 1x1 kernel with stride 2 reads a quarter of x."""
         reached = self.batch
         for i, o, k, s, p, d in zip(
             self.in_size, self.out_size, self.kernel, self.stride, self.pad, self.dilation, strict=True
@@ -91,25 +91,25 @@ class Layer:
         return reached
 
     def forward_bytes(self, itemsize: int) -> int:
-        """What a pass must read and write: x, W', S, residual; y, h, bits."""
+        """Bytes that forward must read (x, W', S, residual) and write (y, h, bits)."""
         x = self.channels * self.read_positions
         maps = self.positions * self.outputs * (2 if self.has_residual else 1)
         h = self.positions * self.groups * self.rank
         return itemsize * (x + maps + h + self.weight + self.suffix) + self.bits_bytes
 
     def backward_bytes(self, itemsize: int) -> int:
-        """dy, bits, h, W'; dx, dB, and the masked dy where it goes to a residual."""
+        """Bytes that backward must read (dy, bits, h, W') and write (dx, dB, and the masked dy if it goes to a residual)."""
         dx = self.batch * self.channels * math.prod(self.in_size) + self.weight if self.needs_dx else 0
         maps = self.positions * self.outputs * (2 if self.needs_dresidual else 1)
         h = self.positions * self.groups * self.rank
         return itemsize * (maps + h + dx + self.outputs * self.rank) + self.bits_bytes
 
     def backward_multiply_adds(self) -> int:
-        """The floor's of backward: forward's, or dB alone where no dx is needed."""
+        """Multiply-adds of backward's floor: as forward's, or those of dB alone if no dx is needed."""
         return self.multiply_adds if self.needs_dx else self.positions * self.outputs * self.rank
 
     def fuse_bytes(self, itemsize: int, op: str) -> int:
-        """tt_fuse's: the kernel once in, and forward once out."""
+        """Bytes of tt_fuse: the weight is read once, and in forward written once."""
         return (2 if op == "tt_fuse_forward" else 1) * itemsize * self.weight
 
 

@@ -1,12 +1,12 @@
-"""``python -m benchmarks.memory``: the bytes of a training step on W1, W2 and W3, a row a workload, batch and variant.
+"""``python -m benchmarks.memory``: the bytes of a training step on W1, W2 and W3, one row per workload, batch and variant.
 
     saved       kept between forward and backward, by saved-tensor hooks and by the storages still alive
-    state       parameters, suffixes, gradients, Adam's moments and saved; BatchNorm buffers not counted
+    state       parameters, suffixes, gradients, Adam's moments and saved, without BatchNorm's buffers
     transients  the most new storages alive at once, in forward and in backward
     resident    growth of a fresh process's peak memory by two training steps (its allocator's rounding, oneDNN's own copies and
                 the compiled primitives included)
 
-Writes ``results/<device>/memory.csv`` and fails where a bound of ANCHORS is missed.
+Writes ``results/<device>/memory.csv`` and fails if a bound is missed.
 """
 
 from __future__ import annotations
@@ -58,11 +58,11 @@ def build(workload: str, variant: str) -> torch.nn.Module:
 
 
 def measure(workload: str, batch: int, variant: str) -> dict[str, int]:
-    """Every measure of one row but the resident memory, in bytes."""
+    """Every measure of one row except the resident memory, in bytes."""
     model = build(workload, variant)
     x, y = WORKLOADS[workload].batch(batch)
     if batch == 1 and variant in ("full", "bn=batch"):
-        model.eval()  # a batch statistic of one sample and one position is none
+        model.eval()  # one sample with one position has no batch variance
     bytes_ = training_step_bytes(model, x, lambda output: F.cross_entropy(output, y))
     parameters = sum(p.numel() * p.element_size() for p in model.parameters())
     trained = sum(p.numel() * p.element_size() for p in model.parameters() if p.requires_grad)
@@ -84,7 +84,7 @@ def resident(workload: str, batch: int, variant: str) -> int:
 
 
 def _peak_resident() -> int:
-    """Bytes. Not getrusage's ru_maxrss, which a process inherits from the one that started it."""
+    """The peak in bytes. Not getrusage's ru_maxrss, which a process inherits from its parent."""
     line = next(line for line in Path("/proc/self/status").read_text().splitlines() if line.startswith("VmHWM:"))
     return 1024 * int(line.split()[1])
 
@@ -96,7 +96,7 @@ def resident_in_a_fresh_process(workload: str, batch: int, variant: str) -> int:
 
 
 def misses(rows: list[dict[str, object]]) -> list[str]:
-    """Each bound that the rows miss, in words."""
+    """A message for each bound that the rows miss."""
     found = []
     for (variant, what), bounds in BOUNDS.items():
         for row in rows:

@@ -1,7 +1,7 @@
 """The model definitions of :mod:`benchmarks.models`: torchvision's, timm's and those of the time-series field.
 
-Each family's smallest member, on a small input, with random weights: nothing is downloaded. torchvision and timm are imported
-where they are installed; without them only the time-series models are there.
+Each family's smallest member, on a small input, with random weights: nothing is downloaded. torchvision's and timm's models
+are included if those packages are installed.
 """
 
 from __future__ import annotations
@@ -17,7 +17,7 @@ from . import time_series_models
 
 @dataclass(frozen=True)
 class Definition:
-    """``build()`` gives the model; ``shape`` is its input's without the batch."""
+    """A model: ``build()`` returns it; ``shape`` is its input's without the batch."""
 
     name: str
     source: str
@@ -59,7 +59,7 @@ _TIMM = {
 
 
 def definitions() -> dict[str, Definition]:
-    """All that can be built here, by name."""
+    """All definitions that can be built here, by name."""
     found = [
         Definition(f"time series: {name}", "papers", (time_series_models.CHANNELS, time_series_models.LENGTH),
                    lambda name=name: time_series_models.build(name))  # type: ignore[misc]
@@ -76,7 +76,7 @@ def _torchvision() -> list[Definition]:
     import torchvision
 
     source = f"torchvision {torchvision.__version__}"
-    shapes = {name: shape for shape, names in _TORCHVISION.items() for name in names}
+    shapes: dict[str, tuple[int, ...]] = {name: shape for shape, names in _TORCHVISION.items() for name in names}
     shapes.update(dict.fromkeys(_VIDEO, (3, 4, 32, 32)))
     shapes.update(dict.fromkeys(_SEGMENTATION, IMAGE))
 
@@ -95,7 +95,7 @@ def _timm() -> list[Definition]:
     def build(name: str, shape: tuple[int, ...]) -> nn.Module:
         try:
             return timm.create_model(name, pretrained=False, num_classes=10, img_size=shape[-1])
-        except TypeError:  # most convolutional ones take any size and no such argument
+        except TypeError:  # most convolutional models accept any size and have no such argument
             return timm.create_model(name, pretrained=False, num_classes=10)
 
     shapes = {name: shape for shape, names in _TIMM.items() for name in names}

@@ -1,21 +1,21 @@
-"""``python -m benchmarks.models``: does ``adapt`` keep its promises on real model definitions? A row a model.
+"""``python -m benchmarks.models``: does ``adapt`` keep its promises on real model definitions? One row per model.
 
     convolutions    stock ``nn.Conv*`` that the model has; ``adapted``: those that were adapted at rank 2
     refused         why ``adapt`` refuses the model
     same_output     bit-identical to the frozen base without gradients, in evaluation mode, right after ``adapt``
-    output_error    forward in training mode, random cores, float64: the largest relative error beside ``lean=False``
-    gradient_error  the same of every core's gradient
-    moved           BatchNorm's statistics that training mode moved although they are frozen, and buffers that it left
-                    otherwise than with ``lean=False``
-    saved_bytes     kept for backward by the adapted model; ``full_bytes``: by full fine-tuning
+    output_error    forward in training mode, random cores, float64: the largest relative error against ``lean=False``
+    gradient_error  the same for every core's gradient
+    moved           frozen BatchNorm statistics that training mode moved, and buffers that it left in another state than with
+                    ``lean=False``
+    saved_bytes     saved for backward by the adapted model; ``full_bytes``: by full fine-tuning
     fused           convolutions that run as one op with at least one neighbour; ``alone``: without; ``why_not``: the rest
     round_trip      train one step, save, load into a fresh base: the same output
     merged_keys     the merged state dict has the base's keys in their order; ``merge_error``: its output's relative error
     verdict         right, refused, or what is wrong
 
-Random weights; BatchNorm's affine is drawn and its statistics come from a few batches. torchvision's and timm's models are
-there where those are installed. Each model is examined in a process of its own. Writes
-``results/cpu/models.csv``, where rows of models that were not asked for stay.
+Weights are random; BatchNorm's affine parameters are drawn and its statistics come from a few batches. torchvision's and timm's
+models are included if installed. Each model is examined in a process of its own. Writes ``results/cpu/models.csv``, in which
+the rows of models that were not requested stay.
 """
 
 from __future__ import annotations
@@ -25,7 +25,6 @@ import copy
 import csv
 import multiprocessing
 import os
-import platform
 import tempfile
 import time
 import traceback
@@ -40,6 +39,7 @@ import torch
 from torch import Tensor, nn
 
 import lora_edge
+from lora_edge.environment.machine import describe_machine
 from lora_edge.memory import saved_bytes
 
 from . import RESULTS, write_rows
@@ -47,7 +47,7 @@ from .model_zoo import Definition, definitions
 
 RANK = 2
 BATCH = 4
-SECONDS = 900  # for one model
+SECONDS = 900  # per model
 CONVS = (nn.Conv1d, nn.Conv2d, nn.Conv3d)
 MEASURES = (
     "parameters", "convolutions", "adapted", "refused", "same_output", "output_error", "gradient_error", "moved", "saved_bytes",
@@ -55,12 +55,12 @@ MEASURES = (
 )  # fmt: skip
 FIELDS = ("model", "verdict", "source", "input", *MEASURES, "seconds", "lora_edge", "torch", "processor", "date")
 STATISTICS = ("running_mean", "running_var", "num_batches_tracked")
-# of relative errors: float64 sums of a few thousand terms through a hundred layers; float32 kernels through as many
+# of relative errors: float64 sums of a few thousand terms through about a hundred layers; float32 for the merged model
 BOUNDS = {"output_error": 1e-9, "gradient_error": 1e-8, "merge_error": 1e-3}
 
 
 class Examination:
-    """Examines one model; each check that raises leaves its one line in its cell and the others go on."""
+    """Examines one model. A check that raises puts its one-line message into its cell, and the other checks go on."""
 
     def __init__(self, definition: Definition) -> None:
         torch.manual_seed(0)
@@ -72,11 +72,11 @@ class Examination:
         }
 
     def settled(self, model: nn.Module) -> nn.Module:
-        """In evaluation mode, with BatchNorm's affine not the identity and its statistics those of a few batches."""
+        """The model in evaluation mode, with a BatchNorm affine other than the identity and statistics of a few batches."""
         norms = [m for m in model.modules() if isinstance(m, nn.modules.batchnorm._BatchNorm)]
         momenta = [norm.momentum for norm in norms]
         with torch.no_grad():
-            for module in model.modules():  # zeros, such as a head's, would hide everything that is in front of them
+            for module in model.modules():  # zeros, such as a head's, would hide everything in front of them
                 weight = getattr(module, "weight", None)
                 if isinstance(weight, Tensor) and weight.dim() > 1 and not weight.any():
                     weight.normal_(std=0.02)
@@ -108,17 +108,17 @@ class Examination:
         return self.row
 
     def same_output(self) -> None:
-        frozen = copy.deepcopy(self.base).requires_grad_(False)  # torch runs an LSTM with frozen weights by another kernel
+        frozen = copy.deepcopy(self.base).requires_grad_(False)  # torch runs an LSTM with frozen weights with another kernel
         self.row["same_output"] = same(output(self.zero, self.x), output(frozen, self.x))
 
     def gradients(self) -> None:
         x = self.x.double()
-        found = []
+        found: list[tuple[Any, ...]] = []
         twin = with_random_cores(lora_edge.adapt(copy.deepcopy(self.base), RANK, lean=False))
         for model in (copy.deepcopy(self.trained), twin):
             without_dropout(model.double()).train()
             before = {name: value.clone() for name, value in model.named_buffers()}
-            torch.manual_seed(2)  # layers that are dropped
+            torch.manual_seed(2)  # stochastic depth draws which layers it drops
             y = [*tensors(model(x))]
             generator = torch.Generator().manual_seed(3)
             loss = sum((t * torch.randn(t.shape, generator=generator, dtype=t.dtype)).sum() for t in y)
@@ -135,7 +135,7 @@ class Examination:
         norms = torch.stack([g.norm() for _, g in pairs])
         floors = norms.clamp_min(max(1e-9 * float(norms.max()), 1e-30))
         errors = torch.stack([(got - g).norm() for got, g in pairs]) / floors
-        self.row["gradient_error"] = f"{float(errors.max()):.1e}"  # not a number where one is not
+        self.row["gradient_error"] = f"{float(errors.max()):.1e}"  # NaN if one of them is
         statistics = {name for name in moved if name.rpartition(".")[2] in STATISTICS}
         self.row["moved"] = len(statistics | {n for n, value in other_buffers.items() if not close(buffers[n], value)})
 
@@ -173,7 +173,7 @@ class Examination:
 
 
 def with_random_cores(model: nn.Module) -> nn.Module:
-    """An adapted model with updates of a tenth of its weights, the same on every model of one definition."""
+    """The adapted model with updates of a tenth of its weights, the same for every copy of one definition."""
     generator = torch.Generator().manual_seed(1)
     with torch.no_grad():
         for name, core in cores_of(model).items():
@@ -189,7 +189,7 @@ def cores_of(model: nn.Module) -> dict[str, nn.Parameter]:
 
 
 def tensors(value: Any) -> Iterator[Tensor]:
-    """The tensors in an output, which may be a dictionary or a tuple."""
+    """The tensors of an output, which may be a dictionary or a tuple."""
     if isinstance(value, Tensor):
         yield value
     elif isinstance(value, dict):
@@ -222,7 +222,7 @@ def same(got: list[Tensor], want: list[Tensor]) -> str:
 
 
 def without_dropout(model: nn.Module) -> nn.Module:
-    """The lean dropout draws other masks than the stock one."""
+    """The model without dropout: the lean one draws other masks than the stock one."""
     for module in model.modules():
         if isinstance(module, nn.modules.dropout._DropoutNd):
             module.p = 0.0
@@ -230,7 +230,7 @@ def without_dropout(model: nn.Module) -> nn.Module:
 
 
 def counted(reasons: Any) -> str:
-    """Each reason with how often it was given; names of modules in it are left out."""
+    """Each reason with its count; module names in it are left out."""
     counts = Counter(reason.partition(": ")[0] if "follows" in reason or "users" in reason else reason for reason in reasons)
     return "; ".join(f"{number} x {reason}" for reason, number in counts.most_common())
 
@@ -240,7 +240,7 @@ def one_line(error: BaseException) -> str:
 
 
 def verdict(row: dict[str, Any]) -> str:
-    """What is wrong with a model, in words."""
+    """``right``, ``refused``, or what is wrong with a model."""
     if row.get("refused"):
         return "refused"
     wrong = [name for name in ("same_output", "round_trip", "merged_keys") if row.get(name) != "yes"]
@@ -250,12 +250,6 @@ def verdict(row: dict[str, Any]) -> str:
     wrong += ["moved"] if row.get("moved") else []
     wrong += [name for name in ("saved_bytes", "fused") if not str(row.get(name, "")).isdigit()]
     return "right" if not wrong else "wrong: " + ", ".join(wrong)
-
-
-def machine() -> dict[str, str]:
-    """What the rows were measured on. Not that of lora_edge.har, which needs its extra."""
-    about = {"lora_edge": lora_edge.__version__, "torch": torch.__version__, "processor": platform.machine()}
-    return {**about, "date": time.strftime("%Y-%m-%d")}
 
 
 def examine(definition: Definition) -> dict[str, Any]:
@@ -271,12 +265,12 @@ def examine(definition: Definition) -> dict[str, Any]:
         }
     shape = "x".join(map(str, (BATCH, *definition.shape)))
     about = {"model": definition.name, "source": definition.source, "input": shape}
-    row = {**machine(), **row, **about, "seconds": f"{time.perf_counter() - started:.1f}"}
+    row = {**describe_machine(), **row, **about, "seconds": f"{time.perf_counter() - started:.1f}"}
     return {key: row.get(key, "") for key in FIELDS}
 
 
 def in_a_process(definition: Definition, work: Callable[[Definition], dict[str, Any]] = examine) -> dict[str, Any]:
-    """``work(definition)`` in a forked process, so that neither a crash nor one that never ends takes the rest along."""
+    """``work(definition)`` in a forked process, so that a crash or an endless loop does not end the others."""
     context = multiprocessing.get_context("fork")
     ours, theirs = context.Pipe(duplex=False)
     process = context.Process(target=_send, args=(theirs, definition, work))
@@ -293,12 +287,12 @@ def in_a_process(definition: Definition, work: Callable[[Definition], dict[str, 
         process.kill()
         process.join()
     about = {"model": definition.name, "source": definition.source, "verdict": why}
-    return {key: {**machine(), **about}.get(key, "") for key in FIELDS}
+    return {key: {**describe_machine(), **about}.get(key, "") for key in FIELDS}
 
 
 def _send(pipe: Connection, definition: Definition, work: Callable[[Definition], dict[str, Any]]) -> None:
     warnings.simplefilter("ignore")
-    torch.set_num_threads(1)  # a forked process has no other
+    torch.set_num_threads(1)  # a forked process has no other threads
     pipe.send(work(definition))
     pipe.close()
 

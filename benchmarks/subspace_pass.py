@@ -1,9 +1,9 @@
-"""``python -m benchmarks.subspace_pass``: what ``adapt(subspace="input")`` and ``"gradient"`` need beside a training step.
+"""``python -m benchmarks.subspace_pass``: what ``adapt(subspace="input")`` and ``"gradient"`` cost beside a training step.
 
-    time   of the pass over one batch, by the median of interleaved rounds, over a training step's (Adam, rank 2)
-    peak   most new storages alive at once, over the training step's, forward and backward together
+    time   of the pass over one batch over that of a training step (Adam, rank 2), each the median of interleaved rounds
+    peak   most new bytes alive at once over those of the training step, forward and backward together
 
-Fails where a pass takes longer than five steps or more than twice the bytes.
+Fails if a pass takes longer than five steps or more than twice the bytes.
 """
 
 from __future__ import annotations
@@ -29,11 +29,11 @@ from lora_edge.surgery.selection import select
 
 from .workloads import WORKLOADS
 
-MOST_STEPS, MOST_PEAK = 5.0, 2.0  # of a training step
+MOST_STEPS, MOST_PEAK = 5.0, 2.0  # times a training step's
 
 
 def actions(workload: str, batch: int, rank: int) -> tuple[dict[str, Callable[[], object]], list[Tensor]]:
-    """A training step and the pass of each subspace, and the tensors that are there without them."""
+    """A training step and the pass of each subspace, and the tensors that exist without them."""
     about = WORKLOADS[workload]
     model = about.model()
     names = select(model, about.targets(model), None)
@@ -46,7 +46,7 @@ def actions(workload: str, batch: int, rank: int) -> tuple[dict[str, Callable[[]
         F.cross_entropy(trained(x), y).backward()
         optimizer.step()
 
-    step()  # Adam's moments are no transients
+    step()  # Adam's moments are not transient
     known = [x, y, *model.parameters(), *model.buffers(), *trained.parameters(), *trained.buffers()]
     known += [moment for state in optimizer.state.values() for moment in state.values()]
     passes = {

@@ -1,6 +1,6 @@
 """Networks of the time-series field, written from their papers: the 1-D definitions of :mod:`benchmarks.models`.
 
-All take windows ``(N, channels, length)`` and give logits ``(N, classes)``, where nothing else is said. They keep what makes
+All accept windows ``(N, channels, length)`` and return logits ``(N, classes)`` unless stated otherwise. They keep what makes
 each of them different for an adapter: what stands between the convolutions, how branches meet, which layers are used twice, and
 how their forwards are written.
 """
@@ -419,7 +419,7 @@ MODELS: dict[str, Callable[[int, int], nn.Module]] = {
 
 
 def build(name: str) -> nn.Module:
-    """The model of that name for windows of ``(CHANNELS, LENGTH)``, its lazy layers made."""
+    """The model of that name for windows of ``(CHANNELS, LENGTH)``, its lazy layers initialised."""
     model = MODELS[name](CHANNELS, CLASSES).eval()
     with torch.no_grad():
         model(torch.zeros(2, CHANNELS, LENGTH))

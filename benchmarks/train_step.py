@@ -1,13 +1,14 @@
 """``python -m benchmarks.train_step``: the time of a training step on W1, W2 and W3, method beside method, on a CPU or a GPU.
 
-Every method's step, forward, backward and Adam, is timed in interleaved rounds within one process; full fine-tuning as users
-write it is timed twice, which shows the noise. A row has p20, p50 and p80 in milliseconds, the parts' medians, and the median
-over rounds of the ratio to full fine-tuning and to PEFT's conv LoRA with p20 and p80. ``inference`` times the adapted and the
-merged model without gradients against the base. The blocks' table has each block's direct multiply-adds over its time, and a
-plain matrix product's. Rows go to ``results/<device>/train_step.csv`` and ``blocks.csv``; exit code 1 where a bound is missed.
+Every method's step (forward, backward and Adam) is timed in interleaved rounds within one process; full fine-tuning as users
+write it is timed twice, which shows the noise. A row has p20, p50 and p80 in milliseconds, the medians of the parts, and the
+median over rounds of the ratio to full fine-tuning and to PEFT's conv LoRA with p20 and p80. ``inference`` times the adapted
+and the merged model without gradients against the base. The table of blocks has each block's direct multiply-adds per second,
+and those of a plain matrix product. Rows go to ``results/<device>/train_step.csv`` and ``blocks.csv``; exit code 1 if a bound
+is missed.
 
-On a GPU a step ends when the device has done it. Its launches take longer than its kernels on such small networks, so two rows
-more replay the whole step of full fine-tuning and of lora_edge as a CUDA graph. The bounds and the blocks are the CPU's.
+On a GPU a step ends when the device has finished it. For such small networks launching takes longer than the kernels, so two
+more rows replay the whole step of full fine-tuning and of lora_edge as a CUDA graph. Bounds and blocks are for the CPU only.
 """
 
 from __future__ import annotations
@@ -36,10 +37,10 @@ from .workloads import WORKLOADS, Workload
 
 RANK = 2
 LEARNING_RATE = 1e-4
-# the most that lora_edge's step may take of full fine-tuning's, and of PEFT's, at batch 64
+# upper bounds at batch 64: lora_edge's step over full fine-tuning's, and over PEFT's
 BOUNDS = {"W1": (0.45, 0.40), "W2": (0.33, 0.30), "W3": (0.55, 0.50)}
 INFERENCE_BOUNDS = {"adapted": 1.05, "merged": 1.00}
-NOISE = 0.02  # of a ratio that should be 1
+NOISE = 0.02  # in a ratio that should be 1
 CONVOLUTIONS = (nn.Conv1d, nn.Conv2d)
 FIELDS = (
     "device", "lora_edge", "torch", "threads", "date", "workload", "batch", "what", "method", "rounds", "ms_p20", "ms_p50",
@@ -61,12 +62,12 @@ def adapted_names(workload: Workload, model: nn.Module) -> list[str]:
 
 
 def methods(workload: Workload) -> Iterator[tuple[str, Callable[[], nn.Module]]]:
-    """Name and maker of each method's model, ready to be trained. One that is not installed is left out."""
+    """Name and factory of each method's model, ready to be trained; methods that are not installed are left out."""
     yield "full", workload.model
     yield "full again", workload.model
 
     def channels_last() -> nn.Module:
-        return workload.model().to(memory_format=torch.channels_last)
+        return workload.model().to(memory_format=torch.channels_last)  # type: ignore[call-overload]
 
     def compiled() -> nn.Module:
         return torch.compile(workload.model())  # type: ignore[return-value]
@@ -123,7 +124,7 @@ def methods(workload: Workload) -> Iterator[tuple[str, Callable[[], nn.Module]]]
 def trainer(model: nn.Module, batch: int, **options: Any) -> torch.optim.Optimizer:
     """The model in train mode, and its optimizer."""
     model.train()
-    if batch == 1:  # a batch statistic of one sample and one position is none
+    if batch == 1:  # one sample with one position has no batch variance
         for m in model.modules():
             if isinstance(m, nn.modules.batchnorm._BatchNorm):
                 m.eval()
@@ -131,7 +132,7 @@ def trainer(model: nn.Module, batch: int, **options: Any) -> torch.optim.Optimiz
 
 
 def now(device: torch.device) -> float:
-    """The clock when the device has done all that it was given."""
+    """The clock, read once the device has finished its work."""
     if device.type == "cuda":
         torch.cuda.synchronize(device)
     return time.perf_counter()
@@ -173,7 +174,7 @@ def graphed_step_of(model: nn.Module, x: Tensor, y: Tensor) -> Callable[[], tupl
     with torch.cuda.graph(graph):
         step()
 
-    def replay(alive: Any = step) -> tuple[float]:  # the graph does not keep the model that it reads
+    def replay(alive: Any = step) -> tuple[float]:  # the graph holds no reference to the model that it reads
         begin = now(x.device)
         graph.replay()
         return (now(x.device) - begin,)
@@ -182,7 +183,7 @@ def graphed_step_of(model: nn.Module, x: Tensor, y: Tensor) -> Callable[[], tupl
 
 
 def interleaved(steps: dict[str, Step], rounds: int) -> dict[str, np.ndarray]:
-    """Seconds ``(rounds, parts)`` of each, after two rounds that do not count."""
+    """Seconds ``(rounds, parts)`` of each, after two discarded rounds."""
     found: dict[str, list[tuple[float, ...]]] = {name: [] for name in steps}
     for _ in range(rounds + 2):
         for name, step in steps.items():
@@ -191,7 +192,7 @@ def interleaved(steps: dict[str, Step], rounds: int) -> dict[str, np.ndarray]:
 
 
 def rows_of(seconds: dict[str, np.ndarray], fixed: dict[str, Any]) -> list[dict[str, Any]]:
-    """A row a method."""
+    """One row per method."""
     rows = []
     whole = {name: parts.sum(axis=1) for name, parts in seconds.items()}
     for name, parts in seconds.items():
@@ -232,13 +233,13 @@ def inference(workload: Workload, x: Tensor, rounds: int) -> dict[str, np.ndarra
 
 
 def profile(workload: Workload, x: Tensor, y: Tensor, steps: int, fixed: dict[str, Any]) -> list[dict[str, Any]]:
-    """A row for each kind of block of the CPU engine; the direct form's operations, which filtering does not all do."""
+    """One row per kind of block of the CPU engine. Operations are those of a direct convolution; Winograd's does fewer."""
     model = workload.model()
     step = step_of(lora_edge.adapt(model, RANK, targets=workload.targets(model)), x, y)
     a = torch.randn(1024, 1024)
     product = min(_seconds(lambda: a @ a) for _ in range(20))
     times: dict[tuple[str, tuple[int, ...], tuple[int, ...]], list[float]] = {}
-    originals = {"forward": cpu_launch.block_forward, "backward": cpu_launch.block_backward}
+    originals: dict[str, Callable[..., Any]] = {"forward": cpu_launch.block_forward, "backward": cpu_launch.block_backward}
 
     def timed(direction: str) -> Callable[..., Any]:
         def run(plan: Any, *arguments: Any) -> Any:
@@ -277,7 +278,7 @@ def _seconds(call: Callable[[], Any]) -> float:
 
 
 def misses(rows: list[dict[str, Any]]) -> list[str]:
-    """Each bound that the rows miss, in words."""
+    """A message for each bound that the rows miss."""
     found = []
     for row in rows:
         place = f"{row['workload']} at batch {row['batch']}"
@@ -290,7 +291,7 @@ def misses(rows: list[dict[str, Any]]) -> list[str]:
                     found.append(f"{place}: {column} is {row[column]}, bound {bound}")
             peers = [r for r in rows if all(r[k] == row[k] for k in ("workload", "batch", "what")) and r is not row]
             for peer in peers:
-                if peer["ms_p50"] < row["ms_p50"] and peer["method"] != "frozen backbone":  # which trains the head alone
+                if peer["ms_p50"] < row["ms_p50"] and peer["method"] != "frozen backbone":  # which trains the head only
                     found.append(f"{place}: {peer['method']} takes {peer['ms_p50']} ms, lora_edge {row['ms_p50']}")
     return found
 
@@ -299,7 +300,7 @@ def main() -> int:
     parser = argparse.ArgumentParser(prog="python -m benchmarks.train_step", description=__doc__)
     parser.add_argument("--workload", nargs="+", choices=list(WORKLOADS), default=list(WORKLOADS))
     parser.add_argument("--batch", type=int, nargs="+", default=[1, 8, 64])
-    parser.add_argument("--method", nargs="+", help="only these, by name; full fine-tuning always")
+    parser.add_argument("--method", nargs="+", help="only these, by name, and full fine-tuning")
     parser.add_argument("--rounds", type=int, default=15, help="at batch 64; more at smaller ones")
     parser.add_argument("--device", default="cpu", help="torch's name of the device")
     parser.add_argument("--out", type=Path, help="folder of the tables; default results/<device>")

@@ -1,8 +1,8 @@
-"""How many instructions a warp executes, from the SASS and from what the host layer counted while it ran the same kernel.
+"""How many instructions a warp executes, from the SASS and from what the emulator counted while it ran the same kernel.
 
-A warp's way through the code is a flow through its control-flow graph, from the entry to an exit. The bytes it moves, the
-barriers and the matrix instructions on that way are as many as the host layer counted. Where that leaves a choice, the shorter
-way is taken; where no way meets every count (a compiler drops or repeats accesses), the one that misses them least.
+A warp's path through the code is a flow through its control-flow graph, from the entry to an exit. The bytes, barriers and
+matrix instructions on that path match the emulator's counts. Of several such paths the shortest is chosen; if no path matches
+every count (a compiler drops or repeats accesses), the one with the smallest mismatch.
 """
 
 from __future__ import annotations
@@ -25,13 +25,13 @@ _MEMORY = {
     "STS": ("write_shared",),
     "LDGSTS": ("read_global", "write_shared"),
 }
-# What it costs to miss one of a count, in instructions. The compiler merges shared accesses to wider ones, of the same bytes.
+# The cost of a mismatch of one, in instructions. The compiler merges shared accesses into wider ones of the same bytes.
 _COST_OF_A_MISS = {"bytes": 1e3, "global_wide": 200.0, "shared_wide": 20.0}
 _COST_OF_ANOTHER_MISS = 1e4
 
 
 def counted(i: Instruction) -> dict[str, float]:
-    """What the host layer sees of one warp instruction: bytes a lane, 16-byte accesses, single operations."""
+    """What the emulator sees of one warp instruction: bytes per lane, 16-byte accesses, single operations."""
     return _counted(i.opcode)
 
 
@@ -59,7 +59,7 @@ class _Flow:
         sources, targets = np.array([[row_of[a], row_of[b]] for a, b in edges]).reshape(-1, 2).T
         self.entered = np.zeros((len(self.names), self.edges))
         self.entered[targets, columns] = 1
-        self.balance = np.zeros((len(self.names), self.edges + len(ends)))  # in less out
+        self.balance = np.zeros((len(self.names), self.edges + len(ends)))  # in minus out
         np.add.at(self.balance, (targets, columns), 1)
         np.add.at(self.balance, (sources, columns), -1)
         self.balance[ends, self.edges + np.arange(len(ends))] = -1
@@ -80,13 +80,13 @@ def executions(code: Code, counts: Mapping[str, float], at_least: Mapping[str, f
 
     Args:
         code: the kernel.
-        counts: of one warp, by the names of :func:`counted`; a name that is not in it is not known.
-        at_least: counts that are known from below only.
+        counts: of one warp, by the names of :func:`counted`; a missing name is unknown.
+        at_least: lower bounds of counts.
     """
     known = {**counts, **(at_least or {})}
     flow, kinds = _flow(code), sorted(known)
     blocks, steps = flow.balance.shape
-    # variables: edges taken, ends taken, counts missed from below and from above
+    # variables: edges taken, ends taken, mismatches below and above the counts
     equal = np.zeros((blocks + len(kinds), steps + 2 * len(kinds)))
     right = np.zeros(len(equal))
     cost = np.concatenate([flow.lengths @ flow.entered, np.zeros(steps - flow.edges + 2 * len(kinds))])
@@ -101,13 +101,13 @@ def executions(code: Code, counts: Mapping[str, float], at_least: Mapping[str, f
         cost[below + 1] = cost[below] if kind in counts else 0
     found = linprog(cost, A_eq=csr_array(equal), b_eq=right)
     if not found.success:
-        raise RuntimeError(f"{code.symbol}: no way through it for the counts {known}: {found.message}")
+        raise RuntimeError(f"{code.symbol}: no path through it for the counts {known}: {found.message}")
     times = flow.entered @ found.x[: flow.edges]
     times[flow.first] += 1
     return times
 
 
 def executed(code: Code, times: NDArray[np.float64], kind: str | None = None) -> float:
-    """Instructions that a warp executes, or as much of one count of :func:`counted`."""
+    """Instructions that a warp executes, or the total of one count of :func:`counted`."""
     flow = _flow(code)
     return float(times @ (flow.lengths if kind is None else flow.counts.get(kind, flow.nothing)))

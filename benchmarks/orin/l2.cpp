@@ -1,7 +1,7 @@
-// The L2 cache of the machine model: 2 MB of 128-byte lines with four 32-byte sectors, 16 ways, least recently used, write back.
+// The L2 cache of the model of Orin: 2 MB of 128-byte lines with 4 32-byte sectors, 16 ways, least recently used, write back.
 //
-// Blocks of a launch touch the sectors of a few traced ones, each tensor's moved by what the block's tile moves it. As many
-// blocks as fit the machine run at once and take turns of `turn` sectors, in the order of the trace; then the next ones follow.
+// A block touches the sectors of the traced block that represents it, each tensor's moved by the offset of the block's tile. As
+// many blocks as fit the GPU run at once and take turns of `turn` sectors, in the order of the trace; then the next ones follow.
 #include <algorithm>
 #include <cstdint>
 #include <vector>
@@ -11,7 +11,7 @@ namespace {
 struct Line {
   int64_t tag = -1;
   uint64_t used = 0;
-  uint8_t valid = 0, dirty = 0;  // a bit a sector
+  uint8_t valid = 0, dirty = 0;  // one bit per sector
 };
 
 class Cache {
@@ -36,7 +36,7 @@ class Cache {
 
  private:
   Line& find(int64_t tag) {
-    const uint64_t hash = static_cast<uint64_t>(tag) * 0x9E3779B97F4A7C15ull >> 20;  // strides must not share few sets
+    const uint64_t hash = static_cast<uint64_t>(tag) * 0x9E3779B97F4A7C15ull >> 20;  // strides must not map to few sets
     Line* set = &lines_[hash % sets_ * ways_];
     Line* oldest = set;
     for (int way = 0; way < ways_; ++way) {

@@ -17,12 +17,12 @@ from benchmarks.orin import orin
 
 SOURCE = Path(__file__).with_name("l2.cpp")
 BUILD = Path(__file__).parents[2] / "build" / "orin"
-TURN = 64  # sectors that a block touches before the next one has its turn: some of a k tile
+TURN = 64  # sectors that a block touches before it is the next one's turn: part of a k tile
 
 
 @dataclass(frozen=True)
 class Touches:
-    """The sectors that a block touches, in order: 32-byte addresses, whether each is written, and the tensor it is of."""
+    """The sectors that a block touches, in order: 32-byte addresses, whether each is written, and its tensor."""
 
     sectors: NDArray[np.int64]
     written: NDArray[np.bool_]
@@ -47,11 +47,11 @@ def _library() -> ctypes.CDLL:
 def dram_sectors(
     patterns: Sequence[Touches], pattern_of: NDArray[np.int32], shift: NDArray[np.int64], resident: int
 ) -> tuple[int, int]:
-    """Sectors read from and written to DRAM by a launch that finds the cache empty.
+    """Sectors read from and written to DRAM by a launch that starts with an empty cache.
 
     Args:
         patterns: what the traced blocks touched.
-        pattern_of: for each block of the grid, the traced block that is like it.
+        pattern_of: for each block of the grid, the traced block that represents it.
         shift: ``(blocks, tensors)`` sectors by which each tensor is moved for each block.
         resident: blocks that run at once, on all SMs.
     """

@@ -15,47 +15,48 @@ if TYPE_CHECKING:
 _HOW = f"""\
 # Kernels for Orin (sm_87), without one
 
-Written by `python -m benchmarks.orin`; nothing here was measured on a GPU. `kernels.csv` has a row a kernel, `launches.csv`
-a row a launch and power mode with all that goes into its prediction.
+Written by `python -m benchmarks.orin`; nothing here was measured on a GPU. `kernels.csv` has one row per kernel,
+`main_launches.csv` one row per op on a layer. `launches.csv`, which the command writes and the repository leaves out, has one
+row per launch and power mode with everything that goes into its prediction.
 
 ## The model
 
-The predicted time of a launch is the largest of five terms. The host layer (`csrc/emulator`) runs a block of each kind of tile,
-which is scaled to the grid. The instructions that it executes are fitted to the compiled code from the accesses, barriers and
-matrix instructions that the host layer counted (`benchmarks/orin/executed.py`).
+The predicted time of a launch is the largest of five terms. The emulator (`csrc/emulator`) runs one block of each kind of tile,
+which is scaled to the grid. The instructions executed are derived from the compiled code and the accesses, barriers and matrix
+instructions that the emulator counted (`benchmarks/orin/executed.py`).
 
 | term | work | rate |
 |---|---|---|
 | dram | sectors that miss a simulated L2, and those written back from it | 68 GB/s at 625 MHz, 102 GB/s at 1,020 MHz |
-| l2 | 32-byte sectors of all warp instructions, as if there were no L1 | {orin.L2_BYTES} bytes an SM and cycle |
-| multiply-adds | those executed, padding included | an SM and cycle: 128 FP32, 512 TF32, 1,024 FP16 |
-| instructions | warp instructions executed | 4 an SM and cycle |
-| shared | passes over the 32 banks, conflicts included; 16-byte accesses in quarters of a warp | 1 an SM and cycle |
+| l2 | 32-byte sectors of all warp instructions, as if there were no L1 | {orin.L2_BYTES} bytes per SM and cycle |
+| multiply-adds | those executed, padding included | per SM and cycle: 128 FP32, 512 TF32, 1,024 FP16 |
+| instructions | warp instructions executed | 4 per SM and cycle |
+| shared | passes over the 32 banks, conflicts included; 16-byte accesses in quarters of a warp | 1 per SM and cycle |
 
-The last three are those of the busiest SM of {orin.SMS}: the last wave may not fill it, few warps do not fill its schedulers.
-The L2 is empty at first and has 2 MB, 16 ways, lines of 128 bytes with 4 sectors; least recently used, sets hashed.
+The last three are those of the busiest of the {orin.SMS} SMs: the last wave may not fill it, and few warps do not fill its
+schedulers. The L2 starts empty and has 2 MB, 16 ways, lines of 128 bytes with 4 sectors; least recently used, sets hashed.
 
-No L2 rate is published for Orin. {orin.L2_BYTES} is A100's: 5,120 bytes a cycle for 108 SMs. The 2 MB could also be four of
-A100's slices, {orin.L2_BYTES_LOW:.0f} bytes an SM and cycle in all; `over_floor_at_low_l2` is the prediction at that rate.
+No L2 rate is published for Orin. {orin.L2_BYTES} is A100's: 5,120 bytes per cycle for 108 SMs. The 2 MB could also be four of
+A100's slices, {orin.L2_BYTES_LOW:.0f} bytes per SM and cycle in all; `over_floor_at_low_l2` is the prediction at that rate.
 
 ## What the model leaves out
 
-- Latency: a launch, a wave's first loads and the way from barrier to barrier. With 8 warps an SM little is left to hide them,
-  least where they are one wide block's and wait at the same barriers.
+- Latency: of a launch, of a wave's first loads, and from barrier to barrier. 8 warps per SM hide little of it, least of all if
+  they belong to one wide block and wait at the same barriers.
 - Terms that do not overlap. The real time lies between the largest term and their sum.
-- The L1. Reads of a block that meet there cost the L2 nothing; here they do. `over_floor_with_l1` is the prediction where they
-  all meet, which matters for depthwise kernels.
+- The L1. Reads that hit it cost the L2 nothing; here they do. `over_floor_with_l1` is the prediction if all repeated reads of a
+  block hit it, which matters for depthwise kernels.
 - Register bank conflicts, the instruction cache, and units narrower than a warp: conversions, integer multiplication.
-- Quarters of a warp that read the same 16 bytes of shared memory: hardware may answer them at once, the model does not.
-- Uneven L2 slices and DRAM pages, refresh, the CPU's traffic on the shared memory, and clocks that drop when it gets warm.
-- What the previous launch left in the L2: the composed kernel, mostly, and often a map.
-- Divergence: a warp takes one way at each branch, the shorter one where the counts allow it.
-- A last row tile that is not whole counts as a whole one.
+- Quarters of a warp that read the same 16 bytes of shared memory: hardware may serve them at once, the model does not.
+- Uneven L2 slices and DRAM pages, refresh, the CPU's traffic on the same DRAM, and throttling.
+- What the previous launch left in the L2: mostly the composed weight, and often a map.
+- Divergence: a warp takes one path at each branch, the shorter one if the counts allow it.
+- A partial last row tile counts as a whole one.
 
-The floor is DESIGN's, section 5: useful multiply-adds at the peak, or the bytes that must move at the full bandwidth,
-whichever is longer. Of x only the positions that a tap reaches count. Where a block's input is the model's, backward computes
-no dx and its floor has none. A bound is on the main launch of an op: what composes the kernel before it and adds partial sums
-after it are launches of their own, and `all` is the sum of an op's launches.
+The floor is that of docs/design.md, section 5: useful multiply-adds at the peak, or the bytes that must move at the full
+bandwidth, whichever is longer. Of x only the positions that a tap reaches count. If a block's input is the model's, backward
+computes no dx and its floor has none. A bound applies to the main launch of an op: composing the weight before it and adding
+partial sums after it are separate launches, and `all` is the sum of an op's launches.
 """
 
 
@@ -110,13 +111,14 @@ def _summary(rows: Sequence[Row]) -> str:
 
 def _kernels(kernels: Sequence[Mapping[str, Any]]) -> str:
     head = (
-        "kernel", "registers", "spilled", "shared KB", "blocks, warps an SM", "instructions",
+        "kernel", "registers", "spilled", "shared KB", "blocks, warps per SM", "instructions",
         "innermost loop", "HMMA", "FFMA", "main loop", "cp.async", "16-byte",
     )  # fmt: skip
     lines = [
         (
             f"`{k['kernel']}`", k["registers"], k["spill_store_bytes"] + k["spill_load_bytes"],
-            f"{(k['static_shared_bytes'] + k['dynamic_shared_bytes']) / 1024:.1f}", f"{k['blocks_an_sm']}, {k['warps_an_sm']}",
+            f"{(k['static_shared_bytes'] + k['dynamic_shared_bytes']) / 1024:.1f}",
+            f"{k['blocks_per_sm']}, {k['warps_per_sm']}",
             k["instructions"], k["innermost_instructions"], k["innermost_hmma"], k["innermost_ffma"],
             k["main_loop_instructions"], k["main_loop_cp_async"], k["main_loop_16_byte"],
         )
@@ -126,7 +128,7 @@ def _kernels(kernels: Sequence[Mapping[str, Any]]) -> str:
 
 
 def _layers(rows: Sequence[Row], workload: str) -> str:
-    """A line a layer and op, a column a precision; layers that are alike on one line."""
+    """One line per layer and op, one column per precision; layers that are alike share a line."""
     mode = orin.MODES[0]
     cells: dict[tuple[Layer, str, str], dict[str, str]] = {}
     names: dict[tuple[Layer, str, str], dict[str, None]] = {}

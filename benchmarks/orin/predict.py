@@ -1,4 +1,4 @@
-"""The predicted time of an op on a layer: its launches as the host layer runs them, scaled to the grid, on a model of Orin."""
+"""The predicted time of an op on a layer: its launches as the emulator runs them, scaled to the grid, on a model of Orin."""
 
 from __future__ import annotations
 
@@ -20,8 +20,8 @@ from .tiles import Grid, Kind, backward_grid, forward_grid
 from .traces import Block, TracedLaunch, traced_launches
 
 GEMMS = ("tt_block_forward_kernel", "tt_block_backward_kernel")
-MOST_TRACED = 16  # blocks of a launch that is no GEMM
-POSITIONS_TRACED = 1500  # of a depthwise layer
+MOST_TRACED = 16  # blocks of a launch that is not a GEMM
+POSITIONS_TRACED = 1500  # per depthwise layer
 _MMA = {"mma_tf32": 16 * 8 * 8, "mma_f16": 16 * 8 * 16, "mma_bf16": 16 * 8 * 16}
 _ITEMSIZE = {"fp32": 4, "tf32": 4, "half": 2}
 
@@ -38,7 +38,7 @@ class Kernel:
 
 @dataclass(frozen=True)
 class PredictedLaunch:
-    """A launch on the machine model, and how it was launched."""
+    """A launch on the model of Orin, and how it was launched."""
 
     kernel: str
     threads: int
@@ -47,7 +47,7 @@ class PredictedLaunch:
 
     @property
     def is_main(self) -> bool:
-        """Not a launch that composes the kernel first or adds partial sums after."""
+        """Whether it neither composes the weight beforehand nor adds partial sums afterwards."""
         return not self.kernel.startswith(("fuse_packed", "sum_tiles", "fuse_plain<float, float"))
 
 
@@ -69,12 +69,12 @@ class Case:
         return _ITEMSIZE[self.precision]
 
     def traced_as(self) -> Case:
-        """The case that makes the same launches: a depthwise op in float32 has no tensor cores to use."""
+        """The case with the same launches: a depthwise op in float32 does not use tensor cores."""
         is_alike = self.layer.is_depthwise and self.precision == "tf32"
         return dataclasses.replace(self, precision="fp32") if is_alike else self
 
     def floor(self, mode: orin.Mode) -> float:
-        """Seconds: DESIGN, section 5."""
+        """The floor in seconds: docs/design.md, section 5."""
         itemsize = self.itemsize
         if self.is_fuse:
             return self.layer.fuse_bytes(itemsize, self.op) / mode.bandwidth
@@ -132,19 +132,19 @@ def _of_fewer_samples(case: Case, kernels: Mapping[str, Kernel]) -> list[Predict
 
 def _kernel_of(launch: TracedLaunch, kernels: Mapping[str, Kernel]) -> Kernel:
     if launch.kernel not in kernels:
-        raise RuntimeError(f"the host layer launches {launch.kernel}, which is not among the compiled {sorted(kernels)}")
+        raise RuntimeError(f"the emulator launches {launch.kernel}, which is not among the compiled {sorted(kernels)}")
     return kernels[launch.kernel]
 
 
 def _predicted(launch: TracedLaunch, kernel: Kernel, scale: float, blocks: int) -> PredictedLaunch:
-    """A launch whose traced blocks are neighbours, each of which stands for ``scale`` blocks."""
+    """A launch whose traced blocks are neighbours, each of which represents ``scale`` blocks."""
     work = _work(_mean(launch.traced), launch, kernel, 0)
     totals = {name: scale * len(launch.traced) * value for name, value in work.items()}
     resident = _resident(launch, kernel)
     patterns = [block.touches for block in launch.traced]
     still = np.zeros((len(patterns), len(launch.tensors)), np.int64)
     read, written = dram_sectors(patterns, np.arange(len(patterns), dtype=np.int32), still, resident * orin.SMS)
-    return _on_the_machine(launch, totals, blocks, resident, scale * (read + written), "fp32")
+    return _on_orin(launch, totals, blocks, resident, scale * (read + written), "fp32")
 
 
 def _predicted_gemm(launch: TracedLaunch, kernel: Kernel, case: Case, grid: Grid) -> PredictedLaunch:
@@ -166,7 +166,7 @@ def _predicted_gemm(launch: TracedLaunch, kernel: Kernel, case: Case, grid: Grid
     pattern_of, shift = _moves(launch, case, grid)
     patterns = [*(b.touches for b in launch.traced), NOTHING]
     read, written = dram_sectors(patterns, pattern_of, shift, resident * orin.SMS)
-    return _on_the_machine(launch, totals, launch.blocks, resident, read + written, case.precision)
+    return _on_orin(launch, totals, launch.blocks, resident, read + written, case.precision)
 
 
 def _mean(blocks: Sequence[Block], weights: Sequence[float] | None = None) -> dict[str, float]:
@@ -175,7 +175,7 @@ def _mean(blocks: Sequence[Block], weights: Sequence[float] | None = None) -> di
 
 
 def _work(block: Mapping[str, float], launch: TracedLaunch, kernel: Kernel, multiply_adds: int) -> dict[str, float]:
-    """What a block with these counts does. ``multiply_adds``: by single FMAs, at least."""
+    """What a block with these counts does. ``multiply_adds``: a lower bound of those by single FMAs."""
     warps = launch.threads // 32
     counts = {
         name: value / (1 if name == "barriers" else warps)
@@ -195,7 +195,7 @@ def _work(block: Mapping[str, float], launch: TracedLaunch, kernel: Kernel, mult
 
 def _resident(launch: TracedLaunch, kernel: Kernel) -> int:
     shared = launch.shared_bytes + kernel.resources.static_shared
-    resident = orin.blocks_an_sm(launch.threads, kernel.resources.registers, shared)
+    resident = orin.blocks_per_sm(launch.threads, kernel.resources.registers, shared)
     if resident == 0:
         raise RuntimeError(
             f"a block of {launch.kernel} does not fit an SM: {kernel.resources}, {shared} bytes of shared memory"
@@ -203,7 +203,7 @@ def _resident(launch: TracedLaunch, kernel: Kernel) -> int:
     return resident
 
 
-def _on_the_machine(
+def _on_orin(
     launch: TracedLaunch, totals: Mapping[str, float], blocks: int, resident: int, sectors: float, unit: str
 ) -> PredictedLaunch:
     work = orin.Launch(blocks, launch.threads // 32, resident, unit, dram_bytes=orin.SECTOR * sectors, **totals)
@@ -211,7 +211,7 @@ def _on_the_machine(
 
 
 def _moves(launch: TracedLaunch, case: Case, grid: Grid) -> tuple[NDArray[np.int32], NDArray[np.int64]]:
-    """For each block the traced one that it is like, and the sectors by which each tensor is moved from there."""
+    """For each block the traced one that represents it, and the sectors by which each tensor is moved from there."""
     order = [block.index for block in launch.traced]
     tiles, place = grid.tiles(), grid.first_positions()
     column, group = tiles.column, tiles.group
@@ -232,7 +232,7 @@ def _moves(launch: TracedLaunch, case: Case, grid: Grid) -> tuple[NDArray[np.int
     for t, name in enumerate(launch.tensors):
         if name in ("x", "y", "residual", "dx", "dy", "dresidual"):
             channels, size = (layer.channels, layer.in_size) if name in ("x", "dx") else (layer.outputs, layer.out_size)
-            # the map's position of the block's first row: the target's times what the map has for each of its positions
+            # the position in the map of the block's first row: the target's, scaled to the map
             scale = [1.0 if size == target else n / m for n, m in zip(size, target, strict=True)]
             strides = _strides(channels, size, case.layout)
             at[:, t] = place[:, 0] * strides[0] + place[:, 1] * scale[0] * strides[2] + place[:, 2] * scale[1] * strides[3]

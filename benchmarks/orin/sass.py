@@ -30,14 +30,14 @@ class Instruction:
     operands: str
 
     def target(self) -> int | None:
-        """Where it jumps to, if it jumps; the last hexadecimal operand."""
+        """The target of a jump, its last hexadecimal operand; None if it does not jump."""
         if self.opcode.split(".")[0] not in _JUMPS:
             return None
         found = re.findall(r"0x([0-9a-f]+)", self.operands)
         return int(found[-1], 16) if found else None
 
     def ends(self) -> bool:
-        """Whether a warp that takes it is done here."""
+        """Whether a warp that executes it ends here."""
         return self.opcode.split(".")[0] in _ENDS
 
     def may_fall_through(self) -> bool:
@@ -61,7 +61,7 @@ def is_async_copy(i: Instruction) -> bool:
 
 
 def is_wide(i: Instruction) -> bool:
-    """Accesses of 16 bytes a lane: global, shared, asynchronous, and the matrix loads."""
+    """Accesses of 16 bytes per lane: global, shared, asynchronous, and the matrix loads."""
     memory = i.opcode.startswith(("LDG", "STG", "LDS", "STS"))
     return (memory and ".128" in i.opcode) or i.opcode.startswith("LDSM")
 
@@ -80,7 +80,7 @@ Kind = Callable[[Instruction], bool]
 
 @dataclass(frozen=True)
 class Loop:
-    """A natural loop. ``own`` are the instructions that are in no loop inside it."""
+    """A natural loop. ``own`` are the instructions outside its inner loops."""
 
     head: int
     instructions: tuple[Instruction, ...]
@@ -107,12 +107,12 @@ class Code:
 
     @cached_property
     def flow(self) -> nx.DiGraph:
-        """Which basic block can follow which."""
+        """The control-flow graph of the basic blocks."""
         return _control_flow(self.blocks)
 
     @cached_property
     def loops(self) -> tuple[Loop, ...]:
-        """Every loop, by its head: the back edges of the control flow, whose target dominates their source."""
+        """All natural loops by their heads: back edges of the control flow are those whose target dominates their source."""
         entry = min(self.blocks)
         dominators = nx.immediate_dominators(self.flow, entry)
         members: dict[int, set[int]] = {}
@@ -129,13 +129,13 @@ class Code:
 
     @cached_property
     def innermost(self) -> Loop | None:
-        """The loop that multiplies most by itself, without the loops inside it; None without multiply-adds in a loop."""
+        """The loop with the most multiply-adds of its own, without its inner loops; None without multiply-adds in a loop."""
         found = max(self.loops, key=lambda p: (sum(map(is_tensor, p.own)), sum(map(is_fma, p.own))), default=None)
         return found if found is not None and (found.count(is_tensor) or found.count(is_fma)) else None
 
     @cached_property
     def main(self) -> Loop | None:
-        """The outermost loop around the innermost one: that over the k tiles, where there is one."""
+        """The outermost loop around the innermost one: that over the k tiles, if there is one."""
         if self.innermost is None:
             return None
         around = [loop for loop in self.loops if self.innermost.instructions[0] in loop.instructions]
@@ -198,7 +198,7 @@ def _dominates(dominators: dict[int, int | None], head: int, node: int, entry: i
 
 @dataclass(frozen=True)
 class Resources:
-    """What ptxas reports of one kernel. Bytes, but for the registers."""
+    """What ptxas reports of one kernel. Bytes, except for the registers."""
 
     registers: int
     stack: int
@@ -223,10 +223,10 @@ def parse_resources(log: str) -> dict[str, Resources]:
 
 
 def disassembler() -> str:
-    """Path of a cuobjdump: the triton wheel's, else CUDA_HOME's, else the one on PATH.
+    """Path of a cuobjdump: the triton wheel's, otherwise CUDA_HOME's, otherwise the one on PATH.
 
     Raises:
-        RuntimeError: there is none.
+        RuntimeError: none was found.
     """
     spec = importlib.util.find_spec("triton")
     folders = [Path(p) / "backends/nvidia/bin" for p in (spec.submodule_search_locations or [] if spec else [])]
@@ -250,7 +250,7 @@ def disassemble(cubin: Path) -> dict[str, Code]:
 
 
 def demangle(symbols: Iterable[str]) -> dict[str, str]:
-    """Readable names without arguments, return type and our namespace; the mangled ones where there is no c++filt."""
+    """Readable names without arguments, return type and our namespace; the mangled ones if there is no c++filt."""
     symbols = list(symbols)
     tool = shutil.which("c++filt") or shutil.which("cu++filt")
     if tool is None or not symbols:

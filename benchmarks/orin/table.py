@@ -1,9 +1,10 @@
 """``python -m benchmarks.orin``: what the compiler makes of every kernel for Orin (sm_87), and the time that a model predicts.
 
-Needs nvcc, a disassembler (the triton wheel has one) and a C++ compiler, but no GPU and no ``lora_edge._C``. Writes
-``results/orin/kernels.csv`` (a row a kernel), ``results/orin/launches.csv`` (a row a launch, and a sum where an op has several)
-and ``results/orin/README.md``. Fails where a kernel spills, uses local memory or leaves an SM fewer than 8 warps, and where a
-bound on the predicted time over the floor is missed; the files are written all the same.
+Needs nvcc, a disassembler (the triton wheel has one) and a C++ compiler, but no GPU and no ``lora_edge._C``. Writes to
+``results/orin/``: ``kernels.csv`` (one row per kernel), ``main_launches.csv`` (one row per op on a layer: its main launch),
+``README.md``, and ``launches.csv`` (one row per launch and power mode, and the sum where an op has several; 1.2 MB, not
+committed). Returns 1 if a kernel spills, uses local memory or fits fewer than 8 warps per SM. A missed bound on the predicted
+time over the floor is reported on the page. The files are written in every case.
 """
 
 from __future__ import annotations
@@ -68,7 +69,7 @@ class Row:
         return BLOCK_BOUND if bounded else None
 
     def main(self) -> PredictedLaunch:
-        """The launch that the bound is for: not those that compose the kernel before or add partial sums after."""
+        """The launch that the bound is for: not those that compose the kernel before it or add partial sums after it."""
         return max(self.launches, key=lambda launch: launch.is_main)
 
     def over_floor(self, mode: orin.Mode, l2_bytes: float = orin.L2_BYTES) -> float:
@@ -76,10 +77,10 @@ class Row:
 
 
 def compile_kernels() -> dict[str, Kernel]:
-    """Every kernel of csrc/cuda/*.cu as sm_87 code, by short name; the host layer is compiled beside them.
+    """Every kernel of csrc/cuda/*.cu as sm_87 code, by short name; the emulator is compiled at the same time.
 
     Raises:
-        RuntimeError: there is no nvcc or no disassembler, or a file does not compile; the text has the compiler's own.
+        RuntimeError: no nvcc or no disassembler, or a file does not compile; the message has the compiler's.
     """
     home = os.environ.get("CUDA_HOME", "")
     nvcc = shutil.which("nvcc", path=f"{home}/bin") if home else None
@@ -136,7 +137,7 @@ def cases_of(layers: Mapping[str, Mapping[str, Layer]], layouts: Sequence[str]) 
 
 
 def predict_all(cases: Iterable[Case], kernels: Mapping[str, Kernel]) -> dict[Case, tuple[PredictedLaunch, ...]]:
-    """Every different case once, in two processes; what has been predicted from the same sources is taken from build/."""
+    """Predict each distinct case once, in two processes; predictions from the same sources are cached in build/."""
     ours = [path for path in Path(__file__).parent.glob("*.*") if path.suffix in (".py", ".cpp")]
     compiled = [repr((kernel.name, kernel.resources, len(kernel.code.instructions))) for kernel in kernels.values()]
     cache = (
@@ -150,7 +151,7 @@ def predict_all(cases: Iterable[Case], kernels: Mapping[str, Kernel]) -> dict[Ca
     return {case: predicted[other] for case, other in traced_as.items()}
 
 
-_kernels: dict[str, Kernel] = {}  # of a worker process
+_kernels: dict[str, Kernel] = {}  # of this worker process
 _cache = Path()
 
 
@@ -170,7 +171,7 @@ def _predicted(case: Case) -> tuple[PredictedLaunch, ...]:
 
 
 def kernel_rows(kernels: Mapping[str, Kernel], rows: Sequence[Row]) -> list[dict[str, Any]]:
-    """A row a kernel. One that no workload launches is counted with the threads and shared memory of those that are like it."""
+    """One row per kernel. A kernel that no workload launches gets the threads and shared memory of similar ones."""
     launched: dict[str, list[PredictedLaunch]] = {}
     for row in rows:
         for launch in row.launches:
@@ -182,7 +183,7 @@ def kernel_rows(kernels: Mapping[str, Kernel], rows: Sequence[Row]) -> list[dict
         threads = max((launch.threads for launch in launches), default=0)
         dynamic = max((launch.shared_bytes for launch in launches), default=0)
         resident = (
-            orin.blocks_an_sm(threads, kernel.resources.registers, dynamic + kernel.resources.static_shared) if threads else 0
+            orin.blocks_per_sm(threads, kernel.resources.registers, dynamic + kernel.resources.static_shared) if threads else 0
         )
         found.append(
             {
@@ -190,7 +191,7 @@ def kernel_rows(kernels: Mapping[str, Kernel], rows: Sequence[Row]) -> list[dict
                 "registers": kernel.resources.registers, "stack_bytes": kernel.resources.stack,
                 "spill_store_bytes": kernel.resources.spill_stores, "spill_load_bytes": kernel.resources.spill_loads,
                 "local_instructions": kernel.code.count(sass.is_local), "static_shared_bytes": kernel.resources.static_shared,
-                "dynamic_shared_bytes": dynamic, "blocks_an_sm": resident, "warps_an_sm": resident * threads // 32,
+                "dynamic_shared_bytes": dynamic, "blocks_per_sm": resident, "warps_per_sm": resident * threads // 32,
                 "instructions": len(kernel.code.instructions),
                 **_loop_columns("innermost", kernel.code.innermost), **_loop_columns("main_loop", kernel.code.main),
             }
@@ -199,7 +200,7 @@ def kernel_rows(kernels: Mapping[str, Kernel], rows: Sequence[Row]) -> list[dict
 
 
 def _alike(kernel: str) -> tuple[str, str, str]:
-    """A kernel's name; without its type, the first argument; and its template's."""
+    """Keys of similar kernels: its name, its name without the type (the first argument), and its template's."""
     template, _, arguments = kernel.partition("<")
     return kernel, f"{template}<{arguments.partition(', ')[2]}", template
 
@@ -210,19 +211,52 @@ def _loop_columns(prefix: str, loop: sass.Loop | None) -> dict[str, int | str]:
     return counts | {f"{prefix}_{name}": loop.count(kind) if loop else "" for name, kind in kinds.items()}
 
 
-def launch_rows(rows: Sequence[Row]) -> list[dict[str, Any]]:
-    """A row a launch and mode for the layers that are alike, and one for the sum of an op's launches. Times in microseconds."""
-    found: list[dict[str, Any]] = []
+def alike(rows: Sequence[Row]) -> list[tuple[dict[str, str], Row]]:
+    """One row per workload and case, with the columns that identify it; ``layers`` names all layers that are alike."""
     names: dict[tuple[str, Case], list[str]] = {}
     for row in rows:
         names.setdefault((row.workload, row.case), []).append(row.name)
-    for row in {(row.workload, row.case): row for row in rows}.values():
+    return [
+        (
+            {
+                "workload": row.workload, "layers": " ".join(names[key]), "op": row.case.op,
+                "precision": row.case.precision, "layout": row.case.layout,
+            },
+            row,
+        )
+        for key, row in {(row.workload, row.case): row for row in rows}.items()
+    ]  # fmt: skip
+
+
+def main_launch_rows(rows: Sequence[Row]) -> list[dict[str, Any]]:
+    """One row per op for the layers that are alike: its main launch, its predicted time over the floor, and what limits it."""
+    found = []
+    for about, row in alike(rows):
+        launch = row.main()
+        columns: dict[str, Any] = {
+            "launch": launch.kernel, "threads": launch.threads, "shared_bytes": launch.shared_bytes,
+            "blocks_per_sm": launch.launch.resident,
+        }  # fmt: skip
+        for mode in orin.MODES:
+            columns |= {
+                f"over_floor_{_suffix(mode)}": f"{row.over_floor(mode):.3f}",
+                f"limit_{_suffix(mode)}": launch.launch.seconds(mode)[1],
+            }
+        found.append({**about, **columns})
+    return found
+
+
+def _suffix(mode: orin.Mode) -> str:
+    return mode.name.replace(" ", "").lower()
+
+
+def launch_rows(rows: Sequence[Row]) -> list[dict[str, Any]]:
+    """One row per launch and mode for the layers that are alike, and one for the sum of an op's launches, in microseconds."""
+    found: list[dict[str, Any]] = []
+    for about_case, row in alike(rows):
         for mode in orin.MODES:
             floor = row.case.floor(mode)
-            about = {
-                "workload": row.workload, "layers": " ".join(names[row.workload, row.case]), "op": row.case.op,
-                "precision": row.case.precision, "layout": row.case.layout, "mode": mode.name, "floor_us": _microseconds(floor),
-            }  # fmt: skip
+            about = {**about_case, "mode": mode.name, "floor_us": _microseconds(floor)}
             for launch in row.launches:
                 columns = _launch_columns(launch, mode, floor)
                 found.append({**about, "launch": launch.kernel, "main": launch is row.main(), **columns})
@@ -240,7 +274,7 @@ def _launch_columns(launch: PredictedLaunch, mode: orin.Mode, floor: float) -> d
     with_l1, _ = dataclasses.replace(work, l2_bytes=work.l2_bytes_with_l1).seconds(mode)
     terms = {f"{name.replace('-', '_')}_us": _microseconds(term) for name, term in work.terms(mode).items()}
     return {
-        "blocks": work.blocks, "threads": launch.threads, "shared_bytes": launch.shared_bytes, "blocks_an_sm": work.resident,
+        "blocks": work.blocks, "threads": launch.threads, "shared_bytes": launch.shared_bytes, "blocks_per_sm": work.resident,
         "dram_bytes": round(work.dram_bytes), "l2_bytes": round(work.l2_bytes), "multiply_adds": round(work.multiply_adds),
         "warp_instructions": round(work.instructions), "wavefronts": round(work.wavefronts), "uneven": f"{work.uneven():.3f}",
         **terms, "predicted_us": _microseconds(seconds), "limit": limit, "over_floor": f"{seconds / floor:.3f}",
@@ -253,7 +287,7 @@ def _microseconds(seconds: float) -> str:
 
 
 def failures(kernels: Sequence[Mapping[str, Any]]) -> list[str]:
-    """Everything that makes the run fail, in words: spills, local memory, too few warps."""
+    """A message for everything that makes the run fail: spills, local memory, too few warps."""
     found = []
     for k in kernels:
         if k["spill_store_bytes"] or k["spill_load_bytes"] or k["local_instructions"] or k["stack_bytes"]:
@@ -261,13 +295,13 @@ def failures(kernels: Sequence[Mapping[str, Any]]) -> list[str]:
             found.append(
                 f"{k['kernel']}: {spilled}, {k['local_instructions']} local accesses, {k['stack_bytes']} bytes of stack"
             )
-        if k["threads"] and k["warps_an_sm"] < FEWEST_WARPS:
-            found.append(f"{k['kernel']}: {k['warps_an_sm']} warps an SM, at least {FEWEST_WARPS} must fit")
+        if k["threads"] and k["warps_per_sm"] < FEWEST_WARPS:
+            found.append(f"{k['kernel']}: {k['warps_per_sm']} warps per SM, at least {FEWEST_WARPS} must fit")
     return found
 
 
 def missed(rows: Sequence[Row]) -> list[str]:
-    """Every bound that a prediction misses, in words."""
+    """A message for every bound that a prediction misses."""
     found = []
     for row in rows:
         bound = row.bound()
@@ -281,7 +315,7 @@ def missed(rows: Sequence[Row]) -> list[str]:
 
 
 def worst(rows: Sequence[Row]) -> list[str]:
-    """A line for each op, precision and layout: the layer whose main launch is furthest over its floor."""
+    """One line per op, precision and layout: the layer whose main launch is furthest over its floor."""
     groups: dict[tuple[str, str, str], list[tuple[float, str, str]]] = {}
     for row in rows:
         for mode in orin.MODES:
@@ -298,7 +332,7 @@ def worst(rows: Sequence[Row]) -> list[str]:
 
 
 def write_csv(path: Path, rows: Sequence[Mapping[str, Any]]) -> None:
-    """Rows with what they were made with."""
+    """Write rows with the versions that they were made with."""
     about = {"device": "sm_87 model", **{key: describe_machine()[key] for key in ("date", "lora_edge")}}
     fields = list(dict.fromkeys([*about, *(key for row in rows for key in row)]))
     write_rows(path, fields, ({**about, **row} for row in rows))
@@ -327,6 +361,7 @@ def main() -> int:
     table = kernel_rows(kernels, rows)
     failed, over = failures(table), missed(rows)
     write_csv(options.out / "kernels.csv", table)
+    write_csv(options.out / "main_launches.csv", main_launch_rows(rows))
     write_csv(options.out / "launches.csv", launch_rows(rows))
     write_text(options.out / "README.md", page(table, rows, [*failed, *over]))
     print(f"{len(table)} kernels, {len(rows)} ops on layers: {options.out}")

@@ -11,8 +11,8 @@ from numpy.typing import NDArray
 
 from ..layers import Layer
 
-ROWS, COLUMNS, EXTRA = 128, 64, 8  # columns of a half
-TOGETHER, STAYING = 16, 1 << 20  # halves that run at once, bytes that stay in the L2: for the order of the blocks
+ROWS, COLUMNS, EXTRA = 128, 64, 8  # columns per half
+TOGETHER, STAYING = 16, 1 << 20  # for the order of the blocks: halves that run at once, bytes that stay in the L2
 
 
 @dataclass(frozen=True)
@@ -27,17 +27,17 @@ class Phase:
 
 @dataclass(frozen=True)
 class Kind:
-    """Blocks that are taken to do the same as a traced one."""
+    """Blocks that a traced one represents."""
 
     phase: int
     row: int  # tiles of the traced block
     column: int
-    blocks: float  # that are like it
+    blocks: float  # that it represents
 
 
 @dataclass(frozen=True)
 class Tiles:
-    """Of each block ``(blocks,)``: its phase, row tile, group and column tile."""
+    """Phase, row tile, group and column tile of each block, each ``(blocks,)``."""
 
     phase: NDArray[np.int64]
     row: NDArray[np.int64]
@@ -52,14 +52,14 @@ class Grid:
     batch: int
     groups: int
     tiles_n: int
-    extra: bool  # the last column tile has an n8 fragment more
-    rows_together: int  # row tiles of a set
+    extra: bool  # the last column tile has one more n8 fragment
+    rows_together: int  # row tiles per set
     phases: tuple[Phase, ...]
-    halves: int = 1  # of a block; each has columns of its own
+    halves: int = 1  # per block; each has its own columns
 
     @property
     def columns(self) -> int:
-        """Columns of a block, without the extra fragment."""
+        """Columns per block, without the extra fragment."""
         return self.halves * COLUMNS
 
     def row_tiles(self, phase: int) -> int:
@@ -67,7 +67,7 @@ class Grid:
 
     @property
     def tiles_m(self) -> int:
-        """Row tiles of the phase that has the most. The others have tiles without rows."""
+        """Row tiles of the largest phase. The others have tiles without rows."""
         return max(map(self.row_tiles, range(len(self.phases))))
 
     def blocks(self) -> int:
@@ -93,10 +93,10 @@ class Grid:
         return Tiles(phase, row, group, column)
 
     def traced_rows(self, phase: int) -> dict[int, float]:
-        """Row tiles that stand for all of a phase, and how many each stands for.
+        """Row tiles that represent all of a phase, and how many each represents.
 
-        All until tiles and images meet again, if they are at most three; else an image's first, an inner and its last one, or
-        the first two where images are smaller than that.
+        All tiles until their boundaries coincide with an image's again, if these are at most three; otherwise an image's
+        first, an inner and its last one, or the first two if images are smaller than that.
         """
         size, tiles = math.prod(self.phases[phase].size), self.row_tiles(phase)
         an_image, until_again = -(-size // ROWS), math.lcm(size, ROWS) // ROWS
@@ -122,7 +122,7 @@ class Grid:
         return min(self.batch, max(needed))
 
     def multiply_adds(self, kind: Kind) -> int:
-        """The least that a block of that kind multiplies: all of its rows and columns, but no k that pads the last k tile."""
+        """A lower bound of a block's multiply-adds: all of its rows and columns, without the padding of the last k tile."""
         extra = EXTRA if self.extra and kind.column == self.tiles_n - 1 else 0
         return ROWS * (self.columns + extra) * self.phases[kind.phase].k
 
@@ -162,7 +162,7 @@ def forward_grid(layer: Layer, itemsize: int, layout: str) -> Grid:
 
 
 def backward_grid(layer: Layer, itemsize: int) -> Grid:
-    """Without dx the rows are dy's own positions, and only ``dcore`` is summed."""
+    """The grid of backward. Without dx the rows are dy's own positions, and only ``dcore`` is summed."""
     phases = []
     for h in range(layer.stride[0]):
         for w in range(layer.stride[1]):

@@ -1,4 +1,4 @@
-"""What the kernels do on a layer, from the host layer: the launches of an op, and what chosen blocks ask of the machine."""
+"""What the kernels do on a layer, from the emulator: the launches of an op, and the memory accesses of chosen blocks."""
 
 from __future__ import annotations
 
@@ -44,20 +44,20 @@ class TracedLaunch:
     threads: int
     shared_bytes: int
     traced: tuple[Block, ...]
-    tensors: tuple[str, ...]  # by the numbers of Touches.tensor; the last one is any other memory
+    tensors: tuple[str, ...]  # by the numbers of Touches.tensor; the last one is all other memory
 
 
 @functools.cache
-def host_layer() -> ModuleType:
-    """``tests/helpers/emulator.py`` of the clone."""
+def emulator() -> ModuleType:
+    """tests/helpers/emulator.py of the clone."""
     sys.path.append(str(Path(__file__).parents[2] / "tests"))
-    return importlib.import_module("host_layer")
+    return importlib.import_module("helpers.emulator")
 
 
 @functools.cache
 def runner() -> Path:
-    """The host layer with the kernels, compiled where something changed."""
-    return host_layer().build(sanitize=False)
+    """The emulator with the kernels, recompiled if something changed."""
+    return emulator().build(sanitize=False)
 
 
 def traced_launches(
@@ -70,12 +70,13 @@ def traced_launches(
         op: "tt_fuse_forward", "tt_fuse_backward", "tt_block_forward" or "tt_block_backward".
         precision: "fp32", "tf32" or "half".
         layout: of the maps, "channels-last" or "channels-first".
-        samples: the maps hold only these first samples; the chosen blocks touch no others.
-        choose: gives the blocks to trace of a launch, a dict with "launch", "kernel", "blocks", "threads" and "shared_bytes".
+        samples: the number of first samples that the maps hold; the chosen blocks touch no others.
+        choose: returns the blocks of a launch to trace, of a dict with "launch", "kernel", "blocks", "threads" and
+            "shared_bytes".
     """
     job = _job(layer, op, precision, layout, samples)
     with tempfile.TemporaryDirectory() as folder:
-        trace = host_layer().trace(job, choose, Path(folder), runner())
+        trace = emulator().trace(job, choose, Path(folder), runner())
         records = np.fromfile(trace.sectors, dtype="<u8")
     tensors = (*trace.buffers, "other")
     launches, at = [], 0
@@ -94,7 +95,7 @@ def traced_launches(
 
 def _counts(row: dict[str, Any]) -> dict[str, float]:
     if "read_global_bytes" not in row:
-        raise RuntimeError(f"the host layer's trace has {sorted(row)}; it must count read_global_bytes and its like")
+        raise RuntimeError(f"the emulator's trace has {sorted(row)}; it must count read_global_bytes and the like")
     counts = {name: float(value) for name, value in row.items() if isinstance(value, int)}
     return {**counts, "mma": counts["mma_tf32"] + counts["mma_f16"] + counts["mma_bf16"]}
 
@@ -104,13 +105,13 @@ def _touches(records: NDArray[np.uint64], tensors: int) -> Touches:
     tensor = np.minimum(records >> np.uint64(56), np.uint64(tensors - 1)).astype(np.int32)
     written = (records >> np.uint64(55) & np.uint64(1)).astype(bool)
     sector = (records & np.uint64(2**55 - 1)).astype(np.int64)
-    # tensors lie far apart, so that moving one never reaches another
+    # tensors are far apart, so that a moved one never overlaps another
     return Touches(sector + (tensor.astype(np.int64) << 34), written, tensor)
 
 
 def _job(layer: Layer, op: str, precision: str, layout: str, samples: int) -> Any:
     dtype = DTYPES[precision]
-    new_job = functools.partial(host_layer().Job, op, op, seeds=1)
+    new_job = functools.partial(emulator().Job, op, op, seeds=1)
 
     def map_of(channels: int, size: tuple[int, int]) -> Tensor:
         return torch.zeros(samples, channels, *size, dtype=dtype).contiguous(memory_format=LAYOUTS[layout])
@@ -118,7 +119,7 @@ def _job(layer: Layer, op: str, precision: str, layout: str, samples: int) -> An
     def vector() -> Tensor:
         return torch.zeros(layer.outputs, dtype=dtype)
 
-    fields = host_layer().problem(
+    fields = emulator().problem(
         batch=layer.batch, channels=layer.channels, outputs=layer.outputs, size=layer.in_size, kernel=layer.kernel,
         groups=layer.groups, rank=layer.rank, stride=layer.stride, padding=layer.pad, padding_end=_padding_end(layer),
         dilation=layer.dilation, dtype=dtype, precision=precision,
@@ -161,7 +162,7 @@ def _given(tensors: dict[str, Tensor | None]) -> dict[str, Tensor]:
 
 
 def _padding_end(layer: Layer) -> tuple[int, ...]:
-    """Zeros behind the input, which are fewer than none where the last positions are not reached."""
+    """Zeros after the input; negative if the last positions are not reached."""
     return tuple(
         (out - 1) * stride + dilation * (kernel - 1) + 1 - size - pad
         for out, stride, dilation, kernel, size, pad in zip(

@@ -1,10 +1,10 @@
 """``python -m benchmarks.orin.triton``: what Triton makes of every kernel and configuration, beside the CUDA kernels.
 
 Needs triton but no GPU. Compiles ahead of time what a training step of W1, W2 and W3 would launch: for sm_87 every variant, for
-sm_80 and sm_90 one of each kernel, configuration, unit and layout. Writes ``results/orin/triton.csv``, a row a compilation, and
-``results/orin/triton.md``, Triton's and the compiled extension's kernels side by side for each op and layer (the latter from
-kernels.csv and launches.csv, which ``python -m benchmarks.orin`` writes). Fails where a kernel spills or takes more shared
-memory than a block may have.
+sm_80 and sm_90 one of each kernel, configuration, unit and layout. Writes ``results/orin/triton.csv``, one row per compilation,
+and ``results/orin/triton.md``, Triton's and the compiled extension's kernels side by side for each op and layer (the latter
+from kernels.csv and main_launches.csv, which ``python -m benchmarks.orin`` writes). Fails if a kernel spills or needs more
+shared memory than a block may have.
 """
 
 from __future__ import annotations
@@ -38,9 +38,9 @@ FOLDER = RESULTS / "orin"
 CAPABILITIES = (87, 80, 90)
 MOST_SHARED = {87: orin.SHARED_MOST, 80: 163 * 1024, 90: 227 * 1024}
 LAYOUTS = ("channels-last", "channels-first")
-PRECISIONS = {"tt_fuse_forward": ("fp32", "half"), "tt_fuse_backward": ("fp32", "half")}  # of the others all
+PRECISIONS = {"tt_fuse_forward": ("fp32", "half"), "tt_fuse_backward": ("fp32", "half")}  # all for the other ops
 PROCESSES = 2
-MAIN = {  # the kernel of an op that does its work; the others compose before it or add partial sums after
+MAIN = {  # an op's main kernels; the others compose the weight before them or add partial sums after them
     "tt_fuse_forward": ("compose",),
     "tt_fuse_backward": ("core_gradient",),
     "tt_block_forward": ("tt_block_forward", "depthwise_forward"),
@@ -50,7 +50,7 @@ MAIN = {  # the kernel of an op that does its work; the others compose before it
 
 @dataclass(frozen=True)
 class Use:
-    """Where a variant is launched."""
+    """An op on a layer that launches a variant."""
 
     workload: str
     layer: str
@@ -101,7 +101,7 @@ def _fuse_backward(layer: Layer, dtype: torch.dtype) -> list[Variant]:
 
 
 def representative(variants: Iterable[Variant]) -> list[Variant]:
-    """One of each kernel with its configuration and constants: that with the most aligned arguments, whose tiles are widest."""
+    """One variant per kernel, configuration and constants: that with the most aligned arguments, whose accesses are widest."""
     found: dict[Any, Variant] = {}
     for variant in variants:
         key = (variant.name, variant.configuration, variant.constants)
@@ -111,13 +111,13 @@ def representative(variants: Iterable[Variant]) -> list[Variant]:
 
 
 def one_of_each(variants: Iterable[Variant]) -> list[Variant]:
-    """One of each kernel, configuration, unit and layout."""
+    """One variant per kernel, configuration, unit and layout."""
     kinds = ("UNIT", "FLAT", "X_LAST", "DY_LAST", "PLAIN")
     return list({(v.name, v.configuration, *map(v.constant, kinds)): v for v in variants}.values())
 
 
 def compile_all(wanted: Sequence[tuple[Variant, int]], processes: int = PROCESSES) -> list[Compiled]:
-    """What the compiler makes of variants for capabilities, in that order."""
+    """What the compiler makes of each variant for its capability, in order."""
     with ProcessPoolExecutor(processes, get_context("spawn")) as pool:
         return list(pool.map(_compile, wanted, chunksize=4))
 
@@ -131,20 +131,20 @@ def row_of(variant: Variant, capability: int, found: Compiled) -> dict[str, Any]
     loop = found.code.innermost if found.code is not None else None
     kinds = {"hmma": sass.is_tensor, "ffma": sass.is_fma, "cp_async": sass.is_async_copy, "16_byte": sass.is_wide}
     constants = [f"{name}={value}" for name, value in variant.constants if not name.isupper()]
-    resident = orin.blocks_an_sm(32 * variant.warps, found.registers, found.shared) if capability == 87 else ""
+    resident = orin.blocks_per_sm(32 * variant.warps, found.registers, found.shared) if capability == 87 else ""
     return {
         "arch": f"sm_{capability}", "kernel": variant.name, "configuration": variant.configuration,
         "unit": variant.constant("UNIT") or "", "flat": variant.constant("FLAT"),
         "channels_last": variant.constant("X_LAST" if "forward" in variant.name else "DY_LAST"),
         "warps": variant.warps, "registers": found.registers, "spill_bytes": found.stack + found.local,
-        "shared_bytes": found.shared, "blocks_an_sm": resident,
+        "shared_bytes": found.shared, "blocks_per_sm": resident,
         **{f"loop_{name}": loop.count(kind) if loop else "" for name, kind in kinds.items()},
         "loop_instructions": len(loop.instructions) if loop else "", "constants": " ".join(constants),
     }  # fmt: skip
 
 
 def failures(compiled: Iterable[tuple[Variant, int, Compiled]]) -> list[str]:
-    """Everything that makes the run fail, in words."""
+    """A message for everything that makes the run fail."""
     found = []
     for variant, capability, made in compiled:
         what = f"{variant.name} {variant.configuration} {variant.constant('UNIT') or ''} on sm_{capability}"
@@ -156,12 +156,12 @@ def failures(compiled: Iterable[tuple[Variant, int, Compiled]]) -> list[str]:
 
 
 def side_by_side(by_use: Mapping[Use, Variant], compiled: Mapping[Variant, Compiled]) -> str:
-    """The page: a line an op on a layer, the compiled extension's kernel and Triton's with its first configuration."""
+    """The table: one line per op on a layer, the compiled extension's kernel and Triton's with its first configuration."""
     kernels = {row["kernel"]: row for row in _rows("kernels.csv")}
     launches = {
         (row["workload"], layer, row["op"], row["precision"]): row
-        for row in _rows("launches.csv")
-        if row["main"] == "True" and row["layout"] == LAYOUTS[0]
+        for row in _rows("main_launches.csv")
+        if row["layout"] == LAYOUTS[0]
         for layer in row["layers"].split()
     }
     lines, seen = [], set()
@@ -176,19 +176,19 @@ def side_by_side(by_use: Mapping[Use, Variant], compiled: Mapping[Variant, Compi
         first, *others = launch["layers"].split()
         kernel, made = kernels[launch["launch"]], compiled[variant]
         loop = made.code.innermost if made.code is not None else None
-        resident = orin.blocks_an_sm(32 * variant.warps, made.registers, made.shared)
+        resident = orin.blocks_per_sm(32 * variant.warps, made.registers, made.shared)
         warps = int(launch["threads"]) // 32
         lines.append(
             (use.workload, first + (f" and {len(others)} more" if others else ""), use.op, use.precision,
              kernel["registers"], f"{int(launch['shared_bytes']) / 1024:.1f}",
-             f"{launch['blocks_an_sm']}, {int(launch['blocks_an_sm']) * warps}",
+             f"{launch['blocks_per_sm']}, {int(launch['blocks_per_sm']) * warps}",
              _loop(kernel["innermost_instructions"], kernel["innermost_hmma"], kernel["innermost_ffma"]),
              variant.configuration, made.registers, f"{made.shared / 1024:.1f}", f"{resident}, {resident * variant.warps}",
              _loop(*((len(loop.instructions), loop.count(sass.is_tensor), loop.count(sass.is_fma)) if loop else ("", "", "")))),
         )  # fmt: skip
     head = (
-        "workload", "layer", "op", "precision", "CUDA: registers", "shared KB", "blocks, warps an SM", "inner loop",
-        "Triton: tile", "registers", "shared KB", "blocks, warps an SM", "inner loop",
+        "workload", "layer", "op", "precision", "CUDA: registers", "shared KB", "blocks, warps per SM", "inner loop",
+        "Triton: tile", "registers", "shared KB", "blocks, warps per SM", "inner loop",
     )  # fmt: skip
     return "\n".join(["| " + " | ".join(map(str, line)) + " |" for line in (head, ["---"] * len(head), *lines)])
 
@@ -209,20 +209,20 @@ def _rows(name: str) -> list[dict[str, str]]:
 _PAGE = """\
 # Triton's kernels for Orin (sm_87), beside the compiled extension's
 
-Written by `python -m benchmarks.orin.triton`; nothing here was measured on a GPU. `triton.csv` has a row a compilation:
+Written by `python -m benchmarks.orin.triton`; nothing here was measured on a GPU. `triton.csv` has one row per compilation:
 {count}. {failed}
 
-A line is an op's main kernel on a layer in channels-last, layers that are alike on one line. Triton's is its first
-configuration, rows x columns x depth, w warps, s stages; on a device the tuner chooses. The inner loop is the one that
-multiplies most: its instructions, and the share of them that are tensor-core or float32 multiply-adds. An HMMA of one precision
-is the same work in both.
+A line is an op's main kernel on a layer in channels-last; layers that are alike share a line. Triton's is its first
+configuration, rows x columns x depth, w warps, s stages; on a device the tuner chooses. The inner loop is the one with the most
+multiply-adds: its instructions, and the share of them that are tensor-core or float32 multiply-adds. An HMMA of one precision
+is the same amount of work in both.
 
 {table}
 """
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
-    """Write the table and the page; 1 where something spills or does not fit."""
+    """Write the table and the page; returns 1 if a kernel spills or does not fit."""
     parser = argparse.ArgumentParser(prog="python -m benchmarks.orin.triton", description=__doc__)
     parser.add_argument("--workload", nargs="+", choices=list(WORKLOADS), default=list(WORKLOADS))
     options = parser.parse_args(arguments)

@@ -1,10 +1,10 @@
-"""Compiles Triton's kernels ahead of time, for an architecture that need not be there: what a launch would have compiled.
+"""Compiles Triton's kernels ahead of time, for an architecture that need not be present: what a launch would have compiled.
 
     with recorded() as found:
-        tt_block.forward(plan, ...)  # on tensors that need no memory
+        tt_block.forward(plan, ...)  # on tensors without memory
     resources(compile_variant(found[0], 87))
 
-Every configuration that the tuner could try is recorded. A variant is what Triton compiles once: a kernel, its types, its
+Every configuration that the tuner could try is recorded. A variant is one compilation of Triton's: a kernel, its types, its
 constants, and which arguments are 1 or multiples of 16.
 """
 
@@ -57,7 +57,7 @@ class Variant:
 
 @dataclass(frozen=True)
 class Compiled:
-    """What the compiler made of a variant. Bytes, but for the registers."""
+    """What the compiler made of a variant. Bytes, except for the registers."""
 
     registers: int
     stack: int
@@ -68,7 +68,7 @@ class Compiled:
 
 @contextmanager
 def recorded() -> Iterator[list[Variant]]:
-    """Inside, kernels are not launched but listed, with each of their configurations."""
+    """Record kernels instead of launching them, with each of their configurations."""
     found: list[Variant] = []
     current = [""]
 
@@ -140,5 +140,5 @@ def resources(compiled: Any, with_code: bool = False) -> Compiled:
 
 
 def is_spilled(found: Compiled) -> bool:
-    """Whether registers went to memory; Triton's kernels have no arrays of their own that would."""
+    """Whether registers were spilled to memory; Triton's kernels have no local arrays."""
     return found.stack > 0 or found.local > 0

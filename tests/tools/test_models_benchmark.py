@@ -1,4 +1,4 @@
-"""benchmarks.models: what a row says of models that are right, refused, wrong, broken, or that take the process along."""
+"""benchmarks.models: the rows of models that are right, refused, wrong or broken, or that end the process."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ def definition(build) -> Definition:
 
 
 class Counts(nn.Module):
-    """Its own buffer moves in training mode, as in the base: that is right."""
+    """A model whose own buffer moves in training mode, as in the base, which is right."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -29,7 +29,7 @@ class Counts(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         if self.training:
-            self.calls += 1
+            self.calls += 1  # type: ignore[assignment,operator]
         return self.conv(x)
 
 
@@ -106,7 +106,7 @@ def test_what_breaks_is_a_row(build, why):
 
 
 @pytest.mark.parametrize("name", time_series_models.MODELS)
-def test_time_series_models_take_any_batch(name):
+def test_time_series_models_accept_any_batch(name):
     model = time_series_models.build(name)
     for batch in (1, 3):
         y = model(torch.randn(batch, time_series_models.CHANNELS, time_series_models.LENGTH))

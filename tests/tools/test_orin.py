@@ -1,15 +1,18 @@
-"""The sm_87 table: the parsers on small texts, the machine model and its L2 on launches that can be counted by hand."""
+"""The sm_87 table: the parsers on small texts, the model of Orin and its L2 on launches that can be counted by hand."""
 
 from __future__ import annotations
 
+import csv
 import dataclasses
 import shutil
+from pathlib import Path
 
 import numpy as np
 import pytest
 
 from benchmarks import layers
-from benchmarks.orin import orin, sass, tiles
+from benchmarks.orin import orin, page, sass, table, tiles, traces
+from benchmarks.orin.predict import Case, PredictedLaunch
 
 SASS = """
 	code for sm_87
@@ -55,8 +58,9 @@ def test_sass_instructions_and_loops():
     assert code.count(sass.is_async_copy) == code.count(sass.is_tensor) == code.count(sass.is_barrier) == 1
     assert code.count(sass.is_wide) == 3
     assert [(loop.head, len(loop.instructions)) for loop in code.loops] == [(0x20, 9), (0x70, 2)]
-    # the block at 0xd0 stands behind the exit and jumps back, but is no loop
+    # the block at 0xd0 is after the exit and jumps back, but is not a loop
     assert code.innermost is not None
+    assert code.main is not None
     assert code.innermost.head == code.main.head == 0x20
     assert sass.parse(SASS)["spilled"].count(sass.is_local) == 1
     assert sass.parse(SASS)["spilled"].innermost is None
@@ -81,10 +85,10 @@ def test_short_names():
         (128, 32, 0, 12),  # 48 warps
         (32, 32, 0, 16),  # at most 16 blocks
         (128, 128, 0, 4),
-        (128, 129, 0, 3),  # 136 registers a thread are given
+        (128, 129, 0, 3),  # 136 registers per thread are allocated
         (128, 255, 0, 2),
         (128, 32, 57600, 2),
-        (128, 32, 81 * 1024, 2),  # and 1 KB each for the system
+        (128, 32, 81 * 1024, 2),  # and 1 KB per block for the system
         (128, 32, 82 * 1024, 1),
         (128, 32, 163 * 1024, 1),
         (128, 32, 163 * 1024 + 1, 0),
@@ -92,7 +96,7 @@ def test_short_names():
     ],
 )
 def test_occupancy(threads: int, registers: int, shared: int, blocks: int):
-    assert orin.blocks_an_sm(threads, registers, shared) == blocks
+    assert orin.blocks_per_sm(threads, registers, shared) == blocks
 
 
 def launch(**changes) -> orin.Launch:
@@ -210,19 +214,19 @@ def test_l2_traffic():
 
     one = np.zeros(1, np.int32)
     still = np.zeros((4, 1), np.int64)
-    # four blocks read the same 1 MB, which stays in the cache; of 8 MB nothing stays
+    # four blocks read the same 1 MB, which stays in the cache; nothing of 8 MB stays
     assert dram_sectors([stream(0, 1 << 15)], np.zeros(4, np.int32), still, 1) == (1 << 15, 0)
     assert dram_sectors([stream(0, 1 << 18)], np.zeros(4, np.int32), still, 1) == (4 << 18, 0)
-    # side by side they share even that
+    # blocks that run at once share even that
     assert dram_sectors([stream(0, 1 << 18)], np.zeros(4, np.int32), still, 4) == (1 << 18, 0)
-    # blocks that are moved, on tensors that are or are not
+    # moved blocks, on tensors that move with them and on others
     moved = np.arange(4)[:, None] * np.array([[1000, 0]])
     both = stream(0, 1000)
     both = type(both)(
         *(np.concatenate(pair) for pair in zip(vars(both).values(), vars(stream(1 << 30, 500, False, 1)).values(), strict=True))
     )
     assert dram_sectors([both], np.zeros(4, np.int32), moved, 2) == (4 * 1000 + 500, 0)
-    # what is written is written back once, and not fetched
+    # written sectors are written back once, and not fetched
     assert dram_sectors([stream(0, 1000, True)], one, still[:1], 1) == (0, 1000)
 
 
@@ -237,3 +241,34 @@ def test_executed_instructions():
     assert executed(code, times) == pytest.approx(2 + 5 * 7 + 15 * 2 + 2)
     assert executed(code, times, "fma") == pytest.approx(15)
     assert executed(code, executions(code, {"barriers": 1, "mma": 0, "read_global_bytes": 16})) == pytest.approx(2 + 2 + 2 + 2)
+
+
+def test_the_summary_of_launches():
+    """Of layers that are alike one row, of the launch that does the op's work; launches.csv has the others too."""
+    layer = layer_of(8, 16, (1, 10), (1, 10), (1, 1), (1, 1), (0, 0))
+    case = Case(layer, "tt_block_forward", "fp32", "channels-last")
+    launches = (
+        PredictedLaunch("fuse_packed<Fp32>", 128, 0, launch(dram_bytes=68e9)),
+        PredictedLaunch("tt_block_forward_kernel<Fp32>", 256, 4096, launch(dram_bytes=68e9 * 2 * case.floor(orin.MODES[0]))),
+    )
+    rows = [table.Row("W1", name, case, launches) for name in ("first", "second")]
+    (row,) = table.main_launch_rows(rows)
+    assert (row["layers"], row["launch"], row["threads"], row["shared_bytes"], row["blocks_per_sm"]) == (
+        "first second", "tt_block_forward_kernel<Fp32>", 256, 4096, 2,
+    )  # fmt: skip
+    assert (row["over_floor_625mhz"], row["limit_625mhz"]) == ("2.000", "dram")
+    every = table.launch_rows(rows)
+    assert len(every) == 2 * (2 + 1)  # in each mode both launches and their sum
+    assert next(r["over_floor"] for r in every if r.get("main")) == row["over_floor_625mhz"]
+
+
+def test_the_committed_page_and_summary():
+    results = Path(page.__file__).parents[1] / "results/orin"
+    assert (results / "README.md").read_text().startswith(page._HOW)
+    kernels, launches = (list(csv.DictReader((results / name).open())) for name in ("kernels.csv", "main_launches.csv"))
+    assert {row["launch"] for row in launches} <= {row["kernel"] for row in kernels}
+    assert {row["workload"] for row in launches} == {"W1", "W2", "W3"}
+
+
+def test_the_traces_use_the_tests_emulator():
+    assert {"Job", "build", "trace", "problem"} <= set(vars(traces.emulator()))

@@ -22,7 +22,8 @@ INSTALLED = {distribution.name for distribution in importlib.metadata.distributi
 MISSING = sorted({"setuptools", "pybind11", "build", "pip"} - INSTALLED)
 pytestmark = pytest.mark.skipif(bool(MISSING), reason=f'{MISSING} not installed: pip install "lora_edge[test]"')
 NEEDED = ("torch", "numpy", "safetensors")
-EXTRAS = ("sklearn", "scipy", "seglearn", "rich", "matplotlib", "peft", "triton", "pybind11")
+EXTRAS = ("sklearn", "scipy", "pandas", "seglearn", "rich", "matplotlib", "peft", "triton", "pybind11")
+STUDY = 'needs scikit-learn, scipy, pandas, matplotlib; run pip install "lora_edge[study]"'
 HAR = 'needs scikit-learn, matplotlib, rich; run pip install "lora_edge[har]"'
 
 
@@ -126,10 +127,12 @@ def test_triton_says_why_it_is_off(environment, folder):
     assert "triton missing" in done.stdout
 
 
-def test_modules_that_are_run_name_their_extra(environment, folder):
-    done = subprocess.run(
-        [environment / "bin" / "python", "-m", "benchmarks.study", "--data", folder / "own.npz"],
-        cwd=ROOT, capture_output=True, text=True,
-    )  # fmt: skip
-    assert done.returncode == 2
-    assert done.stderr == f"study: error: the study {HAR}\n"
+def test_modules_run_as_scripts_name_their_extra(environment):
+    for module, name in (
+        ("benchmarks.study", "study"),
+        ("benchmarks.study.report", "study_report"),
+        ("benchmarks.study.digits", "digits"),
+    ):
+        done = subprocess.run([environment / "bin" / "python", "-m", module], cwd=ROOT, capture_output=True, text=True)
+        assert done.returncode == 2
+        assert done.stderr == f"{name}: error: the study {STUDY}\n"
