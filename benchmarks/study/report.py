@@ -21,7 +21,7 @@ from statistics import mean, median
 
 import numpy as np
 
-from lora_edge.har.main_job import TARGET_SHARE
+from lora_edge.har.report import TARGET_SHARE
 from lora_edge.methods import methods
 
 from .runs import WITH_CURVES, WITHOUT_TRAINING, read_rows

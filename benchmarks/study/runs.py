@@ -41,7 +41,7 @@ from lora_edge.error_text import first_line
 from lora_edge.finite import NotFiniteError
 from lora_edge.har.data import Split
 from lora_edge.har.frame import find_turn, mirrored, turned
-from lora_edge.har.job import Settings
+from lora_edge.har.settings import Settings
 from lora_edge.har.source import source
 from lora_edge.har.training import macro_f1, one_batch, tensors, train_target, training_step
 from lora_edge.memory import saved_bytes

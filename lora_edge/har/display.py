@@ -1,4 +1,4 @@
-"""What a run shows a person: the table in the terminal and the picture of F1 against time."""
+"""Show a report: the table in the terminal and the picture of F1 against time."""
 
 from __future__ import annotations
 
@@ -6,11 +6,11 @@ from pathlib import Path
 
 from lora_edge.environment.extras import require
 from lora_edge.files.output import whole_file
-from lora_edge.har.job import Report
+from lora_edge.har.report import Report
 
 
 def print_table(report: Report) -> None:
-    """Print the table of a run; below it what the rows remark."""
+    """Print the table of a run, with the rows' remarks below it."""
     require("the table")
     from rich.console import Console
     from rich.table import Table
@@ -37,16 +37,16 @@ def print_table(report: Report) -> None:
             console.print(f"{row.title}{' does not apply' if row.f1 is None else ''}: {why}", markup=False)
     if any(row.name == "mirrored" for row in report.rows):
         console.print(
-            "Mirrored input: the left wrist is mostly a mirror of the right, so negating (ax, wy, wz) alone recovers much of "
-            "the loss. That has to be known in advance; the other methods are not told."
+            "Mirrored input: the left wrist is mostly a mirror image of the right, so negating (ax, wy, wz) alone recovers "
+            "much of the loss. It uses knowledge that the other methods are not given."
         )
     if any(row.name == "full_turned" for row in report.rows):
         axes = " ".join(report.row("lora_edge").axes or [])
-        console.print(f"Axes turned: given {axes}, the source model knows the labelled windows best; LoRA-Edge looks for that.")
+        console.print(f"Axes turned: LoRA-Edge found that {axes} minimises the source model's cross-entropy.")
 
 
 def draw(report: Report, path: Path) -> None:
-    """Write the PNG: macro-F1 on the test windows against seconds of set-up and training, a line for each method."""
+    """Write a PNG of macro-F1 on the test windows against seconds of set-up and training, one line per method."""
     require("the picture")
     import matplotlib
 

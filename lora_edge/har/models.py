@@ -1,4 +1,4 @@
-"""The backbones of the reference workloads, T-ResNet (W1), MobileNetV2 (W2) and ResNet-18 (W3); the latter two on windows."""
+"""Backbones of the reference workloads: T-ResNet (W1), MobileNetV2 (W2) and ResNet-18 (W3); the last two also for windows."""
 
 from __future__ import annotations
 
@@ -52,7 +52,7 @@ class TResNet(nn.Module):
 
 
 class InvertedResidual(nn.Module):
-    """MobileNetV2's block: pointwise expansion, depthwise 3x3, linear pointwise projection, a residual where it fits."""
+    """MobileNetV2's block: pointwise expansion, depthwise 3x3, linear pointwise projection; a residual if the shapes match."""
 
     def __init__(self, in_channels: int, maps: int, stride: int, expansion: int) -> None:
         super().__init__()
@@ -96,7 +96,7 @@ class MobileNetV2(nn.Module):
 
 
 def conv_bn_relu6(in_channels: int, maps: int, kernel: int, stride: int = 1, groups: int = 1) -> nn.Sequential:
-    """Convolution without bias, BatchNorm and ReLU6, padded to keep the size at stride 1."""
+    """Return a convolution without bias, BatchNorm and ReLU6, padded to keep the size at stride 1."""
     return nn.Sequential(
         nn.Conv2d(in_channels, maps, kernel, stride, kernel // 2, groups=groups, bias=False),
         nn.BatchNorm2d(maps),
@@ -125,7 +125,7 @@ class BasicBlock(nn.Module):
 
 
 class ResNet18(nn.Module):
-    """ResNet-18 (He et al., CVPR 2016) for 32x32 images: a 3x3 stem and no max-pool, otherwise torchvision's names.
+    """ResNet-18 (He et al., CVPR 2016) for 32x32 images: a 3x3 stem, no max-pool, torchvision's parameter names.
 
     Input ``(N, 3, 32, 32)``, output logits ``(N, num_classes)``.
     """
@@ -148,17 +148,17 @@ class ResNet18(nn.Module):
 
 
 class WindowImages(nn.Module):
-    """An image network on windows of three-axis sensors: the axes are the colours, the sensors the rows.
+    """An image network on windows of three-axis sensors: the axes become colours, the sensors rows.
 
-    Input ``(N, 3 * sensors, L)``, which the network reads as ``(N, 3, sensors, L)``; output its logits.
+    Input ``(N, 3 * sensors, L)``, which the network reads as ``(N, 3, sensors, L)``; output: its logits.
 
     Raises:
-        ValueError: the channels are no multiple of three.
+        ValueError: the number of channels is not a multiple of three.
     """
 
     def __init__(self, network: nn.Module, in_channels: int) -> None:
         if in_channels % 3:
-            raise ValueError(f"an image network reads sensors of three axes, got {in_channels} channels; give a multiple of 3")
+            raise ValueError(f"an image network needs three-axis sensors, got {in_channels} channels; give a multiple of 3")
         super().__init__()
         self.network = network
 
@@ -167,17 +167,17 @@ class WindowImages(nn.Module):
 
 
 def mobilenet_v2_on_windows(in_channels: int, num_classes: int) -> WindowImages:
-    """A W2-like network for activities."""
+    """Return MobileNetV2 (W2) for activity windows."""
     return WindowImages(MobileNetV2(num_classes), in_channels)
 
 
 def resnet18_on_windows(in_channels: int, num_classes: int) -> WindowImages:
-    """A W3-like network for activities."""
+    """Return ResNet-18 (W3) for activity windows."""
     return WindowImages(ResNet18(num_classes), in_channels)
 
 
 def pointwise(model: nn.Module) -> list[str]:
-    """Names of the model's 1x1 convolutions, as ``targets`` for :func:`lora_edge.adapt`."""
+    """Return the names of the model's 1x1 convolutions, for ``targets`` of :func:`lora_edge.adapt`."""
     return [
         name
         for name, module in model.named_modules()

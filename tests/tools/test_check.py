@@ -66,8 +66,8 @@ def test_driver_older_than_the_build(monkeypatch):
     monkeypatch.setattr(_extension, "load", lambda: module)
     lines = list(check.about())
     assert "extension: built with CUDA 13.0 for 8.7+PTX, gcc 12; on the CPU by baseline" in lines
-    assert "driver: for CUDA up to 12.6" in lines
-    assert lines[-1].startswith("hint: the driver is for CUDA 12.6, the extension was built with 13.0; install")
+    assert "driver: supports CUDA up to 12.6" in lines
+    assert lines[-1].startswith("hint: the driver supports CUDA 12.6, the extension was built with 13.0; reinstall")
 
 
 def test_as_a_module():
