@@ -1,7 +1,7 @@
-"""How many instructions a warp executes, from the SASS and from what the host layer counted while it ran the same kernel.
+"""How many instructions a warp executes, from the SASS and from what the emulator counted while it ran the same kernel.
 
 A warp's way through the code is a flow through its control-flow graph, from the entry to an exit. The bytes it moves, the
-barriers and the matrix instructions on that way are as many as the host layer counted. Where that leaves a choice, the shorter
+barriers and the matrix instructions on that way are as many as the emulator counted. Where that leaves a choice, the shorter
 way is taken; where no way meets every count (a compiler drops or repeats accesses), the one that misses them least.
 """
 
@@ -31,7 +31,7 @@ _COST_OF_ANOTHER_MISS = 1e4
 
 
 def counted(i: Instruction) -> dict[str, float]:
-    """What the host layer sees of one warp instruction: bytes a lane, 16-byte accesses, single operations."""
+    """What the emulator sees of one warp instruction: bytes a lane, 16-byte accesses, single operations."""
     return _counted(i.opcode)
 
 

@@ -20,9 +20,9 @@ a row a launch and power mode with all that goes into its prediction.
 
 ## The model
 
-The predicted time of a launch is the largest of five terms. The host layer (`csrc/emulator`) runs a block of each kind of tile,
+The predicted time of a launch is the largest of five terms. The emulator (`csrc/emulator`) runs a block of each kind of tile,
 which is scaled to the grid. The instructions that it executes are fitted to the compiled code from the accesses, barriers and
-matrix instructions that the host layer counted (`benchmarks/orin/executed.py`).
+matrix instructions that the emulator counted (`benchmarks/orin/executed.py`).
 
 | term | work | rate |
 |---|---|---|

@@ -1,4 +1,4 @@
-"""The predicted time of an op on a layer: its launches as the host layer runs them, scaled to the grid, on a model of Orin."""
+"""The predicted time of an op on a layer: its launches as the emulator runs them, scaled to the grid, on a model of Orin."""
 
 from __future__ import annotations
 
@@ -132,7 +132,7 @@ def _of_fewer_samples(case: Case, kernels: Mapping[str, Kernel]) -> list[Predict
 
 def _kernel_of(launch: TracedLaunch, kernels: Mapping[str, Kernel]) -> Kernel:
     if launch.kernel not in kernels:
-        raise RuntimeError(f"the host layer launches {launch.kernel}, which is not among the compiled {sorted(kernels)}")
+        raise RuntimeError(f"the emulator launches {launch.kernel}, which is not among the compiled {sorted(kernels)}")
     return kernels[launch.kernel]
 
 

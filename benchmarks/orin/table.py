@@ -76,7 +76,7 @@ class Row:
 
 
 def compile_kernels() -> dict[str, Kernel]:
-    """Every kernel of csrc/cuda/*.cu as sm_87 code, by short name; the host layer is compiled beside them.
+    """Every kernel of csrc/cuda/*.cu as sm_87 code, by short name; the emulator is compiled beside them.
 
     Raises:
         RuntimeError: there is no nvcc or no disassembler, or a file does not compile; the text has the compiler's own.

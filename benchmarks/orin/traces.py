@@ -1,4 +1,4 @@
-"""What the kernels do on a layer, from the host layer: the launches of an op, and what chosen blocks ask of the machine."""
+"""What the kernels do on a layer, from the emulator: the launches of an op, and what chosen blocks ask of the machine."""
 
 from __future__ import annotations
 
@@ -48,16 +48,16 @@ class TracedLaunch:
 
 
 @functools.cache
-def host_layer() -> ModuleType:
+def emulator() -> ModuleType:
     """``tests/helpers/emulator.py`` of the clone."""
     sys.path.append(str(Path(__file__).parents[2] / "tests"))
-    return importlib.import_module("host_layer")
+    return importlib.import_module("helpers.emulator")
 
 
 @functools.cache
 def runner() -> Path:
-    """The host layer with the kernels, compiled where something changed."""
-    return host_layer().build(sanitize=False)
+    """The emulator with the kernels, compiled where something changed."""
+    return emulator().build(sanitize=False)
 
 
 def traced_launches(
@@ -75,7 +75,7 @@ def traced_launches(
     """
     job = _job(layer, op, precision, layout, samples)
     with tempfile.TemporaryDirectory() as folder:
-        trace = host_layer().trace(job, choose, Path(folder), runner())
+        trace = emulator().trace(job, choose, Path(folder), runner())
         records = np.fromfile(trace.sectors, dtype="<u8")
     tensors = (*trace.buffers, "other")
     launches, at = [], 0
@@ -94,7 +94,7 @@ def traced_launches(
 
 def _counts(row: dict[str, Any]) -> dict[str, float]:
     if "read_global_bytes" not in row:
-        raise RuntimeError(f"the host layer's trace has {sorted(row)}; it must count read_global_bytes and its like")
+        raise RuntimeError(f"the emulator's trace has {sorted(row)}; it must count read_global_bytes and its like")
     counts = {name: float(value) for name, value in row.items() if isinstance(value, int)}
     return {**counts, "mma": counts["mma_tf32"] + counts["mma_f16"] + counts["mma_bf16"]}
 
@@ -110,7 +110,7 @@ def _touches(records: NDArray[np.uint64], tensors: int) -> Touches:
 
 def _job(layer: Layer, op: str, precision: str, layout: str, samples: int) -> Any:
     dtype = DTYPES[precision]
-    new_job = functools.partial(host_layer().Job, op, op, seeds=1)
+    new_job = functools.partial(emulator().Job, op, op, seeds=1)
 
     def map_of(channels: int, size: tuple[int, int]) -> Tensor:
         return torch.zeros(samples, channels, *size, dtype=dtype).contiguous(memory_format=LAYOUTS[layout])
@@ -118,7 +118,7 @@ def _job(layer: Layer, op: str, precision: str, layout: str, samples: int) -> An
     def vector() -> Tensor:
         return torch.zeros(layer.outputs, dtype=dtype)
 
-    fields = host_layer().problem(
+    fields = emulator().problem(
         batch=layer.batch, channels=layer.channels, outputs=layer.outputs, size=layer.in_size, kernel=layer.kernel,
         groups=layer.groups, rank=layer.rank, stride=layer.stride, padding=layer.pad, padding_end=_padding_end(layer),
         dilation=layer.dilation, dtype=dtype, precision=precision,

@@ -59,7 +59,13 @@ def test_a_failing_launch_is_named(short, monkeypatch, capsys):
 
 def test_driver_older_than_the_build(monkeypatch):
     module = SimpleNamespace(
-        build_info=lambda: {"cuda": "13.0", "architectures": "8.7+PTX", "compiler": "gcc 12", "host": False, "cpu": "baseline"},
+        build_info=lambda: {
+            "cuda": "13.0",
+            "architectures": "8.7+PTX",
+            "compiler": "gcc 12",
+            "emulator": False,
+            "cpu": "baseline",
+        },
         device_info=lambda: {"driver": "12.6", "runtime": "13.0", "count": 0, "devices": [], "error": "the driver is old"},
     )
     monkeypatch.setattr(_extension, "reason", lambda: None)
