@@ -1,11 +1,11 @@
-"""Builds lora_edge._C: module.cpp and the CPU engine always, the CUDA kernels where nvcc is found.
+"""Builds lora_edge._C: always module.cpp and the CPU engine, and the CUDA kernels if nvcc is found.
 
-It needs no network, no GPU and no torch.
+The build needs no network, no GPU and no torch.
 
-LORA_EDGE_CUDA          1: the kernels or an error; 0: no kernels; unset: the kernels where nvcc is found
-CUDA_HOME, CUDA_PATH    the CUDA toolkit; otherwise the one whose nvcc is on PATH, otherwise /usr/local/cuda
-TORCH_CUDA_ARCH_LIST    as torch reads it: "8.7", "8.7+PTX", "8.0;8.6;8.7+PTX", "Ampere"; unset: `default_architectures`
-MAX_JOBS                compilers at once; unset: one a core, and no more than one for each 2 GB of memory that is free
+LORA_EDGE_CUDA          1: build the kernels or fail; 0: do not build them; unset: build them if nvcc is found
+CUDA_HOME, CUDA_PATH    the CUDA toolkit; default: the one whose nvcc is on PATH, then /usr/local/cuda
+TORCH_CUDA_ARCH_LIST    in torch's format: "8.7", "8.7+PTX", "8.0;8.6;8.7+PTX", "Ampere"; default: `default_architectures`
+MAX_JOBS                compilers at once; default: one job per core, and at most one per 2 GB of free memory
 """
 
 from __future__ import annotations
@@ -27,14 +27,14 @@ from setuptools.command.build_ext import build_ext
 from setuptools.errors import CompileError, OptionError, PlatformError
 
 NAMES = {"Ampere": "8.0;8.6+PTX", "Ada": "8.9+PTX", "Hopper": "9.0+PTX", "Blackwell": "10.0;10.3;12.0;12.1+PTX"}
-OLDEST = 8.0  # cp.async and the TF32 tensor cores
+OLDEST = 8.0  # the first with cp.async and TF32 tensor cores
 USUAL_TOOLKIT = "/usr/local/cuda"
 MEMINFO = Path("/proc/meminfo")
-BYTES_A_JOB = 2e9
+BYTES_PER_JOB = 2e9
 
 
 class Toolkit(NamedTuple):
-    """Where CUDA is: its compiler, its headers and its libraries."""
+    """Paths of the CUDA toolkit: the compiler, the headers and the libraries."""
 
     nvcc: str
     include: str
@@ -42,7 +42,7 @@ class Toolkit(NamedTuple):
 
 
 def cuda_toolkit() -> Toolkit | None:
-    """The toolkit to compile the kernels with, or None where they are left out."""
+    """Return the toolkit that compiles the kernels, or None if they are not built."""
     wish = os.environ.get("LORA_EDGE_CUDA", "")
     if wish not in ("", "0", "1"):
         raise OptionError(f"LORA_EDGE_CUDA is {wish!r}; it must be 0, 1 or unset")
@@ -54,13 +54,13 @@ def cuda_toolkit() -> Toolkit | None:
     if nvcc is None and wish == "1":
         raise PlatformError(
             "LORA_EDGE_CUDA=1 asks for the CUDA kernels, but there is no nvcc in CUDA_HOME, in CUDA_PATH, on PATH "
-            f"or in {USUAL_TOOLKIT}; install the CUDA toolkit, or unset LORA_EDGE_CUDA to build without them"
+            f"or in {USUAL_TOOLKIT}; install the CUDA toolkit, or unset LORA_EDGE_CUDA to build without the kernels"
         )
     return nvcc and toolkit_of(nvcc)
 
 
 def toolkit_of(nvcc: str) -> Toolkit:
-    """The toolkit, with the folders nvcc itself uses: nvcc may be a wrapper, and distributions differ in their layout."""
+    """Return the toolkit with the folders that nvcc itself uses: nvcc may be a wrapper, and distributions differ in layout."""
     said = subprocess.run([nvcc, "--dryrun", "-x", "cu", os.devnull], capture_output=True, text=True).stderr
 
     def folder(flag: str, file: str) -> str:
@@ -77,12 +77,12 @@ def toolkit_of(nvcc: str) -> Toolkit:
 
 
 def default_architectures() -> str:
-    """Orin, with PTX for what came after it; elsewhere than on ARM also 8.0, whose binary serves older and desktop cards."""
+    """Return Orin's, with PTX for later devices; except on ARM also 8.0, whose binary runs on older and desktop cards."""
     return "8.7+PTX" if platform.machine() == "aarch64" else "8.0;8.7+PTX"
 
 
 def architectures() -> list[str]:
-    """The architectures to compile for, such as ``["8.0", "8.7+PTX"]``."""
+    """Return the architectures to compile for, such as ``["8.0", "8.7+PTX"]``."""
     text = os.environ.get("TORCH_CUDA_ARCH_LIST", "").strip() or default_architectures()
     for name, numbers in NAMES.items():
         text = re.sub(rf"\b{name}\b", numbers, text)
@@ -97,21 +97,21 @@ def architectures() -> list[str]:
         if float(number[1]) >= OLDEST:
             found.append(architecture)
         else:
-            print(f"lora_edge: leaving out {architecture} of TORCH_CUDA_ARCH_LIST; the kernels need {OLDEST} or newer")
+            print(f"lora_edge: skipping {architecture} in TORCH_CUDA_ARCH_LIST; the kernels need {OLDEST} or newer")
     if not found:
         raise OptionError(f"TORCH_CUDA_ARCH_LIST is {text!r}; the kernels need {OLDEST} or newer (Orin is 8.7)")
     return found
 
 
 def gencode(architecture: str) -> list[str]:
-    """nvcc's flags for one architecture: its binary, and its PTX as well where that is asked for."""
+    """Return nvcc's flags for one architecture: for its binary and, if requested, its PTX."""
     number = architecture.removesuffix("+PTX").replace(".", "")
     kinds = ["sm", "compute"] if architecture.endswith("+PTX") else ["sm"]
     return [f"-gencode=arch=compute_{number},code={kind}_{number}" for kind in kinds]
 
 
 def jobs() -> int:
-    """How many compilers may run at once; six of them run an Orin with 8 GB out of memory."""
+    """Return how many compilers may run at once; six of them exhaust the memory of an Orin with 8 GB."""
     text = os.environ.get("MAX_JOBS", "").strip()
     if text:
         if not text.isdecimal() or int(text) == 0:
@@ -119,11 +119,11 @@ def jobs() -> int:
         return int(text)
     cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
     free = re.search(r"MemAvailable:\s+(\d+) kB", MEMINFO.read_text()) if MEMINFO.is_file() else None
-    return max(1, min(cores, int(1024 * int(free[1]) / BYTES_A_JOB))) if free else cores
+    return max(1, min(cores, int(1024 * int(free[1]) / BYTES_PER_JOB))) if free else cores
 
 
 def compile_kernels(toolkit: Toolkit, targets: list[str]) -> list[str]:
-    """Compile csrc/cuda/*.cu and return the object files. With ninja, several at once and only what has changed."""
+    """Compile csrc/cuda/*.cu and return the object files. Ninja compiles in parallel and only what has changed."""
     folder = Path("build", "cuda", "_".join(targets))
     folder.mkdir(parents=True, exist_ok=True)
     objects = {source: folder / f"{source.stem}.o" for source in sorted(Path("csrc/cuda").glob("*.cu"))}
@@ -142,17 +142,15 @@ def compile_kernels(toolkit: Toolkit, targets: list[str]) -> list[str]:
     for run in runs:
         print(shlex.join(run), flush=True)
         if subprocess.call(run) != 0:
-            raise CompileError(
-                f"the CUDA kernels do not compile, the compiler's own words are above; failed: {shlex.join(run)}"
-            )
+            raise CompileError(f"the CUDA kernels do not compile, see the compiler's messages above; failed: {shlex.join(run)}")
     return [str(made) for made in objects.values()]
 
 
 class BuildExtension(build_ext):
-    """build_ext that compiles the kernels first."""
+    """Compile the kernels before the extension."""
 
     def build_extension(self, extension: Extension) -> None:
-        self.force = True  # setuptools looks at the dates of the sources only; the flags and the kernels may have changed
+        self.force = True  # setuptools checks only the dates of the sources, but flags and kernels may have changed
         toolkit = cuda_toolkit()
         if toolkit is None:
             print("lora_edge: building without the CUDA kernels")
@@ -164,14 +162,14 @@ class BuildExtension(build_ext):
             extension.include_dirs += [toolkit.include]
             extension.library_dirs += [toolkit.library]
             extension.libraries += ["cudart_static", "dl", "rt", "pthread"]
-            # Its symbols stay inside: otherwise the libcudart that torch has loaded would take over these calls.
+            # Hide the symbols of the static runtime; otherwise these calls would go to the libcudart that torch has loaded.
             extension.extra_link_args += ["-Wl,--exclude-libs,ALL"]
             extension.define_macros += [("LORA_EDGE_ARCHITECTURES", f'"{";".join(targets)}"')]
         super().build_extension(extension)
 
 
 def main() -> None:
-    """Run setuptools. The rest of the metadata is in pyproject.toml."""
+    """Run setuptools. The other metadata is in pyproject.toml."""
     if int(setuptools.__version__.split(".")[0]) < 77 or importlib.util.find_spec("pybind11") is None:
         sys.exit('lora_edge: without build isolation, first: pip install "setuptools>=77" "pybind11>=2.11" ninja')
     from pybind11.setup_helpers import Pybind11Extension
@@ -181,8 +179,9 @@ def main() -> None:
     setup(
         ext_modules=[extension],
         cmdclass={"build_ext": BuildExtension},
-        packages=[*find_packages(include=["lora_edge*"]), "lora_edge.benchmarks"],
+        packages=[*find_packages(include=["lora_edge*"]), "lora_edge.benchmarks"],  # without benchmarks.study and .orin
         package_dir={"lora_edge.benchmarks": "benchmarks"},
+        package_data={"lora_edge": ["py.typed"]},
     )
 
 

@@ -1,5 +1,5 @@
-// What is checked at the module's door, before any kernel runs: a Problem once, when its plan is made; the tensors of a call
-// against it at every launch. Kernels count elements and positions in 32 bits and trust what they are given.
+// The module's checks, before any kernel runs: a Problem when its plan is made, and the tensors of a call against it at every
+// launch. Kernels count elements and positions in 32 bits and trust their arguments.
 #pragma once
 
 #include <algorithm>
@@ -13,11 +13,11 @@
 namespace lora_edge {
 
 constexpr int64_t kMostCounted = INT32_MAX;   // elements of a tensor
-constexpr int64_t kMostReach = 1 << 30;       // positions along an axis, with what padding, kernel and stride add to them
+constexpr int64_t kMostReach = 1 << 30;       // positions along an axis, including what padding, kernel and stride add
 
 [[noreturn]] inline void refuse_value(const std::string& text) { throw std::invalid_argument(text); }
 
-// The product of sizes, or -1 where it is more than kMostCounted.
+// The product of sizes, or -1 if it exceeds kMostCounted.
 inline int64_t counted(std::initializer_list<int64_t> sizes) {
   int64_t product = 1;
   for (const int64_t size : sizes) {
@@ -27,7 +27,7 @@ inline int64_t counted(std::initializer_list<int64_t> sizes) {
   return product;
 }
 
-// Throws unless every tensor's elements and every position fit 32 bits and groups and cores are consistent.
+// Throws unless every tensor's element count and every position fits 32 bits and groups and cores are consistent.
 inline void check_problem(const Problem& p) {
   const Conv& c = p.conv;
   const std::string plan = "Plan: ";
@@ -71,37 +71,42 @@ inline void check_problem(const Problem& p) {
   reach("w", c.in_w, c.out_w, c.kernel_w, c.stride_w, c.pad_w, c.dilation_w);
 }
 
-// Where a tensor of a call lies, and how much of it there is from there on.
+// The address of a tensor of a call, and the number of bytes from there on.
 struct Place {
   const char* name;
   int64_t address, bytes;
 };
 
-constexpr int kMostPlaces = 20;  // of a call
+constexpr int kMostPlaces = 20;  // per call
 
-// Checks the places of one call, asked for in the order in which fields.h visits them.
+// Checks the places of one call, in the order in which fields.h visits them.
 class PlaceChecker {
  public:
   PlaceChecker(const char* op, const Place* places) : op_(op), next_(places) {}
 
-  // A dense tensor of so many bytes. `wanted`: null is an error.
+  // A dense tensor of exactly `bytes` bytes. `wanted`: null is an error.
   void dense(int64_t bytes, int64_t element, bool wanted) { check(bytes, element, wanted, true); }
-  // Memory of at least so many bytes.
+  // Memory of at least `bytes` bytes.
   void scratch(int64_t bytes, int64_t alignment, bool wanted) { check(bytes, alignment, wanted, false); }
 
-  // A map (n, c, h, w) by its strides. `neighbours`: its channels must lie side by side.
+  // A map (n, c, h, w) with its strides. `neighbours`: its channels must be contiguous.
   void map(int64_t n, int64_t c, int64_t h, int64_t w, const Strides& s, int64_t element, bool wanted, bool neighbours) {
     const Place& place = *next_;
     if (place.address != 0) {
-      const struct { const char* axis; int64_t size, stride; } axes[] = {{"n", n, s.n}, {"c", c, s.c}, {"h", h, s.h}, {"w", w, s.w}};
+      const struct {
+        const char* axis;
+        int64_t size, stride;
+      } axes[] = {{"n", n, s.n}, {"c", c, s.c}, {"h", h, s.h}, {"w", w, s.w}};
       int64_t last = n == 0 ? -1 : 0;
       for (const auto& [axis, size, stride] : axes) {
-        if (size <= 1) continue;  // such an axis is never stepped along
-        if (stride < 0 || stride > kMostCounted) refuse(place, std::string("stride along ") + axis, stride, "0.." + std::to_string(kMostCounted));
+        if (size <= 1) continue;  // its stride is never used
+        if (stride < 0 || stride > kMostCounted) {
+          refuse(place, std::string("stride along ") + axis, stride, "0.." + std::to_string(kMostCounted));
+        }
         if (last >= 0) last += (size - 1) * stride;
         if (last > kMostCounted) refuse(place, "last element", last, "at most " + std::to_string(kMostCounted));
       }
-      if (neighbours && c > 1 && s.c != 1) refuse(place, "stride along c", s.c, "1: the CPU engine reads channels as neighbours");
+      if (neighbours && c > 1 && s.c != 1) refuse(place, "stride along c", s.c, "1: the CPU engine needs contiguous channels");
       check((last + 1) * element, element, wanted, false);
     } else {
       check(0, element, wanted, false);
@@ -112,7 +117,7 @@ class PlaceChecker {
   void check(int64_t bytes, int64_t alignment, bool wanted, bool exactly) {
     const Place& place = *next_++;
     if (place.address == 0) {
-      if (place.bytes != 0) refuse(place, "address", 0, "not 0 where there are bytes (" + std::to_string(place.bytes) + ")");
+      if (place.bytes != 0) refuse(place, "address", 0, "nonzero for a size of " + std::to_string(place.bytes) + " bytes");
       if (wanted && bytes != 0) refuse(place, "address", 0, "that of the tensor, which this plan needs");
       if (wanted && !exactly) refuse(place, "address", 0, "that of the tensor, which this plan needs");
       return;
@@ -126,19 +131,20 @@ class PlaceChecker {
   }
 
   [[noreturn]] void refuse(const Place& place, const std::string& what, int64_t got, const std::string& wanted) const {
-    refuse_value(std::string(op_) + ": the " + what + " of " + place.name + " is " + std::to_string(got) + "; it must be " + wanted);
+    refuse_value(std::string(op_) + ": the " + what + " of " + place.name + " is " + std::to_string(got) + "; it must be " +
+                 wanted);
   }
 
   const char* op_;
   const Place* next_;
 };
 
-// Bytes that a launch writes beside its results.
+// Bytes of scratch that a launch writes besides its results.
 struct ScratchBytes {
   int64_t packed_forward, packed_backward, partial, fuse_partial;
 };
 
-// Sizes in bytes of what the calls have in common.
+// Sizes in bytes of the tensors that several calls have.
 struct CallSizes {
   const Problem& p;
   const Conv& c;
@@ -160,14 +166,15 @@ struct CallSizes {
   }
   int64_t vector(Type type) const { return int64_t{c.outputs} * bytes_of(type); }
 
-  // suffix, core2, core3, core4. The CPU engine takes the suffix contracted.
+  // suffix, core2, core3, core4. The CPU engine needs the contracted suffix.
   void factors(PlaceChecker& check, bool wanted) const {
     const int64_t element = bytes_of(p.suffix_type), last = p.cores == 3 ? p.bond3 : 1;
+    const int64_t middle = int64_t{p.bond2} * (p.cores == 3 ? c.kernel_h : c.kernel_w) * last;
     const bool cores = p.cores > 0 && !on_cpu;
     wanted = wanted && c.rank > 0;
     check.dense(cores ? 0 : c.rank * columns() * element, element, wanted && !cores);
     check.dense(cores ? c.rank * inputs() * p.bond2 * element : 0, element, wanted && cores);
-    check.dense(cores ? int64_t{p.bond2} * (p.cores == 3 ? c.kernel_h : c.kernel_w) * last * element : 0, element, wanted && cores);
+    check.dense(cores ? middle * element : 0, element, wanted && cores);
     check.dense(cores && p.cores == 3 ? last * c.kernel_w * element : 0, element, wanted && cores && p.cores == 3);
   }
 };
@@ -205,14 +212,14 @@ inline void check_call(PlaceChecker& check, const Problem& p, const ForwardCall&
   check.dense(sizes.bits(), 1, false);
   check.scratch(scratch.packed_forward, 4, scratch.packed_forward > 0);
   if (c.rank == 0 && call.h != nullptr) refuse_value("the forward call has an h, but the plan's rank is 0; give address 0");
-  if (cpu && call.y == call.x && c.batch > 0) {  // y is copied over x by whole samples
+  if (cpu && call.y == call.x && c.batch > 0) {  // y is copied over x in whole samples
     const Strides &x = call.x_strides, &y = call.y_strides;
     const int64_t line = int64_t{c.out_w} * c.outputs, dense[] = {c.out_h * line, line, c.outputs};
     const bool same = c.in_h == c.out_h && c.in_w == c.out_w && c.channels == c.outputs;
     const bool n = c.batch == 1 || x.n == dense[0], h = c.out_h == 1 || (x.h == dense[1] && y.h == dense[1]);
     const bool w = c.out_w == 1 || (x.w == dense[2] && y.w == dense[2]);
     if (!same || !n || !h || !w || y.n != dense[0]) {
-      refuse_value("cpu_block_forward: y takes the place of x; both must be dense, channels last, and of one size");
+      refuse_value("cpu_block_forward: y overwrites x; both must be dense, channels-last and of the same size");
     }
   }
 }
@@ -233,7 +240,9 @@ inline void check_call(PlaceChecker& check, const Problem& p, const BackwardCall
   check.map(c.batch, c.outputs, c.out_h, c.out_w, call.dresidual_strides, element, false, cpu);
   check.dense(sizes.core(), bytes_of(p.core_type), false);
   check.dense(sizes.vector(p.type), element, false);
-  if (c.rank == 0 && call.dcore != nullptr) refuse_value("the backward call has a dcore, but the plan's rank is 0; give address 0");
+  if (c.rank == 0 && call.dcore != nullptr) {
+    refuse_value("the backward call has a dcore, but the plan's rank is 0; give address 0");
+  }
   check.scratch(dx ? scratch.packed_backward : 0, 4, dx && scratch.packed_backward > 0);
   check.scratch(sums ? scratch.partial : 0, 4, sums && scratch.partial > 0);
 }

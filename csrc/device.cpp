@@ -1,4 +1,4 @@
-// device.h by the CUDA runtime. Nothing here creates a context or waits for the device.
+// device.h implemented with the CUDA runtime. Nothing here creates a context or waits for the device.
 #include "device.h"
 
 #include <cuda_runtime_api.h>
@@ -8,7 +8,7 @@ namespace {
 
 std::string version_text(int version) { return std::to_string(version / 1000) + "." + std::to_string(version % 1000 / 10); }
 
-// A failed call leaves its error behind, where the next launch check would take it for its own.
+// Clears the error of a failed call, which the next launch check would otherwise report as its own.
 const char* text_of(cudaError_t status) {
   if (status == cudaSuccess) return nullptr;
   (void)cudaGetLastError();
@@ -35,7 +35,7 @@ std::string driver_problem() {
   int driver = 0;
   if (text_of(cudaDriverGetVersion(&driver)) != nullptr || driver == 0) return "no NVIDIA driver is loaded on this machine";
   if (driver / 1000 < CUDART_VERSION / 1000) {
-    return "the driver runs CUDA up to " + version_text(driver) + " and lora_edge._C was built with " +
+    return "the driver supports CUDA up to " + version_text(driver) + ", but lora_edge._C was built with " +
            version_text(CUDART_VERSION);
   }
   return "";

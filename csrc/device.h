@@ -1,4 +1,4 @@
-// What the module asks of the CUDA runtime. device.cpp answers with the runtime's words; without_cuda.cpp where there is none.
+// The device queries of the module. device.cpp implements them with the CUDA runtime, without_cuda.cpp for builds without CUDA.
 #pragma once
 
 #include <cstdint>
@@ -7,7 +7,7 @@
 
 namespace lora_edge {
 
-// Makes `device` the current one while it lives. `error`: null, or why that failed.
+// Makes `device` the current device during its lifetime. `error`: null, or why that failed.
 class DeviceGuard {
  public:
   explicit DeviceGuard(int device);
@@ -30,15 +30,15 @@ struct Device {
 struct DeviceInfo {
   int driver = 0, runtime = 0;  // CUDA versions as 1000 * major + 10 * minor; 0: none
   std::vector<Device> devices;
-  std::string error;  // why there are no devices
+  std::string error;  // why there are no devices; empty if there are
 };
 
 DeviceInfo device_info();
 
-// Why nothing can run with this driver, or empty.
+// Why the kernels cannot run with this driver, or empty.
 std::string driver_problem();
 
-// The CUDA version of the build, as above; 0: none.
+// The CUDA version of the build, encoded as above; 0: none.
 int compiled_cuda_version();
 
 }  // namespace lora_edge

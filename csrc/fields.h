@@ -1,4 +1,4 @@
-// The names of every field, once: the module reads them from keyword arguments and a tuple, the host runner from a text.
+// The one list of all field names. The module reads the fields from keyword arguments and a tuple, the emulator from text.
 #pragma once
 
 #include "problem.h"

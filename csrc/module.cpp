@@ -1,6 +1,6 @@
-// The Python module lora_edge._C: a Plan for one layer on one input size, and a launch on it for each op. It takes addresses,
-// sizes in bytes, strides and a stream as plain numbers, so it links no torch. check.h checks them; the shapes, types and devices
-// that numbers do not show are checked in lora_edge/ops.
+// The Python module lora_edge._C: a Plan for one layer on one input size, with a launch per op. Addresses, sizes in bytes,
+// strides and the stream are plain numbers, so it does not link torch. check.h checks the numbers; shapes, types and devices,
+// which they do not show, are checked in lora_edge/ops.
 #include <pybind11/pybind11.h>
 #include <pybind11/stl.h>
 
@@ -62,7 +62,7 @@ class KeywordReader {
       PyErr_Clear();
       throw py::type_error(text(name) + "; it must be a number");
     }
-    constexpr double most = std::numeric_limits<float>::max();  // beyond it the cast is undefined
+    constexpr double most = std::numeric_limits<float>::max();  // above it the cast is undefined
     field = static_cast<float>(std::abs(value) > most ? std::copysign(HUGE_VAL, value) : value);
   }
 
@@ -100,7 +100,7 @@ class KeywordReader {
   throw py::type_error(what + " is " + std::string(py::str(py::repr(given))) + "; it must be an int of at most 64 bits");
 }
 
-static_assert(sizeof(long) == 8, "addresses are read as long, several times faster than as long long");
+static_assert(sizeof(long) == 8, "addresses are read as long, which is several times faster than as long long");
 
 bool read_number(PyObject* from, int64_t& number) {
   if (!PyLong_CheckExact(from)) return false;
@@ -124,7 +124,7 @@ int small_number_of(const char* op, const char* name, py::handle given, int leas
   return static_cast<int>(number);
 }
 
-// Calls a visitor with the name of each number of a call's tuple: of each field, and after an address of the bytes there.
+// Calls a visitor with the name of each number in a call's tuple: one per field, and for an address also that of its bytes.
 template <class Visit>
 struct Numbers {
   Visit visit;
@@ -136,8 +136,8 @@ struct Numbers {
   }
 };
 
-// Fills a call's fields from a tuple of their values in the order of `visit`, each address with the number of bytes there. This
-// is what every launch pays for.
+// Fills a call's fields from a tuple of their values in the order of `visit`; each address is followed by the number of bytes
+// there. Every launch pays for this.
 class TupleReader {
  public:
   TupleReader(const char* op, PyObject* values, Place* places) : op_(op), values_(values), place_(places) {}
@@ -285,7 +285,7 @@ class Plan {
   static constexpr int kMostThreads = 256;
 
   Problem problem_{};
-  std::string refusal_[2], cpu_refusal_;  // empty: taken
+  std::string refusal_[2], cpu_refusal_;  // empty: supported
   Scratch scratch_{};
   cpu::Scratch cpu_scratch_{};
 };
@@ -310,13 +310,13 @@ py::dict build_info() {
 #else
   const char* compiler = "gcc " __VERSION__;
 #endif
-#if defined(LORA_EDGE_HOST)
-  const bool host = true;
+#if defined(LORA_EDGE_EMULATOR)
+  const bool emulator = true;
 #else
-  const bool host = false;
+  const bool emulator = false;
 #endif
-  return py::dict("cpu"_a = cpu::instruction_set(), "cuda"_a = version_or_none(compiled_cuda_version()), "architectures"_a = LORA_EDGE_ARCHITECTURES,
-                  "compiler"_a = compiler, "host"_a = host);
+  return py::dict("cpu"_a = cpu::instruction_set(), "cuda"_a = version_or_none(compiled_cuda_version()),
+                  "architectures"_a = LORA_EDGE_ARCHITECTURES, "compiler"_a = compiler, "emulator"_a = emulator);
 }
 
 py::dict device_info_dict() {
@@ -341,8 +341,8 @@ void define_launch(py::class_<Plan>& plan, const char* name, Op op,
         self.launch(name, op, launcher, args, device, stream);
       },
       "args"_a, "device"_a, "stream"_a,
-      "Launch on a device's stream (a cudaStream_t as an int). args: a tuple of ints in the order of call_fields: addresses, each "
-      "followed by the number of bytes from there on, 0 and 0 for None; strides in elements. TypeError: a wrong tuple. "
+      "Launch on a device's stream (a cudaStream_t as an int). args: a tuple of ints in the order of call_fields: addresses, "
+      "each followed by the number of bytes there, 0 and 0 for None; strides in elements. TypeError: a wrong tuple. "
       "ValueError: a tensor does not have the plan's size. RuntimeError: the launch was refused or failed.");
 }
 
@@ -351,9 +351,9 @@ void define_run(py::class_<Plan>& plan, const char* name, void (*run)(const Prob
   plan.def(
       name, [name, run](const Plan& self, py::handle args, py::handle threads) { self.run_on_cpu(name, run, args, threads); },
       "args"_a, "threads"_a,
-      "Run on the CPU, on up to so many threads. args as for a launch; channels are neighbours in every map, h is float32, the "
-      "suffix contracted. TypeError: a wrong tuple. ValueError: a tensor does not have the plan's size. RuntimeError: the CPU "
-      "engine does not take this plan.");
+      "Run on the CPU with up to `threads` threads. args as for a launch; channels are contiguous in every map, h is float32, "
+      "the suffix is contracted. TypeError: a wrong tuple. ValueError: a tensor does not have the plan's size. "
+      "RuntimeError: the CPU engine does not support this plan.");
 }
 
 }  // namespace
@@ -361,24 +361,26 @@ void define_run(py::class_<Plan>& plan, const char* name, void (*run)(const Prob
 
 PYBIND11_MODULE(LORA_EDGE_MODULE, m) {
   using namespace lora_edge;
-  m.doc() = "The kernels of lora_edge behind plain numbers; lora_edge.ops is the interface to use.";
-  // module_local: the extension and a build for the host layer can be loaded into one process.
+  m.doc() = "The kernels of lora_edge, called with plain numbers; use them through lora_edge.ops.";
+  // module_local: the extension and a build for the emulator can be loaded into the same process.
   py::class_<Plan> plan(m, "Plan", py::module_local(),
                         "One adapted convolution on one input size: the fields of Problem in csrc/problem.h by name.");
   plan.def(py::init<const py::kwargs&>());
-  plan.def("refusal", &Plan::refusal, "op"_a, "Why the kernels do not take this plan for tt_fuse or tt_block, or None.");
-  plan.def("scratch", &Plan::scratch, "The sizes in bytes of what a launch writes besides its results.");
+  plan.def("refusal", &Plan::refusal, "op"_a, "Why the kernels do not support this plan for tt_fuse or tt_block, or None.");
+  plan.def("scratch", &Plan::scratch, "Sizes in bytes of the buffers that a launch needs: scratch, h and bits.");
   define_launch(plan, "tt_fuse_forward", Op::tt_fuse, tt_fuse_forward);
   define_launch(plan, "tt_fuse_backward", Op::tt_fuse, tt_fuse_backward);
   define_launch(plan, "tt_block_forward", Op::tt_block, tt_block_forward);
   define_launch(plan, "tt_block_backward", Op::tt_block, tt_block_backward);
-  plan.def("cpu_refusal", &Plan::cpu_refusal, "Why the CPU engine does not take this plan for tt_block, or None.");
-  plan.def("cpu_scratch", &Plan::cpu_scratch, "The sizes in bytes of what a run on the CPU writes besides its results. RuntimeError: the CPU engine does not take this plan.");
+  plan.def("cpu_refusal", &Plan::cpu_refusal, "Why the CPU engine does not support this plan for tt_block, or None.");
+  plan.def("cpu_scratch", &Plan::cpu_scratch,
+           "Sizes in bytes of the scratch of a run on the CPU. RuntimeError: the CPU engine does not support this plan.");
   define_run(plan, "cpu_block_forward", cpu::block_forward);
   define_run(plan, "cpu_block_backward", cpu::block_backward);
   m.def("call_fields", &call_fields, "op"_a, "The names of a launch's args, or of Plan's keywords (\"Plan\"), in order.");
   m.def("build_info", &build_info,
-        "CUDA version (None: built without), architectures, compiler, and whether it is the host layer.");
+        "The CPU engine's instruction set, CUDA version (None: built without), architectures, compiler, and whether this build "
+        "is for the emulator.");
   m.def("device_info", &device_info_dict,
-        "Driver, runtime, devices (memory and l2 in bytes), or why there are none, in error.");
+        "Driver, runtime and devices (memory and l2 in bytes); in `error` why there are no devices, or None.");
 }

@@ -1,11 +1,11 @@
-// Where a composed kernel lies in `packed`: the layout that tt_fuse writes and the convolution kernels read.
+// The layout of a composed kernel in `packed`, which tt_fuse writes and the convolution kernels read.
 //
-// plain     (O + r1, I/g, Kh, Kw) float32, the depthwise kernels'; rows O.. are the suffix
+// plain     (O + r1, I/g, Kh, Kw) float32, for the depthwise kernels; rows O.. are the suffix
 // forward   (O + r1, pitch): column = tap * I/g + channel; the GEMM's k runs over taps, then channels
 // backward  (g * I/g, pitch): row = input channel, column = base[phase] + (index of the tap in the phase) * O/g + output.
 //           A strided input gradient falls into stride_h * stride_w phases: input position i = phase + stride * u is reached
-//           only by the taps with (phase + pad - tap * dilation) % stride == 0, and each phase is a GEMM of its own.
-// Rows are padded to 16 bytes (a phase's segment too), and what pads them is zero.
+//           only by the taps with (phase + pad - tap * dilation) % stride == 0, and each phase is a separate GEMM.
+// Rows, and the segments of phases, are padded with zeros to 16 bytes.
 #pragma once
 
 #include "problem.h"
@@ -17,7 +17,7 @@ constexpr int kMostPhases = kMostStride * kMostStride;
 
 enum class Packing : int32_t { plain, forward, backward };
 
-// The taps of one axis that reach one phase: tap = first + step * j, j < count, at source position u + origin - j * advance.
+// The taps of one axis that reach one phase: tap first + step * j, j < count, reads source position u + origin - j * advance.
 struct Taps {
   int32_t first, step, count, origin, advance;
 };
@@ -37,7 +37,7 @@ struct PackedLayout {
 
 LORA_EDGE_BOTH inline int32_t modulo(int32_t a, int32_t b) { return (a % b + b) % b; }
 
-// The phase that a tap of one axis reaches, and the tap's index there.
+// The phase that a tap of one axis reaches.
 LORA_EDGE_BOTH inline int32_t phase_of(int32_t tap, int32_t dilation, int32_t pad, int32_t stride) {
   return modulo(tap * dilation - pad, stride);
 }

@@ -1,4 +1,4 @@
-// Plain data that host and device share: the sizes of one adapted convolution and the tensors of one call.
+// Plain data that host and device code share: the sizes of one adapted convolution and the tensors of one call.
 #pragma once
 
 #include <cstdint>
@@ -6,29 +6,30 @@
 namespace lora_edge {
 
 enum class Type : int32_t { f32, f16, bf16 };
-enum class Precision : int32_t { fp32, tf32, half };  // the unit that multiplies; half: x's own 16-bit type, float32 sums
+enum class Precision : int32_t { fp32, tf32, half };  // of the products; half: x's 16-bit type with float32 sums
 enum class Activation : int32_t { none, relu, clamp };
 
 inline int32_t bytes_of(Type type) { return type == Type::f32 ? 4 : 2; }
 
-// y = conv2d(x, W + scale * core * suffix). A 1-D convolution has height 1. Padding is the zeros before; sizes say the rest.
+// y = conv2d(x, W + scale * core * suffix). A 1-D convolution has height 1. pad_h, pad_w: leading zeros; the trailing ones
+// follow from the sizes.
 struct Conv {
   int32_t batch, channels, outputs, groups, rank;  // N, I, O, g, r1; rank 0: not adapted
   int32_t in_h, in_w, out_h, out_w, kernel_h, kernel_w;
   int32_t stride_h, stride_w, pad_h, pad_w, dilation_h, dilation_w;
 };
 
-// A tensor (N, C, H, W) in elements; any strides where it is only read.
+// Strides of a tensor (N, C, H, W) in elements; tensors that are only read may have any.
 struct Strides {
   int64_t n, c, h, w;
 };
 
-// Everything that is fixed for one layer on one input size.
+// All that is fixed for one layer on one input size.
 struct Problem {
   Conv conv;
   Type type;                                        // x, y, dy, dx, residual, bias
-  Type weight_type, core_type, suffix_type;         // weight; core and its gradient; suffix or cores
-  Type saved_type, affine_type;                     // h; the affines
+  Type weight_type, core_type, suffix_type;         // weight; core and its gradient; suffix or frozen cores
+  Type saved_type, affine_type;                     // h; scales and shifts of the affines
   Precision precision;
   Activation activation;
   float low, high;                                  // bounds of Activation::clamp
@@ -51,7 +52,7 @@ struct FuseBackwardCall {
   void *dcore, *partial;
 };
 
-// y = act(affine * (conv(x) + bias) + residual_affine * residual), h = conv(x, suffix), bits = where act has slope 1.
+// y = act(affine(conv(x) + bias) + residual_affine(residual)), h = conv(x, suffix), bits: set where act has slope 1.
 // Null: absent. h (N, Ho, Wo, g * r1) and bits (N, Ho, Wo, g, ceil(O/g / 8)), depthwise (N, Ho, Wo, ceil(O / 8)), are dense;
 // `packed` is scratch.
 struct ForwardCall {

@@ -1,5 +1,5 @@
-// The other side of device.h and plan.h where there is no CUDA: no device, and every launch refused by name. With the host
-// layer (LORA_EDGE_HOST) the launchers are the real ones and only the device is missing.
+// device.h and plan.h for builds without CUDA: there is no device, and every launch is refused with the reason. In a build for
+// the emulator (LORA_EDGE_EMULATOR) the launchers are the real ones and only the device is missing.
 #include "device.h"
 #include "plan.h"
 
@@ -10,9 +10,9 @@ DeviceGuard::~DeviceGuard() = default;
 std::string driver_problem() { return ""; }
 int compiled_cuda_version() { return 0; }
 
-#if defined(LORA_EDGE_HOST)
+#if defined(LORA_EDGE_EMULATOR)
 
-DeviceInfo device_info() { return {0, 0, {}, "the host layer needs no device"}; }
+DeviceInfo device_info() { return {0, 0, {}, "the emulator needs no device"}; }
 
 #else
 

@@ -1,4 +1,4 @@
-"""``python -m lora_edge`` is the ``lora-edge`` command."""
+"""Runs the ``lora-edge`` command as ``python -m lora_edge``."""
 
 import sys
 

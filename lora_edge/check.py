@@ -1,6 +1,6 @@
-"""``lora-edge check``: what is installed, which backends work here and why the others do not, and whether their ops are right.
+"""``lora-edge check``: shows what is installed and which backends are available, and why others are not, and tests their ops.
 
-Every op of every working backend runs on this machine against :mod:`lora_edge.ops.reference` in float64, forward and backward.
+Every op of every available backend runs here, forward and backward, against :mod:`lora_edge.ops.reference` in float64.
 """
 
 from __future__ import annotations
@@ -29,7 +29,7 @@ TF32_TOLERANCE = 1e-3
 
 
 class Case(NamedTuple):
-    """``y = tt_block(x (N, I, *size), ...)`` and its parts."""
+    """The sizes of one call ``y = tt_block(x (N, I, *size), ...)``, which tests tt_conv and tt_fuse too."""
 
     name: str
     channels: int
@@ -56,7 +56,7 @@ CASES = [
 
 
 class Outcome(NamedTuple):
-    """The largest relative error over an op's value and gradients; or why the op was refused or failed."""
+    """The largest relative error over an op's value and gradients, or in ``text`` why the op was refused or failed."""
 
     title: str
     error: float
@@ -69,7 +69,7 @@ class Outcome(NamedTuple):
 
 
 def check(show: Callable[[str], None] = print) -> bool:
-    """Show versions, devices and backends, then check every op; returns whether all of them passed."""
+    """Show versions, devices and backends, test every op, and return whether all passed."""
     for line in about():
         show(line)
     found = backends()
@@ -78,7 +78,7 @@ def check(show: Callable[[str], None] = print) -> bool:
         show(f"\nbackend {name}: {state}")
         if state != AVAILABLE:
             continue
-        with nullcontext() if name != "triton" else _triton_as_it_is(show):
+        with nullcontext() if name != "triton" else _without_tuning(show):
             for outcome in check_backend(name):
                 passed, failed = passed + outcome.passed, failed + (not outcome.passed)
                 measured = outcome.text or f"error {outcome.error:.1e}, at most {outcome.tolerance:.0e}"
@@ -87,16 +87,16 @@ def check(show: Callable[[str], None] = print) -> bool:
     return failed == 0
 
 
-def _triton_as_it_is(show: Callable[[str], None]) -> AbstractContextManager[None]:
-    """Inside, no configuration of a kernel is measured for the checks' small shapes; that would take minutes more."""
+def _without_tuning(show: Callable[[str], None]) -> AbstractContextManager[None]:
+    """Keep Triton from tuning its kernels for the tests' small shapes, which would take minutes more."""
     from lora_edge.ops.engines.triton.kernels import tuner
 
-    show("  each kernel is compiled at its first call; that takes minutes, once")
+    show("  each kernel is compiled at its first call, which takes minutes, once")
     return tuner.without_measuring()
 
 
 def about() -> Iterator[str]:
-    """Lines about versions, the driver, the devices and the build of the extension."""
+    """Yield lines about versions, the driver, the devices and the build of the extension."""
     yield f"lora_edge {VERSION}, Python {platform.python_version()}, {platform.platform()}"
     cuda = "without CUDA" if torch.version.cuda is None else f"built with CUDA {torch.version.cuda}"
     triton = importlib.util.find_spec("triton") and _version("triton")
@@ -108,7 +108,7 @@ def about() -> Iterator[str]:
     build, found = module.build_info(), module.device_info()
     made = f"CUDA {build['cuda']} for {build['architectures']}" if build["cuda"] else "no CUDA"
     yield f"extension: built with {made}, {build['compiler']}; on the CPU by {build['cpu']}"
-    yield f"driver: {'none' if found['driver'] is None else 'for CUDA up to ' + found['driver']}"
+    yield f"driver: {'none' if found['driver'] is None else 'supports CUDA up to ' + found['driver']}"
     yield from ([] if found["error"] is None else [f"device: none; {found['error']}"])
     for device in found["devices"]:
         yield (
@@ -117,20 +117,20 @@ def about() -> Iterator[str]:
         )
     if build["cuda"] and found["driver"] and _numbers(found["driver"]) < _numbers(build["cuda"]):
         yield (
-            f"hint: the driver is for CUDA {found['driver']}, the extension was built with {build['cuda']}; "
-            f"install lora_edge again with the toolkit of CUDA {found['driver']}, or update the driver"
+            f"hint: the driver supports CUDA {found['driver']}, the extension was built with {build['cuda']}; "
+            f"reinstall lora_edge with the CUDA {found['driver']} toolkit, or update the driver"
         )
 
 
 def check_backend(backend: str) -> Iterator[Outcome]:
-    """Every op on every case and dtype that the backend takes."""
+    """Test every op on every case and dtype that the backend supports."""
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     if backend in engines.ENGINES:
         device = torch.device(engines.device_type(backend))
     dtypes: list[tuple[torch.dtype, bool]] = [(torch.float32, False), (torch.float16, False), (torch.bfloat16, False)]
     runs = [("tt_fuse", _fuse), ("tt_conv", _conv), ("tt_block", _block)]
     cases = CASES
-    if backend == "cpu":  # the rest it leaves to torch
+    if backend == "cpu":  # the CPU engine leaves the rest to torch
         dtypes, runs, cases = dtypes[:1], runs[1:], [case for case in CASES if case.groups == 1]
     elif backend in engines.ENGINES:
         dtypes.insert(1, (torch.float32, True))
@@ -149,7 +149,7 @@ def _outcome(
     exact = {name: t.detach().double().requires_grad_(t.requires_grad) for name, t in tensors.items()}
     want = run(reference, case, exact)
     dy = torch.randn(want.shape, dtype=torch.float64, device=device)
-    if run is _block:  # at the corner of the activation a rounding turns a derivative
+    if run is _block:  # next to the activation's corner, rounding decides the derivative
         dy = dy.where(_block(reference, case, exact, activation=None).abs() > 0.1, 0.0)
     allowed = torch.backends.cudnn.allow_tf32
     torch.backends.cudnn.allow_tf32 = tf32
@@ -157,7 +157,7 @@ def _outcome(
         y = run(ops, case, tensors, backend=backend)
         inputs = [name for name, t in tensors.items() if t.requires_grad]
         got = torch.autograd.grad(y, [tensors[name] for name in inputs], dy.to(dtype), allow_unused=True)
-    except RuntimeError as error:  # a launch that fails is what this command is there to find
+    except RuntimeError as error:  # failing launches are what this command looks for
         return Outcome(title, float("inf"), tolerance, str(error).splitlines()[0])
     finally:
         torch.backends.cudnn.allow_tf32 = allowed
@@ -167,7 +167,7 @@ def _outcome(
 
 
 def _tensors(case: Case, device: torch.device, dtype: torch.dtype) -> dict[str, Tensor]:
-    """Inputs of every op, the same on every machine; those that can be trained require a gradient."""
+    """Return the inputs of every op, the same on every machine; trainable ones require a gradient."""
     generator = torch.Generator().manual_seed(0)
 
     def normal(*shape: int, size: float = 1.0) -> Tensor:

@@ -1,4 +1,4 @@
-"""The ``lora-edge`` command: adapt, merge, info, check, bench. Also ``python -m lora_edge``."""
+"""The ``lora-edge`` command with its subcommands adapt, merge, info, check and bench; also ``python -m lora_edge``."""
 
 from __future__ import annotations
 
@@ -16,14 +16,14 @@ from lora_edge.error_text import first_line
 
 
 class OneLineParser(argparse.ArgumentParser):
-    """argparse, but an error is one line on standard error; the exit code stays 2."""
+    """An argparse parser that reports an error in one line on standard error; the exit code is 2."""
 
     def error(self, message: str) -> NoReturn:
         self.exit(2, f"{self.prog}: error: {message} (see {self.prog} --help)\n")
 
 
 def main(arguments: list[str] | None = None) -> int:
-    """Run the command line; returns the exit code, 2 for bad input with one line on standard error."""
+    """Run the command line and return the exit code; bad input gives 2 and one line on standard error."""
     parser = _parser()
     options, rest = parser.parse_known_args(arguments)
     if rest and options.run is not _bench:
@@ -36,52 +36,56 @@ def main(arguments: list[str] | None = None) -> int:
         print(f"lora-edge: error: {first_line(error)}", file=sys.stderr)
         return 2
     except KeyboardInterrupt:
-        print("lora-edge: interrupted; files written so far are whole", file=sys.stderr)
+        print("lora-edge: interrupted; files written so far are complete", file=sys.stderr)
         return 130
     return code or 0
 
 
 def _parser() -> argparse.ArgumentParser:
-    parser = OneLineParser(prog="lora-edge", description="LoRA-Edge: adapt a pre-trained CNN by its TT cores.")
+    parser = OneLineParser(prog="lora-edge", description="LoRA-Edge: adapt a pre-trained CNN by training its TT cores.")
     parser.add_argument("--version", action="version", version=f"lora_edge {lora_edge.__version__}")
     commands = parser.add_subparsers(required=True, metavar="COMMAND", parser_class=OneLineParser)
 
-    adapt = commands.add_parser("adapt", help="adapt a source model to one person and compare with the other methods")
+    adapt = commands.add_parser("adapt", help="adapt a source model to one person and compare with other methods")
     adapt.add_argument("--data", required=True, help='an .npz (see lora_edge/har/data.py), or "watch"')
     adapt.add_argument("--target-subject", required=True, type=int, help="the person to adapt to")
-    adapt.add_argument("--protocol", choices=["A", "B"], default="A", help="A: a new user. B: a new user in another domain")
-    adapt.add_argument("--target-domain", help='protocol B: the target\'s domain, name or number (watch: "left")')
-    adapt.add_argument("--model", metavar="package.module:factory", help="your model; default T-ResNet")
-    adapt.add_argument("--weights", type=Path, help="its source weights; default: pre-train on the other people")
+    adapt.add_argument(
+        "--protocol", choices=["A", "B"], default="A", help="A (default): a new user. B: a new user in another domain"
+    )
+    adapt.add_argument("--target-domain", help='protocol B: name or number of the target\'s domain (watch: default "left")')
+    adapt.add_argument("--model", metavar="package.module:factory", help="your model (default T-ResNet)")
+    adapt.add_argument("--weights", type=Path, help="the source model's weights (default: pre-train on the other people)")
     adapt.add_argument(
         "--method",
         default="lora_edge",
-        help="form of LoRA-Edge, a file in lora_edge/methods (default lora_edge), as lora_edge_budget",
+        help="a form of LoRA-Edge in lora_edge/methods/lora_edge.py, such as lora_edge_budget (default lora_edge)",
     )
-    adapt.add_argument("--rank", type=int, default=2, help="cap of the TT bonds (default 2)")
+    adapt.add_argument("--rank", type=int, default=2, help="largest rank of the TT bonds (default 2)")
     adapt.add_argument("--steps", type=int, default=50, help="Adam steps of the adaptation (default 50)")
     adapt.add_argument("--epochs", type=int, default=10, help="epochs of the pre-training (default 10)")
-    adapt.add_argument("--lr", type=float, help="the method's learning rate (default its own, 2e-2)")
-    adapt.add_argument("--seed", type=int, default=0)
-    adapt.add_argument("--out", required=True, type=Path, help="folder for the adapter, the merged model, results and picture")
+    adapt.add_argument("--lr", type=float, help="Adam's learning rate (default: the method's, 2e-2 for lora_edge)")
+    adapt.add_argument("--seed", type=int, default=0, help="seed of all random numbers (default 0)")
+    adapt.add_argument(
+        "--out", required=True, type=Path, help="folder for the adapter, the merged model, the results and the picture"
+    )
     adapt.set_defaults(run=_adapt)
 
     merge = commands.add_parser("merge", help="fuse an adapter into the base model's weights")
-    merge.add_argument("base", type=Path, help="the base model's state dict, safetensors or torch.save")
+    merge.add_argument("base", type=Path, help="the base model's state dict, from safetensors or torch.save")
     merge.add_argument("adapter", type=Path, help="the adapter file")
-    merge.add_argument("--out", required=True, type=Path, help="the merged state dict, safetensors")
+    merge.add_argument("--out", required=True, type=Path, help="file for the merged state dict (safetensors)")
     merge.set_defaults(run=_merge)
 
     info = commands.add_parser("info", help="show what an adapter file holds")
-    info.add_argument("file", type=Path)
+    info.add_argument("file", type=Path, help="the adapter file")
     info.set_defaults(run=_info)
 
     check = commands.add_parser(
-        "check", help="show which backends work on this machine and test their ops; exit code 1 if one fails"
+        "check", help="show which backends are available here and test their ops; exit code 1 if a test fails"
     )
     check.set_defaults(run=_check)
 
-    bench = commands.add_parser("bench", help="time every op of every backend on this machine, layer by layer", add_help=False)
+    bench = commands.add_parser("bench", help="time every op on every backend of this machine, layer by layer", add_help=False)
     bench.set_defaults(run=_bench)
     return parser
 
@@ -95,8 +99,9 @@ def _adapt(options: argparse.Namespace) -> None:
     require("lora-edge adapt")
     from rich.progress import BarColumn, MofNCompleteColumn, Progress, TaskID, TextColumn, TimeRemainingColumn
 
-    from lora_edge.har.main_job import FILES, Settings, run
-    from lora_edge.har.report import print_table
+    from lora_edge.har.display import print_table
+    from lora_edge.har.main_job import FILES, run
+    from lora_edge.har.settings import Settings
 
     fields = {name: value for name, value in vars(options).items() if name not in ("run", "rest")}
     columns: list[Any] = [TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn()]
@@ -148,7 +153,7 @@ def _check(options: argparse.Namespace) -> int:
 
 
 def _bench(options: argparse.Namespace) -> int:
-    # In a clone that is not installed the folder is its own package.
+    # The wheel holds it as lora_edge.benchmarks; in a clone it is the package benchmarks.
     installed = importlib.util.find_spec("lora_edge.benchmarks") is not None
     kernels = importlib.import_module("lora_edge.benchmarks.kernels" if installed else "benchmarks.kernels")
     return kernels.main(options.rest)

@@ -10,7 +10,7 @@ from typing import Protocol
 from torch import nn
 
 from lora_edge.har.data import Split
-from lora_edge.har.job import Settings
+from lora_edge.har.settings import Settings
 from lora_edge.har.source import source
 
 from .rows import WITHOUT_TRAINING, Run

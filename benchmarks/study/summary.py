@@ -7,7 +7,7 @@ from dataclasses import dataclass, field
 import pandas as pd
 from scipy import stats
 
-from lora_edge.har.main_job import TARGET_SHARE
+from lora_edge.har.report import TARGET_SHARE
 from lora_edge.methods import methods
 
 from .rows import WITHOUT_TRAINING

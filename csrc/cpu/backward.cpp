@@ -1,7 +1,8 @@
-// Backward of a block, unit by unit (cut.h): dy is masked into a scratch map of the unit; dcore, dbias, dresidual on the way;
-// then dx from there, phase by phase (packing.h), or where there are few positions by few.h.
-// Units are added in order: the result does not depend on which thread took which.
-// Floor: what ANCHORS calls the channels-last rate, less what filtering saves; one read of dy, one write of dx.
+// Backward of a block, unit by unit (cut.h): dy is masked into a scratch map of the unit, which also gives dcore, dbias and
+// dresidual; dx follows from the scratch map, phase by phase (packing.h), or by few.h if there are few positions.
+// Units are added in order, so the result does not depend on how they are spread over threads.
+// Floor: the multiply-adds at oneDNN's rate for channels-last convolutions, less what filtering saves; one read of dy, one
+// write of dx.
 #include <algorithm>
 #include <vector>
 
@@ -14,7 +15,7 @@
 namespace lora_edge::cpu {
 namespace {
 
-// Backward of one call: its tables, and the two steps of each unit.
+// Backward of one call: its tables, and the two steps for each unit.
 struct Backward {
   const Problem& p;
   const BackwardCall& call;
@@ -24,7 +25,7 @@ struct Backward {
   const std::vector<int32_t> dy_at, dresidual_at;
   const std::vector<Phase> phases;
   std::vector<std::vector<int32_t>> dx_at;  // by phase
-  std::vector<float> sums;                  // of each unit: dcore by rank, then dbias
+  std::vector<float> sums;                  // per unit: dcore by rank, then dbias
 
   Backward(const Problem& problem, const BackwardCall& given, int threads)
       : p(problem), call(given), c(problem.conv), cut(c.batch, c.out_h, c.out_w, threads), rows(c.out_h * c.out_w),
@@ -99,7 +100,7 @@ void block_backward(const Problem& p, const BackwardCall& call, int threads) {
       b.mask(unit, dz);
       b.input_gradient(unit, 0, dz);
     });
-  } else {  // dy is masked first: several threads share a unit, or all units are done together
+  } else {  // dy is masked first, because several threads share a unit or all units are processed together
     std::vector<float> dz(b.unit_floats() * b.cut.units);
     auto of = [&](int unit) { return dz.data() + b.unit_floats() * static_cast<size_t>(unit); };
     parallel_for(threads, b.cut.units, [&](int unit) { b.mask(unit, of(unit)); });

@@ -1,4 +1,4 @@
-// tt_block on the CPU, forward and backward: what the CUDA engine's launchers do (csrc/plan.h), for float32 in host memory.
+// tt_block on the CPU, forward and backward: the same as the CUDA engine's launchers (csrc/plan.h), for float32 in host memory.
 #pragma once
 
 #include <cstdint>
@@ -7,7 +7,7 @@
 
 namespace lora_edge::cpu {
 
-// Why this engine does not take the problem, or null.
+// Why this engine does not support the problem, or null.
 const char* refusal(const Problem&);
 
 struct Scratch {
@@ -15,7 +15,7 @@ struct Scratch {
 };
 Scratch scratch(const Problem&);
 
-// In every map the channels are neighbours; h is float32. `suffix` is contracted.
+// Channels are contiguous in every map, h is float32, and `suffix` is contracted.
 void block_forward(const Problem&, const ForwardCall&, int threads);
 void block_backward(const Problem&, const BackwardCall&, int threads);
 

@@ -1,4 +1,4 @@
-// The kernel that a pass multiplies with, a * (W + s B S), row by row and never whole.
+// The composed kernel a * (W + s B S) that a pass multiplies with, computed row by row and never stored whole.
 #pragma once
 
 #include <cstdint>
@@ -13,7 +13,7 @@ inline bool is_depthwise(const Conv& c) { return c.groups > 1; }
 inline const float* floats(const void* p) { return static_cast<const float*>(p); }
 inline float* floats(void* p) { return static_cast<float*>(p); }
 
-// p + n, null for null.
+// p + n, or null if p is null.
 template <class T>
 T* plus(T* p, int64_t n) {
   return p == nullptr ? nullptr : p + n;
@@ -31,7 +31,7 @@ struct Composed {
         rank(core == nullptr ? 0 : p.conv.rank),
         columns(int64_t{p.conv.channels} / p.conv.groups * p.conv.kernel_h * p.conv.kernel_w), scale(p.scale) {}
 
-  // Columns [first, first + count) of row o, by value.
+  // Writes columns [first, first + count) of row o to `out`.
   void row(int o, int64_t first, int64_t count, float* out) const {
     kernels_here().compose_row({weight + o * columns + first, core == nullptr ? nullptr : core + int64_t{o} * rank,
                                 suffix == nullptr ? nullptr : suffix + first, out, count, columns, rank, scale,

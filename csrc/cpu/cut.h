@@ -1,4 +1,4 @@
-// How the drivers cut a batch: units of a few samples, some hundred rows, which stay in a core's cache; strips of their lines.
+// How the drivers cut a batch: into units of a few samples, some hundred rows that stay in a core's cache, and strips of lines.
 #pragma once
 
 #include <algorithm>
@@ -24,13 +24,12 @@ inline std::vector<int32_t> places_of(int samples, int rows_h, int rows_w, int f
   return table;
 }
 
-// Rows of a unit. Those of one line are fewer: their kernels are small enough to be read twice as often from the second cache,
-// which their transformed maps then share with them.
+// Rows per unit. Fewer for maps of one line: their kernels are small enough to be read twice as often from the L2 cache, which
+// they then share with the transformed maps.
 inline int unit_rows(int rows_h) { return rows_h == 1 ? kUnitRows / 2 : kUnitRows; }
 
-// How the work is cut: units of `samples` samples, each in `parts` for threads to share: ranges of lines (rows of
-// positions), or of panels where there are fewer lines than parts. Lines are taken in strips, which stay in the cache
-// from the product to the finished map.
+// Units of `samples` samples, each in `parts` that threads share: ranges of lines (rows of positions), or of panels if there
+// are fewer lines than parts. Lines are processed in strips, which stay in the cache from the product to the finished map.
 struct Cut {
   int samples, units, parts;
 
@@ -42,8 +41,8 @@ struct Cut {
   int samples_of(int unit, int batch) const { return std::min(samples, batch - unit * samples); }
 };
 
-// Calls work(line, line_end, panel, panel_end) for each strip of a part, of `lines` lines of `width` rows in all, of which
-// `together` are only done together.
+// Calls work(line, line_end, panel, panel_end) for each strip of a part of `lines` lines of `width` rows. Lines are processed
+// in sets of `together`.
 template <class Work>
 void for_each_strip(const Cut& cut, int part, int lines, int width, int together, int panels, const Work& work) {
   const int sets = lines / together, step = std::max(1, kUnitRows / std::max(1, width * together));

@@ -11,15 +11,15 @@
 namespace lora_edge::cpu {
 namespace {
 
-constexpr int kFewPositions = 128;     // with more, packing the kernel costs less than filtering saves
-constexpr int kOutputsTogether = 24;   // of forward: whole tiles of rows and whole bytes of bits
-constexpr int kColumnsTogether = 128;  // of backward
+constexpr int kFewPositions = 128;     // with more, filtering saves more than packing the kernel costs
+constexpr int kOutputsTogether = 24;   // forward: whole tiles of rows and whole bytes of bits
+constexpr int kColumnsTogether = 128;  // backward
 
 int taps_of(const Conv& c) { return c.kernel_h * c.kernel_w; }
 int positions_of(const Conv& c) { return c.batch * c.out_h * c.out_w; }
 int input_positions_of(const Conv& c) { return c.batch * c.in_h * c.in_w; }
 
-// For each tap, the input position of each output position, counted over the batch; -1 outside.
+// For each tap and output position, the input position, numbered over the batch; -1 outside.
 std::vector<int32_t> inputs_of(const Conv& c) {
   const Strides counted{int64_t{c.in_h} * c.in_w, 0, c.in_w, 1};
   const std::vector<int32_t> by_position = offsets_of(forward_reach(c), c.batch, {c.in_h, c.in_w, c.channels, counted});
@@ -32,7 +32,7 @@ std::vector<int32_t> inputs_of(const Conv& c) {
   return by_tap;
 }
 
-// All of k of some rows and one panel.
+// The product of some rows with one panel over all of k.
 void multiply_panel(const float* source, const int32_t* offsets, const float* panel, int width, int rows, int k, float* sums) {
   GemmRows g{};
   g.source = source, g.zeros = zeros(k), g.packed = panel, g.offsets = offsets, g.sums = sums;
@@ -40,14 +40,14 @@ void multiply_panel(const float* source, const int32_t* offsets, const float* pa
   multiply(g, kChunk);
 }
 
-// Offsets of `rows` rows that lie `apart`.
+// Offsets of `rows` rows, `apart` elements apart.
 std::vector<int32_t> rows_at(int rows, int64_t apart) {
   std::vector<int32_t> table(static_cast<size_t>(rows));
   for (int row = 0; row < rows; ++row) table[static_cast<size_t>(row)] = static_cast<int32_t>(row * apart);
   return table;
 }
 
-// x^T (I K, P) by panels of positions.
+// Packs x^T (I K, P) in panels of positions.
 void pack_maps(const Conv& c, const ForwardCall& call, int threads) {
   const std::vector<int32_t> inputs = inputs_of(c);
   const std::vector<int32_t> x_at = places_of(c.batch, c.in_h, c.in_w, 0, 0, 1, 1, call.x_strides);
@@ -87,7 +87,7 @@ void few_forward(const Problem& p, const ForwardCall& call, const float* shift, 
   const std::vector<int32_t> rows = rows_at(kOutputsTogether, k), suffix_rows = rows_at(c.rank, k);
   pack_maps(c, call, threads);
 
-  // sums (rows, P) of one panel, transposed
+  // multiplies `count` rows of `source` with every panel and writes the transposed sums to `to`
   auto each_panel = [&](const float* source, const std::vector<int32_t>& offsets, int count, float* to, int pitch) {
     float* sums = kept<float, Keep::sums>(static_cast<size_t>(up(count, kTileRows) * panel));
     for (int first = 0; first < positions; first += panel) {

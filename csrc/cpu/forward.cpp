@@ -1,7 +1,8 @@
-// Forward of a block. Channels are neighbours in every map; a convolution is a product (product.h), a depthwise one a sum of
-// rows, and where there are few positions few.h does it. The batch is cut into units (cut.h), each of which has
-//   h, then panel by panel of outputs the product, and y, residual, activation and bits as the panel is done
-// Floor: what ANCHORS calls the channels-last rate, less what filtering saves; one read of x, one write of y.
+// Forward of a block. Channels are contiguous in every map. A convolution is a product (product.h), a depthwise one a sum of
+// rows; few.h handles few positions. The batch is cut into units (cut.h). For each unit come
+//   h, then for each panel of outputs the product, followed by residual, activation, bits and y
+// Floor: the multiply-adds at oneDNN's rate for channels-last convolutions, less what filtering saves; one read of x, one write
+// of y.
 #include <algorithm>
 #include <vector>
 
@@ -14,12 +15,12 @@
 namespace lora_edge::cpu {
 namespace {
 
-// h of a unit: at one tap a few dot products a row; else every tap's at once, as columns of one product over the unit's input
-// rows, then added up for each position ("h" as extra outputs would fill a whole vector of columns a tap).
+// h of a unit. With one tap: a few dot products per row. With several: all taps at once, as columns of one product over the
+// unit's input rows, then summed per position. (As extra outputs, h would fill a whole vector of columns per tap.)
 struct Suffix {
   const Conv& conv;
   std::vector<float> packed;
-  std::vector<int32_t> inputs;     // for each position and tap the input row, -1 outside; or at one tap its offset
+  std::vector<int32_t> inputs;     // for each position and tap the input row, -1 outside; with one tap its offset
   std::vector<Product> every_row;  // one, if there are several taps
 
   Suffix(const Problem& p, const ForwardCall& call, const Reach& reach, const Source& source, int samples) : conv(p.conv) {
@@ -66,7 +67,7 @@ struct Suffix {
   }
 };
 
-// y's shift of each output: what is left of bias and affines once the scale is in the kernel.
+// The shift of each output of y: bias and affine shifts, with the scale already in the kernel.
 std::vector<float> shift_of(const Conv& c, const ForwardCall& call) {
   std::vector<float> shift(static_cast<size_t>(c.outputs), 0.0f);
   for (int o = 0; o < c.outputs; ++o) {
@@ -89,7 +90,7 @@ void block_forward(const Problem& p, const ForwardCall& call, int threads) {
   const Reach reach = forward_reach(c);
   const Source source{c.in_h, c.in_w, c.channels, call.x_strides};
   const Product product(reach, source, c.outputs, cut.samples, is_depthwise(c));
-  // Where y takes x's place, x is read to its end first: a unit's y waits in the cache, or all of it where threads share units.
+  // If y overwrites x, x must be read completely first: y waits in scratch, per unit, or as a whole if threads share units.
   const bool overwrites = call.y == call.x;
   std::vector<float> waiting(overwrites && cut.parts > 1 ? static_cast<size_t>(c.batch * call.y_strides.n) : 0);
   float* all_of_y = waiting.empty() ? floats(call.y) : waiting.data();

@@ -1,4 +1,4 @@
-// kernels.h for each instruction set, and the choice among them at run time.
+// Compiles kernels.h for each instruction set and chooses among them at run time.
 #include "kernels_of.h"
 
 #include <cstdlib>
@@ -12,7 +12,7 @@
 
 namespace lora_edge::cpu {
 
-#pragma GCC diagnostic ignored "-Wpsabi"  // no vector crosses the border of a file
+#pragma GCC diagnostic ignored "-Wpsabi"  // vectors are never passed between files
 
 #if defined(__x86_64__)
 
@@ -49,7 +49,7 @@ struct Choice {
   const char* name;
 };
 
-// The best of those that run here, or the one that LORA_EDGE_CPU names, if it does.
+// The best instruction set that this processor supports, or the one named by LORA_EDGE_CPU if it is supported.
 Choice choose() {
   std::vector<Choice> found;
 #if defined(__x86_64__)

@@ -1,6 +1,6 @@
-// The inner loops of the CPU engine, in GCC's vector types. isa.cpp includes this once for each instruction set, each time in a
-// namespace of its own with kLanes and kVectors; so there is no include guard.
-// Floor: a tile of gemm_rows does 6 x kVectors fused multiply-adds a k on kVectors + 6 loads; the others move memory.
+// The inner loops of the CPU engine, in GCC's vector types. isa.cpp includes this file once per instruction set, each time in a
+// separate namespace with its own kLanes and kVectors, so there is no include guard.
+// Floor: a tile of gemm_rows does 6 x kVectors fused multiply-adds per k on kVectors + 6 loads; the others move memory.
 
 typedef float V __attribute__((vector_size(kLanes * 4), aligned(4), may_alias));
 typedef int32_t IV __attribute__((vector_size(kLanes * 4)));
@@ -11,14 +11,14 @@ constexpr int kPanel = kLanes * kVectors;
 inline V8 load8(const float* p) { return *reinterpret_cast<const V8*>(p); }
 inline void store8(float* p, V8 v) { *reinterpret_cast<V8*>(p) = v; }
 
-// A row of activations is done in W's, the rest in octets: a vector for each whole byte of bits.
+// A row of activations is processed in vectors W and the rest in octets, so that each vector has whole bytes of bits.
 constexpr int kWide = kLanes > 8 ? kLanes : 8;
 typedef float W __attribute__((vector_size(kWide * 4), aligned(4), may_alias));
 
 template <class Vector>
 using IntOf = decltype(Vector{} < Vector{});
 
-// Some bytes of bits and a lane mask, each from the other.
+// Conversions between bytes of bits and a lane mask.
 template <class Int>
 inline Int mask_of(const uint8_t* bytes) {
   constexpr int lanes = sizeof(Int) / 4;
@@ -39,7 +39,7 @@ inline uint32_t bits_of(Int mask) {
   return bits;
 }
 
-// One tile; the last of `rows` rows is done again for those that it lacks.
+// One tile; if it has fewer than kTileRows rows, the last one is repeated.
 template <int vectors>
 inline void gemm_tile(const GemmRows& g, const int32_t* offsets, int rows, float* sums) {
   V acc[kTileRows][vectors] = {};
@@ -57,7 +57,7 @@ inline void gemm_tile(const GemmRows& g, const int32_t* offsets, int rows, float
       for (int v = 0; v < vectors; ++v) b[v] = *reinterpret_cast<const V*>(w + v * kLanes);
 #pragma GCC unroll 6
       for (int r = 0; r < kTileRows; ++r) {
-        const V x = a[r][i] - V{};  // in every lane; a sum would cost an addition, for the sign of zero
+        const V x = a[r][i] - V{};  // broadcast; `+ V{}` would cost an addition because of the sign of zero
 #pragma GCC unroll 4
         for (int v = 0; v < vectors; ++v) acc[r][v] += x * b[v];
       }
@@ -87,7 +87,7 @@ void gemm_rows(const GemmRows& g) {
   }
 }
 
-// Calls step(vector of the type to use, first, count) for all channels; the last octet may be shorter.
+// Calls step(a vector of the type to use, first, count) for all channels; the last octet may be shorter.
 template <class Step>
 inline void vectors_of(int channels, const Step& step) {
   int c = 0;
@@ -96,7 +96,7 @@ inline void vectors_of(int channels, const Step& step) {
   if (c < channels) step(V8{}, c, channels - c);
 }
 
-// As a template's argument a vector type loses its word that addresses need not be aligned; copying says so again.
+// As a template argument a vector type loses its attribute aligned(4); memcpy restores unaligned access.
 template <class Vector = V8>
 inline Vector load_some(const float* from, int count) {
   Vector v = {};
@@ -120,7 +120,7 @@ inline void store_some(float* to, Vector v, int count) {
 inline const V& vector_at(const float* p) { return *reinterpret_cast<const V*>(p); }
 inline V& vector_at(float* p) { return *reinterpret_cast<V*>(p); }
 
-// Filtering's two steps around the products (product.h): t = B^T x of the positions that a tile reads, y = A^T m.
+// The two steps of filtering around the products (product.h): t = B^T x for the positions that a tile reads, and y = A^T m.
 template <int outputs>
 struct Tile;
 
@@ -160,7 +160,7 @@ struct Tile<4> {
   }
 };
 
-// `Count`: int, or a constant where it is a whole vector.
+// `Count`: int, or a constant for a whole vector.
 template <int outputs, class Vector, class Count>
 inline void filter_line_at(const FilterLine& f, int c, Count count) {
   auto at = [&](int p) {
@@ -172,7 +172,7 @@ inline void filter_line_at(const FilterLine& f, int c, Count count) {
   x[outputs] = at(f.first), x[outputs + 1] = at(f.first + 1);
   float* to = f.to + c;
   for (int tile = 0, p = f.first + 2; tile < f.tiles; ++tile, p += outputs, to += f.channels) {
-    x[0] = x[outputs], x[1] = x[outputs + 1];  // neighbours have two positions in common
+    x[0] = x[outputs], x[1] = x[outputs + 1];  // neighbouring tiles share two positions
 #pragma GCC unroll 4
     for (int i = 0; i < outputs; ++i) x[i + 2] = at(p + i);
     Tile<outputs>::transform(x, t);
@@ -253,7 +253,7 @@ inline V shuffled(V a, V b, IV mask) {
 #define LORA_EDGE_SHUFFLE(a, b, mask) __builtin_shuffle(a, b, mask)
 #endif
 
-// A square of vectors at a time: rows i and i + kLanes / 2 are interleaved, as often as it takes.
+// Transposes a square of vectors at a time by interleaving rows i and i + kLanes / 2, log2(kLanes) times.
 void transpose(const Transpose& t) {
   IV low, high;
   for (int i = 0; i < kLanes; ++i) low[i] = i / 2 + i % 2 * kLanes, high[i] = low[i] + kLanes / 2;
@@ -290,7 +290,7 @@ void finish_rows(const FinishRows& f) {
         const Vector r = load_some<Vector>(residual + c, count);
         z += f.residual_scale == nullptr ? r : r * load_some<Vector>(f.residual_scale + c, count);
       }
-      if (f.activation != Activation::none) {  // a NaN stays one and has its bit set
+      if (f.activation != Activation::none) {  // NaN stays NaN and sets its bit
         const Vector low = Vector{} + f.low, high = Vector{} + f.high;
         auto flat = z <= low;
         z = flat ? low : z;
@@ -308,7 +308,7 @@ void finish_rows(const FinishRows& f) {
   }
 }
 
-// Some rows at a time: a sum is read and written once for all of them, and still added to row by row.
+// Several rows at a time: each sum is read and written once for all of them, but still accumulated row by row.
 template <int rows>
 inline void mask_some(const MaskRows& m, int row) {
   const float *dy[rows], *h = m.h + static_cast<int64_t>(row) * m.rank;

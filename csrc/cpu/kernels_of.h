@@ -1,4 +1,4 @@
-// The inner loops as the drivers call them, for the instruction set that this machine has. kernels.h implements them.
+// The interface of the inner loops, which the drivers call for this processor's instruction set. kernels.h implements them.
 #pragma once
 
 #include <cstdint>
@@ -7,7 +7,7 @@
 
 namespace lora_edge::cpu {
 
-constexpr int kTileRows = 6;  // rows that gemm_rows does at a time; it writes its sums in whole tiles
+constexpr int kTileRows = 6;  // rows per tile of gemm_rows, which writes its sums in whole tiles
 
 // sums[row][column] (+)= sum over taps and channels of source[offsets[row][tap] + channel] * packed[tap][channel][column].
 // A negative offset is a row of zeros.
@@ -16,13 +16,13 @@ struct GemmRows {
   const int32_t* offsets;
   float* sums;  // (rows, panel)
   int rows, taps, channels, vectors;
-  int tap, tap_end, channel, channel_end;  // the part of k
+  int tap, tap_end, channel, channel_end;  // the part of k to sum over
   bool adds;
 };
 
-// The transforms of a line for tiles of `outputs` (2 or 4) outputs along the width: tile t reads the outputs + 2 positions from
-// first + outputs * t on, zeros outside of the line, and has one row of channels in each of outputs + 2 maps, which lie `apart`.
-// The line is source + sign * other, of which either may be null; `stride`: from one position's channels to the next one's.
+// Transforms a line for tiles of `outputs` (2 or 4) outputs along the width: tile t reads the outputs + 2 positions from
+// first + outputs * t on, zeros outside of the line, and writes one row of channels to each of outputs + 2 maps, `apart` floats
+// apart. The line is source + sign * other, either of which may be null; `stride`: from one position's channels to the next.
 struct FilterLine {
   const float *source, *other;
   float sign;
@@ -31,8 +31,8 @@ struct FilterLine {
   int outputs, width, channels, first, tiles;
 };
 
-// `rows` outputs of a line from the products of its tiles, which lie `apart`; or, where `tall`, of two lines by two outputs from
-// sixteen: product b along the width and a along the height is number 4 a + b. In rows of a panel.
+// Computes `rows` outputs of a line from the products of its tiles, `apart` floats apart; or, if `tall`, two lines by two
+// outputs from sixteen products: a along the height and b along the width is number 4 a + b. In rows of a panel.
 struct Combine {
   const float* m;
   int64_t apart;
@@ -41,7 +41,7 @@ struct Combine {
   bool tall;
 };
 
-// to[i] = sum over k of factors[k] * from[taps[k]][i], i < count, from (tap, pitch); for some channels, each a step further.
+// to[i] = sum over k of factors[k] * from[taps[k]][i], i < count, from (tap, pitch); for `channels` channels, a step apart.
 struct CombineTaps {
   const float* from;
   const int* taps;
@@ -50,8 +50,7 @@ struct CombineTaps {
   int terms, pitch, count, channels, from_step, to_step;
 };
 
-// to (columns, lanes) = from (lanes, columns), rows `pitch` apart. Both are read and written up to a whole number of lanes of
-// columns.
+// to (columns, lanes) = from (lanes, columns), rows `pitch` floats apart. Columns are rounded up to a multiple of the lanes.
 struct Transpose {
   const float* from;
   float* to;
@@ -59,7 +58,7 @@ struct Transpose {
   int columns;
 };
 
-// y = act(sums + shift + residual_scale * residual) and the bits where the slope is 1, for `columns` channels of each row.
+// y = act(sums + shift + residual_scale * residual), and bits set where the slope is 1, for `columns` channels of each row.
 struct FinishRows {
   const float* sums;
   float* y;
@@ -83,7 +82,7 @@ struct MaskRows {
   bool keeps_dz, sums_bias;
 };
 
-// sums[row][c] = sum over taps of source[offsets[row][tap] + c] * packed[tap][c]; channels are a multiple of 8.
+// sums[row][c] = sum over taps of source[offsets[row][tap] + c] * packed[tap][c]; `channels` is a multiple of 8.
 struct DepthwiseRows {
   const float *source, *packed;
   const int32_t* offsets;
@@ -99,7 +98,7 @@ struct DotRows {
   int rows, channels, count;
 };
 
-// out = a * (weight + scale * sum over q of core[q] * suffix[q]), `count` elements of one output; `apart` from q to the next.
+// out = a * (weight + scale * sum over q of core[q] * suffix[q]) for `count` elements of one output; suffix rows are `apart`.
 struct ComposeRow {
   const float *weight, *core, *suffix;
   float* out;
@@ -108,7 +107,7 @@ struct ComposeRow {
   float scale, a;
 };
 
-// to[i] = from[index[i]], 0 where the index is negative.
+// to[i] = from[index[i]], or 0 where the index is negative.
 struct GatherRow {
   const float* from;
   const int32_t* index;
@@ -117,7 +116,7 @@ struct GatherRow {
 };
 
 struct Kernels {
-  int lanes, panel;  // floats of a vector; columns that gemm_rows does at most
+  int lanes, panel;  // floats per vector; most columns of gemm_rows
   void (*gemm_rows)(const GemmRows&);
   void (*filter_line)(const FilterLine&);
   void (*combine_line)(const Combine&);

@@ -1,4 +1,4 @@
-// Memory of a thread that is kept from call to call, and what else the drivers share.
+// Per-thread memory that is kept between calls, and other helpers of the drivers.
 #pragma once
 
 #include <cstddef>
@@ -10,7 +10,7 @@ inline int up(int n, int to) { return (n + to - 1) / to * to; }
 
 enum class Keep { zeros, composed, taps, suffix, sums, masked, transformed, filtered };
 
-// At least `count` elements, whatever was in them; zeros at first.
+// At least `count` elements with their previous contents; initially zero.
 template <class T, Keep which>
 T* kept(size_t count) {
   static thread_local std::vector<T> memory;

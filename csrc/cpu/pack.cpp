@@ -16,7 +16,7 @@ Reach backward_reach(const Conv& c, const PackedLayout& layout, int h, int w) {
   return {rows_h, rows_w, 1, 1, taps_h.origin, taps_w.origin, taps_h.advance, taps_w.advance, taps_h.count, taps_w.count};
 }
 
-// `tap_of(t)` is the tap of the kernel that is the product's tap t.
+// `tap_of(t)` is the kernel's tap for the product's tap t.
 template <class TapOf>
 void pack_depthwise(const Problem& p, const Composed& kernel, int taps, const TapOf& tap_of, float* packed) {
   const Conv& c = p.conv;
@@ -29,8 +29,7 @@ void pack_depthwise(const Problem& p, const Composed& kernel, int taps, const Ta
 
 int same_tap(int tap) { return tap; }
 
-// to (channels, to_step) = the term's sum of rows of `from` (channels, tap, pitch); `tap_of` gives the row of each tap of the
-// product.
+// to (channels, to_step) = the term's sum of rows of `from` (channels, tap, pitch); `tap_of` gives the row of a product's tap.
 template <class TapOf>
 void combine(const Term& term, float* to, const float* from, const TapOf& tap_of, int pitch, int count, int channels,
              int from_step, int to_step) {
@@ -39,7 +38,7 @@ void combine(const Term& term, float* to, const float* from, const TapOf& tap_of
   kernels_here().combine_taps({from, rows, term.factors, to, term.count, pitch, count, channels, from_step, to_step});
 }
 
-constexpr int kChannels = 8;  // whose taps are packed at a time, from the first cache
+constexpr int kChannels = 8;  // channels whose taps are packed at a time, from the L1 cache
 
 }  // namespace
 
@@ -64,13 +63,13 @@ std::vector<Phase> phases_of(const Conv& c, int samples) {
   return phases;
 }
 
-// Some outputs at a time, whose lines are then written whole.
+// Packs a vector of outputs at a time, so that lines are written whole.
 void pack_forward(const Problem& p, const ForwardCall& call, const Product& product, int threads) {
   const Conv& c = p.conv;
   const Composed kernel(p, call);
   const int taps = c.kernel_h * c.kernel_w, lanes = kernels_here().lanes;
   if (is_depthwise(c)) return pack_depthwise(p, kernel, taps, same_tap, floats(call.packed));
-  const int64_t row = up(c.channels * taps, 16) + 16;  // not a power of two, whose rows would share a few places in the cache
+  const int64_t row = up(c.channels * taps, 16) + 16;  // not a power of two, whose rows would share a few cache sets
   parallel_for(threads, (c.outputs + lanes - 1) / lanes, [&](int block) {
     const int first = block * lanes, count = std::min(lanes, c.outputs - first);
     float* rows = kept<float, Keep::composed>(static_cast<size_t>(row * lanes));

@@ -9,8 +9,8 @@
 namespace lora_edge::cpu {
 namespace {
 
-// The products of a tile of `outputs` outputs: the sum of factors times taps that each multiplies with (Tile in kernels.h has
-// the rest). A piece of two taps lacks the third, and the last product with it.
+// For each product of a tile of `outputs` outputs, the factors of its sum of taps (Tile in kernels.h has the rest). A piece of
+// two taps has no third tap and no last product.
 struct Filter {
   int outputs;
   float factors[6][3];
@@ -29,22 +29,22 @@ struct Piece {
   int at, size;
 };
 
-// Pieces of three, and of two where a single tap would be left.
+// Pieces of three taps, and of two where a single tap would remain.
 std::vector<Piece> pieces_of(int taps) {
   std::vector<Piece> pieces;
   for (int at = 0; at < taps; at += pieces.back().size) pieces.push_back({at, taps - at == 2 || taps - at == 4 ? 2 : 3});
   return pieces;
 }
 
-// Products of a line in tiles of so many outputs.
+// Products of a line in tiles of `outputs` outputs.
 int products_of(const Reach& r, int outputs) {
   int products = 0;
   for (const Piece piece : pieces_of(r.taps_w)) products += outputs + piece.size - 1;
   return products * ((r.rows_w + outputs - 1) / outputs);
 }
 
-// The one that multiplies less, which is the faster one; but two outputs where the height is filtered as well: the errors
-// multiply, and four's comes to 1e-6 where a clamp leaves a small y of large sums.
+// The filter with fewer products, which is faster; but two outputs if the height is filtered too, because the errors multiply
+// and with four outputs reach 1e-6 where a clamp leaves a small y of large sums.
 const Filter& filter_of(const Reach& r, bool tall) {
   return !tall && products_of(r, 4) < products_of(r, 2) ? kFour : kTwo;
 }
@@ -103,13 +103,13 @@ Product::Product(const Reach& r, const Source& source, int columns, int samples,
   offsets_.push_back(offsets_of(r, samples, source));
 }
 
-// Groups are the products of a tile: number a * (outputs + 2) + b is the one of a along the height and b along the width. A
-// transformed line is (product along the width, place, channel), the lines are the source's or, tall, (pair, a).
+// Groups are the products of a tile: number a * (outputs + 2) + b is product a along the height and b along the width. A
+// transformed line is (product along the width, place, channel); the lines are those of the source or, if tall, (pair, a).
 void Product::filter(int samples) {
   const Reach& r = reach;
   const Filter& filter = filter_of(r, tall_);
   outputs_ = filter.outputs, tiles_ = (r.rows_w + outputs_ - 1) / outputs_;
-  // taps in the order of the positions that they meet
+  // taps in the order of the positions that they read
   auto tap = [&](int i, int j) {
     return (r.advance_h < 0 ? i : r.taps_h - 1 - i) * r.taps_w + (r.advance_w < 0 ? j : r.taps_w - 1 - j);
   };
@@ -122,7 +122,8 @@ void Product::filter(int samples) {
     runs_[static_cast<size_t>(run)].count = tiles_ + (at - runs_[static_cast<size_t>(run)].first) / outputs_;
   }
   for (Run& run : runs_) run.base = places_, places_ += run.count;
-  const int products = outputs_ + 2, heights = tall_ ? 1 : r.taps_h, lines = tall_ ? samples * r.rows_h / 2 : samples * r.rows_h;
+  const int products = outputs_ + 2, heights = tall_ ? 1 : r.taps_h;
+  const int lines = tall_ ? samples * r.rows_h / 2 : samples * r.rows_h;
   struct Read {
     int height, place;
   };
@@ -183,7 +184,7 @@ float* Product::packed_at(float* packed, int group, int term, int channel, int c
   return packed + terms * source_.channels * panel + row * width_at(column, columns_) + column - panel;
 }
 
-// The first or the last line of the source, counted over samples, that a line reads.
+// The first or last line of the source that a line reads, numbered over the samples.
 int Product::source_line(int line, bool last) const {
   const int n = line / reach.rows_h, from = line % reach.rows_h * reach.step_h + reach.origin_h;
   const int to = from - (reach.taps_h - 1) * reach.advance_h;
@@ -196,7 +197,7 @@ const float* Product::prepare(const float* source, int line, int line_end, int& 
   return tall_ ? prepare_pairs(source, line, line_end) : prepare_lines(source, line, line_end, done);
 }
 
-// The line source + sign * other, of which either may be null, for its products along the width.
+// Transforms the line source + sign * other, either of which may be null, for its products along the width.
 void Product::transform(const float* source, const float* other, float sign, float* to) const {
   const int first = reach.advance_w < 0 ? reach.origin_w : reach.origin_w - (reach.taps_w - 1);
   for (const Run& run : runs_) {
@@ -218,13 +219,13 @@ const float* Product::prepare_lines(const float* source, int line, int line_end,
   return to;
 }
 
-// From the beginning for each strip: pairs have nothing in common, and so the maps stay in the cache.
+// Starts afresh for each strip, so that the maps stay in the cache; pairs have nothing in common.
 const float* Product::prepare_pairs(const float* source, int line, int line_end) const {
   float* const maps = kept<float, Keep::transformed>(static_cast<size_t>((line_end - line) * 2 * line_floats()));
   float* to = maps;
   const Strides& s = source_.strides;
   const int lowest = reach.advance_h < 0 ? reach.origin_h : reach.origin_h - 2;
-  // x0 - x2, x1 + x2, x2 - x1, x1 - x3 of the four lines that a pair reads
+  // x0 - x2, x1 + x2, x2 - x1 and x1 - x3 of the four lines that a pair reads
   constexpr struct { int one, other; float sign; } kinds[4] = {{0, 2, -1.0f}, {1, 2, 1.0f}, {2, 1, -1.0f}, {1, 3, -1.0f}};
   for (; line < line_end; line += 2) {
     const int n = line / reach.rows_h, h = line % reach.rows_h + lowest;
@@ -259,7 +260,7 @@ void Product::run(const float* prepared, const float* packed, int column, int li
   if (!filtered_) {
     return run_group(0, prepared, packed, column, line * reach.rows_w, (line_end - line) * reach.rows_w, sums);
   }
-  // what is combined at a time: a line, or a pair of lines
+  // lines are combined one at a time, or in pairs
   const int first = line / together(), count = line_end / together() - first, panel = kernels_here().panel;
   const int64_t apart = int64_t{up(count * tiles_, kTileRows)} * panel;
   float* m = kept<float, Keep::filtered>(static_cast<size_t>(groups() * apart));

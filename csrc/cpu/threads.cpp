@@ -16,10 +16,10 @@
 namespace lora_edge::cpu {
 namespace {
 
-using Parallel = void (*)(void (*)(void*), void*, unsigned, unsigned);  // GOMP_parallel of libgomp's binary interface
+using Parallel = void (*)(void (*)(void*), void*, unsigned, unsigned);  // GOMP_parallel in libgomp's ABI
 
 #if defined(__linux__)
-// torch's wheels bring a libgomp of their own, under a name of their own, whose symbols are not in the global scope.
+// torch's wheels ship their own libgomp under a name of their own; its symbols are not in the global scope.
 int find_libgomp(dl_phdr_info* info, size_t, void* found) {
   const char* name = std::strrchr(info->dlpi_name, '/');
   if (name == nullptr || std::strncmp(name, "/libgomp", 8) != 0) return 0;
@@ -43,7 +43,7 @@ struct Job {
   int count;
   std::atomic<int> next{0};
   std::atomic<bool> failed{false};
-  std::exception_ptr error{};  // the first one; it may not leave a thread of the pool
+  std::exception_ptr error{};  // the first one; an exception must not leave a thread of the pool
 
   static void run(void* self) {
     Job& job = *static_cast<Job*>(self);
@@ -55,7 +55,7 @@ struct Job {
     }
   }
 
-  // To be called when all threads are done.
+  // Called when all threads have finished.
   void finish() const {
     if (failed) std::rethrow_exception(error);
   }

@@ -1,4 +1,4 @@
-// From sums to finished maps, tile by tile: what forward and backward do with a unit.
+// From sums to finished maps, tile by tile; forward and backward both process a unit this way.
 #pragma once
 
 #include <algorithm>
@@ -10,8 +10,8 @@
 
 namespace lora_edge::cpu {
 
-// Calls finish(f, row, first) for each tile of a part of a unit of `samples` samples: f has the sums of some rows, from `row`
-// of the unit on, and of some columns, from `first` on.
+// Calls finish(f, row, first) for each tile of a part of a unit of `samples` samples: f has the sums of the rows from `row` of
+// the unit on and the columns from `first` on.
 template <class Finish>
 void for_each_tile(const Cut& cut, int part, int samples, const Product& product, const float* source, const float* packed,
                    int columns, const Finish& finish) {
@@ -30,8 +30,7 @@ void for_each_tile(const Cut& cut, int part, int samples, const Product& product
   });
 }
 
-// Fills in forward's epilogue for the outputs from `first` on. `shift` (O) is what is added; `residual` and `bits` lie where
-// the rows begin.
+// Sets the forward epilogue for the outputs from `first` on. Adds `shift` (O); `residual` and `bits` point to the first row.
 inline void set_epilogue(FinishRows& f, const Problem& p, const ForwardCall& call, const float* shift, const float* residual,
                          uint8_t* bits, int first) {
   f.activation = p.activation, f.low = p.activation == Activation::clamp ? p.low : 0.0f, f.high = p.high;

@@ -1,17 +1,17 @@
 // The activation at a block's end, as both forward kernels apply it.
 #pragma once
 
-#include "gpu.cuh"
 #include "../problem.h"
+#include "gpu.cuh"
 
 namespace lora_edge {
 
 struct Bounds {
   Activation activation;
-  float low, high;  // of Activation::clamp
+  float low, high;  // for Activation::clamp
 };
 
-// y of one z, and whether the slope is 1 there; a NaN stays one and passes its gradient on.
+// Returns y for one z; `slope`: whether the slope there is 1. NaN stays NaN and passes its gradient on.
 DEVICE float activate(const Bounds& p, float z, bool& slope) {
   if (p.activation == Activation::relu) {
     slope = !(z <= 0.0f);

@@ -1,4 +1,4 @@
-// tt_block of depthwise convolutions (I/g = 1): no arithmetic to speak of, so everything here is about reading each map once.
+// tt_block of depthwise convolutions (I/g = 1): there is little arithmetic, so the design reads each map once.
 //
 //   forward    y[o] = act(a * (sum_t w[o, t] x[c, t] + bias) + b + ra * residual + rb), c = o / m, m = O/g
 //              h[c, q] = sum_t S[q, t] x[c, t]
@@ -6,16 +6,16 @@
 //              dx[c] = sum over o of c, t: a w[o, t] dz[o] where (position + pad - t * dilation) % stride == 0
 //              dB[o, q] = scale * a * sum dz[o] h[c, q]      dbias[o] = a * sum dz[o]      dresidual = ra * dz
 //
-// Tiles: a block of 128 threads has up to 8 octets of channels, for which it keeps the kernels in shared memory, and 2
-// positions a thread. An octet is one thread's: 16-byte accesses where channels lie together, and a whole byte of bits.
-// Lanes run along the octets in channels-last maps, along the positions in others. A position's taps are read by its own
-// thread; the L1 makes one read of the map out of those of a block.
-// Backward is one launch: tile i of dx comes with the i-th of as many equal parts of dy, which is summed and masked right
-// there. So each dy is summed once wherever padding and stride put dx, and the gather finds it in the L1 or L2. A thread's
-// sums wait in shared memory, out of the gather's way; a block adds its threads' in the end, and sum_partials the blocks'.
-// A second output of a channel (m > 1) and columns of h beyond two take another pass over the block's part of dy.
-// Floor: the bytes of x, residual, y, h and bits, backward of dy, bits, h, dx and dresidual, over the bandwidth. The
-// operations, 2 N L O K, are 18 for the 8 bytes of an element with a 3x3 kernel in float32: below the ridge.
+// Tiles: a block of 128 threads has up to 8 octets of channels, whose kernels it keeps in shared memory, and 2 positions per
+// thread. Each octet belongs to one thread: 16-byte accesses where channels are contiguous, and a whole byte of bits. Lanes run
+// along the octets in channels-last maps, along the positions in others. Each thread reads the taps of its own positions; the
+// L1 turns a block's reads into one read of the map.
+// Backward is one launch: with tile i of dx goes the i-th of as many equal parts of dy, which is summed and masked there. So
+// each dy is summed once, wherever padding and stride put dx, and the gather finds it in the L1 or L2. A thread's sums are kept
+// in shared memory, which saves registers for the gather; at the end a block adds those of its threads, and sum_partials those
+// of the blocks. A second output per channel (m > 1) and columns of h beyond two need another pass over the block's part of dy.
+// Floor: the bytes of x, residual, y, h and bits, in backward of dy, bits, h, dx and dresidual, over the bandwidth. The
+// operations, 2 N L O K, are 18 per element of 8 bytes with a 3x3 kernel in float32: below the ridge.
 #include "depthwise.cuh"
 
 #include "activation.cuh"
@@ -28,19 +28,19 @@ namespace {
 
 constexpr int kThreads = 128;
 constexpr int kOctet = 8;
-constexpr int kMostOctets = 8;         // of a block
-constexpr int kForwardEach = 2;        // positions of a thread
+constexpr int kMostOctets = 8;         // per block
+constexpr int kForwardEach = 2;        // positions per thread
 constexpr int kBackwardEach = 2;
-constexpr int kSumsAtOnce = 2;         // columns of h summed in one pass
+constexpr int kSumsAtOnce = 2;         // columns of h summed per pass
 constexpr int kColumns = kSumsAtOnce + 1;
-constexpr int kSumPitch = kThreads + 8;  // the sums that a warp adds at once lie in different banks
+constexpr int kSumPitch = kThreads + 8;  // puts the sums that a warp adds at once into different banks
 constexpr int kMostParts = 512;        // blocks that share the sums of a channel
-constexpr int kFewestPositions = kBackwardEach * kThreads / kMostOctets;  // of a tile
-constexpr int kConstants = 3;          // of an output, behind its taps
-constexpr int kTableFloats = 8192;     // the most that a block keeps for more than one octet
-constexpr int kFar = -(1 << 29);       // where positions stand that do not exist: no map reaches there
+constexpr int kFewestPositions = kBackwardEach * kThreads / kMostOctets;  // per tile
+constexpr int kConstants = 3;          // per output, after its taps
+constexpr int kTableFloats = 8192;     // the largest table for more than one octet
+constexpr int kFar = -(1 << 29);       // stands for a position that does not exist; no map reaches it
 
-// The threads of a block: octet lanes run fastest, then positions.
+// The threads of a block: octets run fastest, then positions.
 struct Lanes {
   Divider octets;     // lanes along the octets
   Divider tiles;      // tiles of octets
@@ -50,7 +50,7 @@ struct Lanes {
   DEVICE int octet_lane() const { return thread_index() - position_lane() * octets.d; }
 };
 
-// A map's positions as one number.
+// Numbers the positions of a map.
 struct Grid {
   Divider w, h;
   int32_t positions;
@@ -68,7 +68,8 @@ struct Place {
 
 DEVICE int64_t offset_of(const Strides& s, const Place& at) { return at.sample * s.n + at.h * s.h + at.w * s.w; }
 
-// Rows of values for the block's octets in shared memory, the halves of octets apart so that lanes read 16 neighbouring bytes.
+// Rows of values for the block's octets in shared memory. The halves of octets are stored apart, so that neighbouring lanes
+// read neighbouring 16 bytes.
 struct OctetTable {
   int32_t at, rows, lanes;
 
@@ -83,7 +84,7 @@ struct OctetTable {
   }
 };
 
-// Eight neighbours of `count` channels; those that do not exist are -1, but where octets are whole all do.
+// Eight neighbours of `count` channels; -1 for those that do not exist (if `whole`, all exist).
 template <bool whole>
 struct Octet {
   int first, channel[kOctet];
@@ -123,7 +124,7 @@ struct Forward {
   Lanes lanes;
   Grid out;
   Divider multiplier, taps;
-  int32_t outputs, groups, octets, rank;  // rank: 0 without h
+  int32_t outputs, groups, octets, rank;  // rank: 0 if there is no h
   int32_t in_h, in_w, kernel_h, kernel_w, stride_h, stride_w, pad_h, pad_w, dilation_h, dilation_w;
   OctetTable table;  // the taps, then scale, shift and the residual's scale
   int32_t suffix_at;
@@ -146,7 +147,7 @@ DEVICE float optional(const void* values, Type type, int i, float otherwise) {
   return values == nullptr ? otherwise : load_as_float(values, type, i);
 }
 
-// The kernels of the block's outputs and z = sum * scale + shift + residual * residual_scale.
+// Stages the kernels of the block's outputs and the constants of z = sum * scale + shift + residual * residual_scale.
 DEVICE void stage(const Forward& p, int first_output) {
   const int outputs = p.lanes.octets.d * kOctet, taps = p.taps.d;
   for (int i = thread_index(); i < outputs * taps; i += kThreads) {
@@ -167,7 +168,7 @@ DEVICE void stage(const Forward& p, int first_output) {
   }
 }
 
-// Where the taps of a thread's output positions begin in x.
+// Where in x the taps of a thread's output positions begin.
 struct Windows {
   int64_t sample[kForwardEach];
   int h[kForwardEach], w[kForwardEach];
@@ -273,7 +274,7 @@ KERNEL(kThreads, 4) void depthwise_conv(const GRID_CONSTANT Forward p) {
       const int position = first + k * p.lanes.positions;
       if (!inside(position < p.out.positions)) continue;
       UNROLL
-      for (int j = 0; j < kOctet; ++j) {  // every output of a channel has found the same; its first one writes
+      for (int j = 0; j < kOctet; ++j) {  // all outputs of a channel have the same value; the first one writes it
         const bool writes = outputs.exists(j) && inputs.channel[j] * p.multiplier.d == outputs.channel[j];
         const int64_t cell = static_cast<int64_t>(position) * p.groups + inputs.channel[j];
         store_float(p.h, p.saved_type, cell * p.rank + q, sum[k][j], writes);
@@ -286,8 +287,8 @@ struct Backward {
   Lanes lanes;
   Grid in, out;
   Divider multiplier, taps;
-  int32_t parts, tiles, out_tile;          // blocks along the positions, tiles in all, positions of dy in a tile
-  int32_t channels, outputs, octets, rank, columns;  // octets of outputs; rank 0 without dcore; columns of the sums
+  int32_t parts, tiles, out_tile;          // blocks along the positions, tiles in total, positions of dy per tile
+  int32_t channels, outputs, octets, rank, columns;  // octets of outputs; rank 0 if there is no dcore; columns of the sums
   int32_t kernel_h, kernel_w, pad_h, pad_w, dilation_h, dilation_w;
   Divider stride_h, stride_w;
   OctetTable table;                        // row tap * m + i: the kernels of output i of each channel
@@ -300,7 +301,7 @@ struct Backward {
   float* partial;                          // (parts, O, columns), or null
   Type type, affine_type, saved_type;
 
-  // Each thread's sums: of column i and its output j at (i * 8 + j) * kSumPitch + thread.
+  // Each thread's sums: column i of its output j is at (i * 8 + j) * kSumPitch + thread.
   DEVICE Shared<float> sums() const { return shared_array<float>(sums_at, kColumns * kOctet * kSumPitch); }
 };
 
@@ -315,7 +316,7 @@ DEVICE void stage(const Backward& p, int first_channel) {
   }
 }
 
-// dz of the outputs channel[j] of an octet at one position of dy.
+// dz for the outputs channel[j] of an octet at one position of dy.
 template <class T, bool vectors>
 DEVICE void load_dz(float (&dz)[kOctet], const Backward& p, int64_t at, int64_t position, const Octet<vectors>& octet,
                     bool ok) {
@@ -335,7 +336,7 @@ DEVICE void load_dz(float (&dz)[kOctet], const Backward& p, int64_t at, int64_t 
   }
 }
 
-// A tile of dx: each position gathers what the taps brought it.
+// Computes a tile of dx: each position gathers the contributions of its taps.
 template <class T, bool vectors>
 DEVICE void gather(const Backward& p, int tile, const Octet<vectors>& channels) {
   const int first = tile * kBackwardEach * p.lanes.positions + p.lanes.position_lane();
@@ -387,7 +388,7 @@ DEVICE void gather(const Backward& p, int tile, const Octet<vectors>& channels) 
   }
 }
 
-// A tile of dy: adds dz * h[first ..] and dz to the thread's sums, and writes the residual's gradient if `masked`.
+// Processes a tile of dy: adds dz * h[first ..] and dz to the thread's sums, and writes the residual's gradient if `masked`.
 template <class T, bool vectors>
 DEVICE void sum_tile(const Backward& p, int tile, const Octet<vectors>& outputs, int first, bool masked) {
   float sum[kColumns][kOctet] = {};
@@ -425,7 +426,7 @@ DEVICE void sum_tile(const Backward& p, int tile, const Octet<vectors>& outputs,
   }
 }
 
-// Adds the sums of the block's threads, in the order of their positions, and writes columns first .. and the bias's.
+// Adds the sums of the block's threads in the order of their positions, and writes the columns from `first` on and the bias's.
 DEVICE void write_sums(const Backward& p, int part, int first_output, int first) {
   const Shared<float> sums = p.sums();
   const int octets = p.lanes.octets.d;
@@ -480,15 +481,15 @@ bool whole_vectors(const void* map, const Strides& s, Type type) {
   return map == nullptr || (aligned16(map) && s.c == 1 && s.n % whole == 0 && s.h % whole == 0 && s.w % whole == 0);
 }
 
-// Octet lanes of a block: 8 or 4 where few of them stay idle, fewer for few channels and for tables that would take much.
-Lanes lanes_of(int32_t channels, bool channels_last, int32_t floats_an_octet) {
+// Octets per block: 8 or 4 if few lanes stay idle; fewer for few channels and for tables that would be large.
+Lanes lanes_of(int32_t channels, bool channels_last, int32_t floats_per_octet) {
   const int32_t octets = static_cast<int32_t>(quotient_up(channels, kOctet));
   int32_t lanes = 1;
   if (channels_last) {
     while (lanes < kMostOctets && lanes < octets) lanes *= 2;
     const auto idle = [octets](int32_t n) { return up_to_multiple(octets, n) - octets; };
     if (lanes == kMostOctets && idle(lanes) * 8 > octets && idle(lanes / 2) < idle(lanes)) lanes /= 2;
-    while (lanes > 1 && lanes * floats_an_octet > kTableFloats) lanes /= 2;
+    while (lanes > 1 && lanes * floats_per_octet > kTableFloats) lanes /= 2;
   }
   return Lanes{Divider(lanes), Divider(static_cast<int32_t>(quotient_up(octets, lanes))), kThreads / lanes};
 }

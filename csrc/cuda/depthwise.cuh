@@ -1,5 +1,5 @@
-// tt_block of depthwise convolutions: I/g = 1, O/g any. What ForwardCall and BackwardCall in problem.h say; `packed` takes the
-// plain layout of packing.h in float32, `partial` depthwise_partial_bytes.
+// tt_block of depthwise convolutions: I/g = 1, any O/g. Computes what ForwardCall and BackwardCall in problem.h describe;
+// `packed` has the plain layout of packing.h in float32, `partial` has depthwise_partial_bytes.
 #pragma once
 
 #include "../plan.h"
@@ -12,7 +12,7 @@ const char* depthwise_backward(const Problem& problem, const BackwardCall& call,
 
 int64_t depthwise_partial_bytes(const Problem& problem);
 
-// The most shared memory that a block takes. 8 warps fit an SM up to kMostDepthwiseShared.
+// The most shared memory that a thread block uses. 8 warps fit an SM up to kMostDepthwiseShared.
 int64_t depthwise_shared_bytes(const Problem& problem);
 constexpr int64_t kMostDepthwiseShared = 80 * 1024;
 

@@ -1,4 +1,4 @@
-// Elements of the three types as floats, one at a time or 16 bytes at once, and the choice of a kernel by type.
+// Loads and stores elements of the three types as floats, one or 16 bytes at a time, and dispatches kernels by type.
 #pragma once
 
 #include "gpu.cuh"
@@ -6,7 +6,7 @@
 namespace lora_edge {
 
 template <class T>
-constexpr int kWhole = 16 / static_cast<int>(sizeof(T));  // elements of a 16-byte access
+constexpr int kWhole = 16 / static_cast<int>(sizeof(T));  // elements per 16-byte access
 
 template <class T>
 DEVICE void unpack(float* to, Word4 from) {
@@ -36,7 +36,7 @@ DEVICE Word4 pack(const float* from) {
   return Word4{words[0], words[1], words[2], words[3]};
 }
 
-// `count` neighbours: one element, or a multiple of 16 aligned bytes. Zeros, and nothing is read, where !ok.
+// Loads `count` neighbours: one element, or a multiple of 16 aligned bytes. If !ok, reads nothing and gives zeros.
 template <class T, int count>
 DEVICE void load_floats(float (&to)[count], const T* base, int64_t i, bool ok = true) {
   if constexpr (count == 1) {
@@ -59,7 +59,7 @@ DEVICE void store_floats(T* base, int64_t i, const float (&from)[count], bool ok
   }
 }
 
-// The same from shared memory, whose element i is 16-byte aligned where count > 1.
+// The same from shared memory; element i must be 16-byte aligned if count > 1.
 template <int count>
 DEVICE void load_floats(float (&to)[count], Shared<float> from, int i) {
   if constexpr (count == 1) {
@@ -71,7 +71,7 @@ DEVICE void load_floats(float (&to)[count], Shared<float> from, int i) {
   }
 }
 
-// launch(T{}) for the type's storage type.
+// Calls launch(T{}) with the storage type T of `type`.
 template <class Launch>
 const char* with_type(Type type, const Launch& launch) {
   if (type == Type::f32) return launch(float{});

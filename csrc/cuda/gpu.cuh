@@ -1,5 +1,5 @@
-// The machine that the kernels are written for, and the only place that knows how it is reached: launches, PTX and intrinsics.
-// This is the device half; with LORA_EDGE_HOST the same names run on the CPU (host/gpu_host.h). Grids and blocks have one axis.
+// The GPU interface that the kernels are written for; all launches, PTX and intrinsics are here. This is the implementation for
+// devices; with LORA_EDGE_EMULATOR the same names run on the CPU (../emulator/gpu.h). Grids and blocks have one axis.
 #pragma once
 
 #include <cstdint>
@@ -7,7 +7,7 @@
 
 #include "../plan.h"
 
-#if !defined(LORA_EDGE_HOST)
+#if !defined(LORA_EDGE_EMULATOR)
 #include <cuda_bf16.h>
 #include <cuda_fp16.h>
 #include <cuda_runtime.h>
@@ -41,7 +41,7 @@ constexpr Type type_of<Half> = Type::f16;
 template <>
 constexpr Type type_of<Bfloat> = Type::bf16;
 
-// n / d for 0 <= n < 2^31 and 1 <= d by a multiplication (Granlund and Montgomery, 1994).
+// Computes n / d for 0 <= n < 2^31 and d >= 1 with a multiplication (Granlund and Montgomery, 1994).
 struct Divider {
   int32_t d = 1;
   uint32_t multiplier = 1;
@@ -58,16 +58,16 @@ struct Divider {
   }
 };
 
-// Every bounds check and boundary mask is written inside(...), one condition each: `make mutate` removes them one at a time.
+// Every bounds check and boundary mask is written as inside(...), one condition each: `make mutate` removes them one at a time.
 HOST_DEVICE bool inside(bool condition) { return condition; }
 
 }  // namespace lora_edge
 
-#if defined(LORA_EDGE_HOST)
-#include "../emulator/gpu_host.h"
+#if defined(LORA_EDGE_EMULATOR)
+#include "../emulator/gpu.h"
 #else
 
-#define KERNEL(threads, blocks_an_sm) __global__ __launch_bounds__(threads, blocks_an_sm)
+#define KERNEL(threads, blocks_per_sm) __global__ __launch_bounds__(threads, blocks_per_sm)
 #define GRID_CONSTANT __grid_constant__
 #define UNROLL _Pragma("unroll")
 #define LORA_EDGE_PRAGMA(text) _Pragma(#text)
@@ -99,7 +99,7 @@ const char* launch(void (*kernel)(Params), int64_t blocks, int threads, int shar
                              static_cast<size_t>(shared_bytes), static_cast<cudaStream_t>(stream));
   }
   if (error == cudaSuccess) return nullptr;
-  cudaGetLastError();  // reported here, so it must not show up again in torch's next check
+  cudaGetLastError();  // reported here, so torch's next check must not see it again
   return cuda_error_text(error);
 }
 
@@ -142,12 +142,12 @@ struct Shared {
 };
 
 template <class T>
-DEVICE Shared<T> shared_array(int byte_offset, int /*count: the host layer checks it*/) {
+DEVICE Shared<T> shared_array(int byte_offset, int /*count: the emulator checks it*/) {
   extern __shared__ __align__(16) unsigned char dynamic_shared[];
   return {reinterpret_cast<T*>(dynamic_shared + byte_offset)};
 }
 
-// Global memory that a launch writes is never read in the same launch, so loads may take the read-only path.
+// A launch never reads global memory that it writes, so loads may use the read-only path.
 template <class T>
 DEVICE T load_global(const T* base, int64_t i, bool ok = true) {
   static_assert(sizeof(T) == 1 || sizeof(T) == 2 || sizeof(T) == 4);
@@ -193,7 +193,7 @@ DEVICE void sync_warp() { __syncwarp(); }
 
 DEVICE uint32_t shared_address(const void* p) { return static_cast<uint32_t>(__cvta_generic_to_shared(p)); }
 
-// 16 bytes to element i of `to` from element j of `base`; zeros, and nothing is read, where !ok.
+// Copies 16 bytes to element i of `to` from element j of `base`; if !ok, reads nothing and writes zeros.
 template <class T>
 DEVICE void async_copy16(Shared<T> to, int i, const T* base, int64_t j, bool ok) {
   asm volatile("cp.async.cg.shared.global [%0], [%1], 16, %2;" ::"r"(shared_address(to.base + i)), "l"(ok ? base + j : base),
@@ -203,7 +203,7 @@ DEVICE void async_copy16(Shared<T> to, int i, const T* base, int64_t j, bool ok)
 
 DEVICE void async_commit() { asm volatile("cp.async.commit_group;" ::: "memory"); }
 
-// Returns when at most the N newest groups of this thread are under way. Other threads see the bytes after a barrier.
+// Waits until at most the N newest groups of this thread are in flight. Other threads see the bytes after a barrier.
 template <int N>
 DEVICE void async_wait() {
   asm volatile("cp.async.wait_group %0;" ::"n"(N) : "memory");
@@ -212,7 +212,7 @@ DEVICE void async_wait() {
 DEVICE float shuffle_xor(float v, int mask) { return __shfl_xor_sync(0xffffffffu, v, mask); }
 DEVICE uint32_t shuffle_xor(uint32_t v, int mask) { return __shfl_xor_sync(0xffffffffu, v, mask); }
 
-// `word` is the 16-byte aligned address of the row that this lane names: row lane % 8 of matrix lane / 8.
+// `word` is the 16-byte aligned address of the row that this lane provides: row lane % 8 of matrix lane / 8.
 DEVICE void load_matrix4(uint32_t (&r)[4], Shared<uint32_t> from, int word) {
   asm volatile("ldmatrix.sync.aligned.m8n8.x4.shared.b16 {%0, %1, %2, %3}, [%4];"
                : "=r"(r[0]), "=r"(r[1]), "=r"(r[2]), "=r"(r[3])
@@ -220,7 +220,7 @@ DEVICE void load_matrix4(uint32_t (&r)[4], Shared<uint32_t> from, int word) {
                : "memory");
 }
 
-// Lanes 0..15 name the rows.
+// Lanes 0..15 provide the rows.
 DEVICE void load_matrix2(uint32_t (&r)[2], Shared<uint32_t> from, int word) {
   asm volatile("ldmatrix.sync.aligned.m8n8.x2.shared.b16 {%0, %1}, [%2];"
                : "=r"(r[0]), "=r"(r[1])
@@ -228,7 +228,7 @@ DEVICE void load_matrix2(uint32_t (&r)[2], Shared<uint32_t> from, int word) {
                : "memory");
 }
 
-// d += a b with the fragments of the PTX manual: m16n8k8 for tf32, m16n8k16 for the 16-bit types.
+// d += a b with the fragment layouts of the PTX manual: m16n8k8 for tf32, m16n8k16 for the 16-bit types.
 #define LORA_EDGE_MMA(NAME, SHAPE_AND_TYPES)                                            \
   DEVICE void NAME(float (&d)[4], const uint32_t (&a)[4], uint32_t b0, uint32_t b1) {   \
     asm("mma.sync.aligned." SHAPE_AND_TYPES                                             \
@@ -241,7 +241,7 @@ LORA_EDGE_MMA(mma_f16, "m16n8k16.row.col.f32.f16.f16.f32")
 LORA_EDGE_MMA(mma_bf16, "m16n8k16.row.col.f32.bf16.bf16.f32")
 #undef LORA_EDGE_MMA
 
-// To the nearest tf32, halves away from zero: the tensor core itself would cut off the low 13 bits.
+// Rounds to the nearest tf32, ties away from zero; the tensor core itself would truncate the low 13 bits.
 DEVICE uint32_t round_tf32(float v) {
   uint32_t bits;
   asm("cvt.rna.tf32.f32 %0, %1;" : "=r"(bits) : "f"(v));

@@ -1,12 +1,13 @@
-// The launches of each op, in order, and what the kernels refuse. A block is a composing launch of tt_fuse and the convolution.
+// The launches of each op, in order, and what the kernels refuse. A block is a tt_fuse launch that composes the kernel, then
+// the convolution.
 #include "../plan.h"
 
 #include <algorithm>
 #include <cstdio>
 #include <cstring>
 
-#include "depthwise.cuh"
 #include "../packing.h"
+#include "depthwise.cuh"
 #include "tt_conv_backward.cuh"
 #include "tt_conv_forward.cuh"
 #include "tt_fuse.cuh"
@@ -14,11 +15,11 @@
 namespace lora_edge {
 namespace {
 
-constexpr int32_t kMostRank = 16;                 // of a block; more would not fit the backward tables beside the stages
+constexpr int32_t kMostRank = 16;                 // of a block; with more the backward tables do not fit beside the stages
 constexpr int32_t kMostFuseRank = 64;
 constexpr int32_t kMostTaps = 1 << 20;            // times a bond; shared memory is counted in 32 bits
 constexpr int64_t kMostElements = INT32_MAX - 4096;  // tiles round up in 32 bits
-constexpr int64_t kMostPosition = (1 << 14) - 1;  // along an axis; places have half a word for it and for what lies outside
+constexpr int64_t kMostPosition = (1 << 14) - 1;  // along an axis; places have half a word for it, padding included
 
 bool depthwise(const Conv& c) { return c.channels == c.groups; }
 
@@ -73,9 +74,9 @@ const char* refusal(const Problem& p, const char* op) {
   const Conv& c = p.conv;
   const bool block = std::strcmp(op, "tt_block") == 0;
   const int32_t most_rank = block ? kMostRank : kMostFuseRank;
-  if (c.rank > most_rank) return text("rank %d: the kernels take up to %d", c.rank, most_rank);
-  if (c.stride_h > kMostStride || c.stride_w > kMostStride) {  // tables of phases have no more places
-    return text("stride (%d, %d): the kernels take up to %d", c.stride_h, c.stride_w, kMostStride);
+  if (c.rank > most_rank) return text("rank %d: the kernels support up to %d", c.rank, most_rank);
+  if (c.stride_h > kMostStride || c.stride_w > kMostStride) {  // the size of the tables of phases
+    return text("stride (%d, %d): the kernels support up to %d", c.stride_h, c.stride_w, kMostStride);
   }
   const int64_t taps = int64_t{c.kernel_h} * c.kernel_w;
   if (taps * std::max(1, p.bond2) > kMostTaps || (block && depthwise(c) && taps * (c.outputs / c.groups) > kMostTaps)) {
@@ -83,18 +84,19 @@ const char* refusal(const Problem& p, const char* op) {
                 kMostTaps);
   }
   if (fuse_shared_bytes(p) > kMostFuseShared || (block && depthwise(c) && depthwise_shared_bytes(p) > kMostDepthwiseShared)) {
-    return text("kernel (%d, %d) at rank %d: it does not fit a block's shared memory", c.kernel_h, c.kernel_w, c.rank);
+    return text("kernel (%d, %d) at rank %d: it does not fit the shared memory of a thread block", c.kernel_h, c.kernel_w,
+                c.rank);
   }
   if (!block) return nullptr;
   const int64_t in = int64_t{c.batch} * c.channels * c.in_h * c.in_w, out = int64_t{c.batch} * c.outputs * c.out_h * c.out_w;
   if (std::max(in, out) > kMostElements) {
-    return text("%lld elements: the kernels take up to %lld", static_cast<long long>(std::max(in, out)),
+    return text("%lld elements: the kernels support up to %lld", static_cast<long long>(std::max(in, out)),
                 static_cast<long long>(kMostElements));
   }
   const int64_t reach = std::max(int64_t{c.in_h} + c.pad_h + int64_t{c.dilation_h} * c.kernel_h,
                                  int64_t{c.in_w} + c.pad_w + int64_t{c.dilation_w} * c.kernel_w);
   if (reach > kMostPosition) {
-    return text("%lld padded positions along an axis: the kernels take up to %lld", static_cast<long long>(reach),
+    return text("%lld padded positions along an axis: the kernels support up to %lld", static_cast<long long>(reach),
                 static_cast<long long>(kMostPosition));
   }
   return nullptr;

@@ -1,6 +1,6 @@
-// Adds partial sums (tiles, rows, columns) over the tiles, deterministically, and scales them: sum_partials.cuh.
+// Adds partial sums (tiles, rows, columns) over the tiles, deterministically, and scales them; see sum_partials.cuh.
 //
-// Tiles: a block of 8 warps makes 32 neighbouring sums; lanes run along them, and warp w adds the tiles w, w + 8, ...
+// Tiles: a block of 8 warps computes 32 neighbouring sums; lanes run along them, and warp w adds the tiles w, w + 8, ...
 // Floor: 4 * tiles * rows * columns bytes / bandwidth.
 #include "sum_partials.cuh"
 

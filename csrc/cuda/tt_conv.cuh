@@ -1,4 +1,4 @@
-// The loop over the k tiles of a tile, and the finished tile's way out, eight channels at a time. See tt_conv_gemm.cuh.
+// The loop over the k tiles of a tile, and the output of the finished tile, eight channels at a time. See tt_conv_gemm.cuh.
 #pragma once
 
 #include "tt_conv_gemm.cuh"
@@ -7,8 +7,8 @@
 
 namespace lora_edge {
 
-// Runs over the k tiles in [k_first, k_end) with two buffers and one barrier a tile. `each` is called with the buffer and its
-// first k while they can be read; without `wanted` only that happens.
+// Runs over the k tiles in [k_first, k_end) with two buffers and one barrier per tile. Calls `each` with the buffer and its
+// first k while the buffer can be read; without `wanted` it does only that.
 template <class Unit, Access access, int halves, class Mask, class Each>
 DEVICE void run_tiles(const Gemm& g, const Tile& tile, Sums<Unit>& sums, bool wanted, int k_first, int k_end,
                       const Mask& mask, const Each& each) {
@@ -23,7 +23,7 @@ DEVICE void run_tiles(const Gemm& g, const Tile& tile, Sums<Unit>& sums, bool wa
   int buffer = 0;
   for (int k = k_first; k < k_end; k += step) {
     async_wait<0>();
-    sync_block();  // this tile has landed, and nobody still reads the other buffer
+    sync_block();  // this tile has arrived, and no thread still reads the other buffer
     const bool more = k + step < k_end;
     if (more && wanted) copy_b<Element>(g, tile, 1 - buffer, k + step, k_end);
     async_commit();
@@ -38,8 +38,8 @@ DEVICE void run_tiles(const Gemm& g, const Tile& tile, Sums<Unit>& sums, bool wa
   }
 }
 
-// Eight neighbouring columns of the half's finished tile. Lanes whose rows and octets lie 32 words apart begin with different
-// fours of them.
+// Loads eight neighbouring columns of the half's finished tile. Lanes whose addresses are 32 words apart begin with different
+// halves of the eight, which avoids bank conflicts.
 DEVICE void load_finished(float (&v)[8], const Tile& tile, int row, int octet) {
   const Shared<float> out = Stages::out(tile);
   const int at = row * kOutPitch + octet * 8;
@@ -54,7 +54,7 @@ DEVICE void load_finished(float (&v)[8], const Tile& tile, int row, int octet) {
   }
 }
 
-// Eight channels to or from memory: 16 bytes at once where `vector` says that they lie so, otherwise the first `count`.
+// Stores or loads eight channels: 16 bytes at a time if `vector`, which needs contiguous channels, otherwise the first `count`.
 template <class Element>
 DEVICE void store_octet(Element* base, int64_t at, int64_t stride, const float (&v)[8], int count, bool vector) {
   if (vector) {
@@ -75,7 +75,8 @@ DEVICE void load_octet(float (&v)[8], const Element* base, int64_t at, int64_t s
   }
 }
 
-// Calls write(row, octet) for every octet of the half once, lanes along channels or along positions, as the target lies.
+// Calls write(row, octet) once for every octet of the half; lanes run along channels or positions, whichever is contiguous in
+// the target.
 template <class Write>
 DEVICE void for_each_octet(const Tile& tile, bool along_positions, const Write& write) {
   const int thread = tile.thread;

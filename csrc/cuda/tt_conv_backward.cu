@@ -1,14 +1,14 @@
 // tt_block backward: with dz = dy where the bit is set, else 0,
 //   dresidual = ra * dz                          dx = conv^T(dz, a * W')
 //   dcore[o, q] = s a[o] sum of dz[o] h[q]       dbias[o] = a[o] sum of dz[o]
-// from one pass over dy. tt_conv is the same without bits and residual.
+// in one pass over dy. tt_conv is the same without bits and residual.
 //
 // Tiles: the implicit GEMM of tt_conv_gemm.cuh, rows = input positions, columns = the group's I/g inputs, k over (tap, output).
 // A strided dx falls into phases (packing.h), each a GEMM over the taps that reach it. The bits mask dy as it is staged;
-// the affine is in the packed kernel already.
-// One tap, the star, is met by every dy position at exactly one row: the first column tile sums dz h^T over the star's k tiles
-// while they lie in shared memory, and writes dresidual there. Rows are added where padding hides dy positions from dx's own.
-// Sums are in two stages, by row tile and then over the tiles in order: deterministic, no atomics.
+// the packed kernel already includes the affine.
+// One tap, the star, reads every dy position in exactly one row: the first column tile sums dz h^T over the star's k tiles
+// while they are in shared memory, and writes dresidual there. If padding hides dy positions from the rows of dx, rows are
+// added. Sums have two stages, per row tile and then over the tiles in order: deterministic, no atomics.
 // Floor: max(2 N L O (I/g) K + 2 N L O r1 operations / peak, bytes of dy, bits, h, W', dx and dresidual / bandwidth).
 #include "tt_conv_backward.cuh"
 
@@ -33,14 +33,14 @@ struct Backward {
   const void* residual_scale;
   const void* h;
   float* partial;  // (row tiles of the star's phase, O, sums)
-  int32_t rank, sums, sums_pitch;  // sums: r1, and one more for dbias
+  int32_t rank, sums, sums_pitch;  // sums: r1, plus one for dbias
   int32_t star_phase, star_tap;
   Type affine_type, saved_type;
-  bool bits_words, dx_vector, dresidual_vector, along_positions;  // bits_words: 32 channels' bits are an aligned word
+  bool bits_words, dx_vector, dresidual_vector, along_positions;  // bits_words: the bits of 32 channels are an aligned word
 };
 
-// Behind the stages: each row's position in dy with the tap at (0, 0); its offset in dx; and at the dy position that the star
-// takes it to, its offset in dresidual and its h.
+// Stored after the stages, for each row: its position in dy for a tap at (0, 0); its offset in dx; and, for the dy position
+// that the star reads, the offset in dresidual and h.
 struct Tables {
   DEVICE static Shared<int32_t> positions() { return shared_array<int32_t>(Stages::bytes(1), kRows); }
   DEVICE static Shared<uint32_t> residual() { return shared_array<uint32_t>(Stages::bytes(1) + kRows * 4, kRows); }
@@ -55,7 +55,7 @@ constexpr uint32_t kNowhere = 0xffffffffu;
 
 DEVICE bool at_star(const Backward& p, const Tile& tile) { return tile.first && tile.phase == p.star_phase; }
 
-// The first channel of a row in dx, or nowhere: rows may be more than dx has.
+// The offset of a row's first channel in dx, or kNowhere: there may be more rows than dx has.
 DEVICE uint32_t dx_offset(const Backward& p, const Tile& tile, const Place& place, int row) {
   const int h = place.h * p.gemm.target_h + tile.phase_h, w = place.w * p.gemm.target_w + tile.phase_w;
   const bool ok = inside(row < tile.rows) && inside(static_cast<uint32_t>(h) < static_cast<uint32_t>(p.dx_h)) &&
@@ -63,7 +63,7 @@ DEVICE uint32_t dx_offset(const Backward& p, const Tile& tile, const Place& plac
   return ok ? offset_of(p.dx_strides, place.sample, tile.group * p.gemm.columns + tile.column, h, w) : kNowhere;
 }
 
-// Writes this thread's row of the tables. The column behind h is 1, so that dbias is summed like dcore.
+// Writes this thread's row of the tables. The column after h is 1, so that dbias is summed like dcore.
 DEVICE void write_tables(const Backward& p, const Tile& tile) {
   const Gemm& g = p.gemm;
   const int thread = thread_index(), row = tile.row + thread;
@@ -74,7 +74,7 @@ DEVICE void write_tables(const Backward& p, const Tile& tile) {
   Tables::dx().store(thread, dx_offset(p, tile, place, row));
   if (!at_star(p, tile)) return;
   const Step star(g, tile, p.star_tap * g.channels.d, g.k_end[tile.phase]);
-  const bool ok = in_source(Stages::places(tile).load(thread), star);  // this thread's own
+  const bool ok = in_source(Stages::places(tile).load(thread), star);  // written by this thread, so no barrier
   h += star.h, w += star.w;
   const uint32_t first = offset_of(p.dresidual_strides, place.sample, tile.group * g.channels.d, h, w);
   Tables::residual().store(thread, ok ? first : kNowhere);
@@ -87,7 +87,7 @@ DEVICE void write_tables(const Backward& p, const Tile& tile) {
   }
 }
 
-// The bits of dy, which mask it as it is staged.
+// The bits that mask dy as it is staged.
 struct Mask {
   const Backward& p;
   const Tile& tile;
@@ -102,14 +102,15 @@ struct Mask {
   }
 };
 
-// Whether a k tile has channels of the star.
+// Whether a k tile contains channels of the star.
 template <class Element>
 DEVICE bool has_star(const Backward& p, int k) {
   const int first = p.star_tap * p.gemm.channels.d;
   return k + kWords * kPack<Element> > first && k < first + p.gemm.channels.d;
 }
 
-// Writes the masked dy of the star's channels in this k tile to dresidual, lanes along channels or positions, as it lies.
+// Writes the masked dy of the star's channels in this k tile to dresidual; lanes run along channels or positions, whichever is
+// contiguous.
 template <class Element>
 DEVICE void write_residual(const Backward& p, const Tile& tile, int buffer, int k) {
   const int channels = p.gemm.channels.d, thread = thread_index();
@@ -139,9 +140,8 @@ DEVICE void write_residual(const Backward& p, const Tile& tile, int buffer, int 
   }
 }
 
-// The first stage of dcore and dbias, for the outputs whose star lies in this k tile, and `count` sums of each. A warp takes 8
-// words of k; its lanes are 8 words x 4 row groups, whose rows 2 apart keep the 32 lanes in 32 banks, and which are added by
-// shuffles.
+// The first stage of dcore and dbias, for the outputs whose star is in this k tile, `count` sums each. A warp processes 8 words
+// of k; its lanes are 8 words x 4 row groups, with rows 2 apart so that the 32 lanes use 32 banks. Shuffles add the groups.
 template <class Element, int count>
 DEVICE void sum_core(const Backward& p, const Tile& tile, int buffer, int k, int first_sum) {
   const Gemm& g = p.gemm;
@@ -208,7 +208,7 @@ KERNEL(kRows, 2) void tt_block_backward_kernel(const GRID_CONSTANT Backward p) {
   Sums<Unit> sums;
   sums.clear();
   constexpr int step = kWords * kPack<Element>;
-  const int star = p.star_tap * g.channels.d;  // without dx only the star's k tiles are met
+  const int star = p.star_tap * g.channels.d;  // without dx, only the star's k tiles are visited
   const int k_first = wants_dx ? 0 : star / step * step, k_end = wants_dx ? g.k_end[tile.phase] : star + g.channels.d;
   run_tiles<Unit, access, 1>(g, tile, sums, wants_dx, k_first, k_end, Mask{p, tile}, [&](int buffer, int k) {
     if (!at_star(p, tile) || !has_star<Element>(p, k)) return;
@@ -216,7 +216,7 @@ KERNEL(kRows, 2) void tt_block_backward_kernel(const GRID_CONSTANT Backward p) {
     if (p.partial != nullptr) sum_core<Element>(p, tile, buffer, k);
   });
   if (!wants_dx) return;
-  sync_block();  // the stages are read no more
+  sync_block();  // all reads of the stages are done
   sums.store(tile);
   sync_block();
   for_each_octet(tile, p.along_positions, [&](int row, int octet) { write_octet<Element>(p, tile, row, octet); });
@@ -233,8 +233,8 @@ struct Launch {
   }
 };
 
-// The star of one axis: the tap whose rows need the fewest additions to meet every dy position, where that tap stands, and the
-// rows u in [low, low + rows) of its phase.
+// The star of one axis: the tap that needs the fewest additional rows to read every dy position, its place, and the rows u in
+// [low, low + rows) of its phase.
 struct Star {
   int32_t tap, phase, index, low, rows;
 };
@@ -256,7 +256,7 @@ Star star_of(int32_t in, int32_t out, int32_t kernel, int32_t stride, int32_t pa
   return best;
 }
 
-// One phase of one axis, whose rows are more than dx's own where the star lies in it.
+// One phase of one axis; the star's phase may have more rows than dx.
 Axis axis_of(const Taps& taps, int32_t phase, int32_t in, int32_t stride, const Star* star) {
   const bool at_star = star != nullptr && star->phase == phase;
   return Axis{at_star ? star->low : 0, taps.origin, taps.advance,
@@ -323,7 +323,7 @@ const char* conv_backward(const Problem& problem, const BackwardCall& call, Stre
   p.dresidual = call.dresidual, p.dresidual_strides = call.dresidual_strides, p.residual_scale = call.residual_scale;
   p.h = call.h, p.rank = call.dcore != nullptr ? c.rank : 0;
   p.sums = p.rank + (call.dbias != nullptr ? 1 : 0);
-  p.sums_pitch = p.sums | 1;  // odd: rows fall into different banks
+  p.sums_pitch = p.sums | 1;  // odd, so that rows fall into different banks
   p.partial = wants_sums ? static_cast<float*>(call.partial) : nullptr;
   p.affine_type = problem.affine_type, p.saved_type = problem.saved_type;
   p.dx_vector = whole_octets(g.own) && in_vectors(call.dx, call.dx_strides, problem.type);

@@ -6,10 +6,10 @@
 
 namespace lora_edge {
 
-// `call.packed` holds a * W' already, as Packing::backward, where dx is wanted.
+// `call.packed` must hold a * W' as Packing::backward if dx is wanted.
 const char* conv_backward(const Problem&, const BackwardCall&, Stream);
 
-// Bytes of float32 scratch that the first stage of dcore and dbias takes.
+// Bytes of float32 scratch that the first stage of dcore and dbias needs.
 int64_t conv_partial_bytes(const Problem&);
 
 }  // namespace lora_edge

@@ -1,10 +1,9 @@
-// tt_block forward: y = act(a * (conv(x, W') + bias) + b + ra * residual + rb), h = conv(x, S) and one bit an element where the
-// activation's slope is 1, in one pass over x. tt_conv is the same without a, b, residual and activation.
+// tt_block forward: y = act(a * (conv(x, W') + bias) + b + ra * residual + rb), h = conv(x, S) and one bit per element, set
+// where the activation's slope is 1, in one pass over x. tt_conv is the same without a, b, residual and activation.
 //
 // Tiles: the implicit GEMM of tt_conv_gemm.cuh, rows = output positions, columns = the group's O/g outputs, then the r1 rows of
-// S. Blocks are wide, 128 rows x 128 columns, where a stride leaves out part of each sector of x: then they ask for it half as
-// often. The finished tile goes through shared memory, so that y, the residual and the bits are read and written 8 channels at
-// a time.
+// S. Blocks are wide, 128 rows x 128 columns, if a stride leaves part of each sector of x unused: they read x half as often.
+// The finished tile goes through shared memory, so that y, the residual and the bits are accessed 8 channels at a time.
 // Floor: max(2 N L (O + r1) (I/g) K multiply-add operations / peak, bytes of x, W', S, residual, y, h and bits / bandwidth).
 #include "tt_conv_forward.cuh"
 
@@ -24,15 +23,15 @@ struct Forward {
   const void *bias, *affine_scale, *affine_shift, *residual_scale, *residual_shift;
   void* h;
   uint8_t* bits;
-  int32_t rank, octets;  // octets: bytes of bits of a position and group
+  int32_t rank, octets;  // octets: bytes of bits per position and group
   Type affine_type, saved_type;
   Bounds bounds;
   bool y_vector, residual_vector, along_positions;
 };
 
-// Behind the stages: where each row stands in y and in the residual, at the group's first channel; and for each column of z =
-// sum + shift + residual * scale, one half behind the other, its two numbers. The affine's own scale is in the packed kernel
-// already, and the sums begin with the shift.
+// Stored after the stages: each row's offset in y and in the residual, at the group's first channel; and for each column of z =
+// sum + shift + residual * scale its two numbers, one half after the other. The packed kernel already includes the affine's own
+// scale, and the sums begin with the shift.
 struct Tables {
   static constexpr int columns = kColumns + kExtra;
   DEVICE static Shared<uint32_t> y(const Tile& tile) { return shared_array<uint32_t>(Stages::bytes(tile.halves), kRows); }
@@ -90,7 +89,7 @@ DEVICE void write_octet(const Forward& p, const Tile& tile, int row, int octet) 
       store_float(p.h, p.saved_type, cell * p.rank + q, v[i], inside(q >= 0) && inside(q < p.rank));
     }
   }
-  const int outputs = g.own - column;  // of this octet, where it is less than 8
+  const int outputs = g.own - column;  // if less than 8, the outputs in this octet
   if (!inside(outputs > 0)) return;
 
   if (p.residual != nullptr) {
@@ -131,7 +130,7 @@ KERNEL(halves * kRows, 2 / halves) void tt_block_forward_kernel(const GRID_CONST
   Sums<Unit> sums;
   sums.begin(Tables::shift(tile));
   run_tiles<Unit, access, halves>(p.gemm, tile, sums, true, 0, p.gemm.k_end[0], NoMask{}, [](int, int) {});
-  sync_block();  // the stages are read no more
+  sync_block();  // all reads of the stages are done
   sums.store(tile);
   sync_block();
   for_each_octet(tile, p.along_positions, [&](int row, int octet) { write_octet<Element>(p, tile, row, octet); });
@@ -169,14 +168,14 @@ const char* conv_forward(const Problem& problem, const ForwardCall& call, Stream
   g.pitch = layout.pitch;
   set_tiles(g, c.batch, c.groups, c.channels / c.groups, g.own + (call.h != nullptr ? c.rank : 0));
   const Access access = source_access(g, problem.type, false);
-  // a stride along neighbours leaves out half of each sector or more, so that x is most of what the L2 is asked for; but a wide
-  // block has an SM to itself, and few of them would leave SMs idle
+  // a stride along contiguous elements leaves half of each sector or more unused, so that x dominates the L2 traffic; but a
+  // wide block occupies an SM alone, and few of them would leave SMs idle
   const int64_t tiles = row_tiles(g, 0) * g.groups.d * g.tiles_n.d;
   const bool wide = access == Access::positions && c.stride_w > 1 && g.tiles_n.d % 2 == 0 && tiles >= kTogether;
   if (wide) g.tiles_n = Divider(g.tiles_n.d / 2);
   g.k_end[0] = c.kernel_h * c.kernel_w * g.channels.d;
   const int64_t source = int64_t{c.batch} * c.channels * c.in_h * c.in_w, packed = int64_t{layout.rows} * layout.pitch;
-  // a tap reads what the stride leaves of the rows, and of a row's sectors where neighbours are channels
+  // the stride reduces the rows that a tap reads, and if channels are contiguous also the sectors of a row
   const double sweeps = static_cast<double>(c.kernel_h * c.kernel_w) / (c.stride_h * (g.strides.c == 1 ? c.stride_w : 1));
   const int64_t blocks = set_blocks(g, source * bytes_of(problem.type), packed * bytes_of(problem.type), sweeps, wide ? 2 : 1);
 

@@ -6,7 +6,7 @@
 
 namespace lora_edge {
 
-// `call.packed` holds the composed kernel already, as Packing::forward.
+// `call.packed` must hold the composed kernel as Packing::forward.
 const char* conv_forward(const Problem&, const ForwardCall&, Stream);
 
 }  // namespace lora_edge

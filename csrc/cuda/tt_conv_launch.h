@@ -1,4 +1,4 @@
-// What both directions' launchers share: how tiles are counted, how memory is read, and which kernel a problem takes.
+// Shared by the launchers of both directions: counts tiles, and chooses how memory is accessed and which kernel runs.
 #pragma once
 
 #include <algorithm>
@@ -18,11 +18,11 @@ inline bool whole_octets(int32_t channels) { return channels % 8 == 0; }
 
 inline Access source_access(const Gemm& g, Type type, bool masks) {
   if (g.channels.d % (16 / bytes_of(type)) == 0 && in_vectors(g.source, g.strides, type)) return Access::vector;
-  if (masks && !whole_octets(g.channels.d)) return Access::channels;  // where a tap may begin within a byte of bits
+  if (masks && !whole_octets(g.channels.d)) return Access::channels;  // a tap may begin within a byte of bits
   return g.strides.c == 1 ? Access::channels : Access::positions;
 }
 
-// Sets what every phase shares. A rest of up to one fragment's columns joins the last tile.
+// Sets the fields common to all phases. A remainder of at most one fragment's columns joins the last tile.
 inline void set_tiles(Gemm& g, int32_t batch, int32_t groups, int32_t channels, int32_t columns) {
   const int32_t rest = columns % kColumns;
   g.extra = columns > kColumns && rest > 0 && rest <= kExtra;
@@ -36,13 +36,13 @@ inline int64_t row_tiles(const Gemm& g, int32_t phase) {
   return (static_cast<int64_t>(g.batch) * g.h[h].rows.d * g.w[w].rows.d + kRows - 1) / kRows;
 }
 
-// What the choice of an order takes for granted: halves that run together on Orin Nano, two on each of 8 SMs, and the bytes
-// that stay in its L2 while others stream through.
+// Assumptions for the order of blocks: halves that run at the same time on Orin Nano, two on each of 8 SMs, and the bytes that
+// stay in its L2 while others stream through.
 constexpr int64_t kTogether = 16, kStaying = 1 << 20;
 
-// Sets the order of the blocks once the phases are there, and returns how many there are; by the bytes of the source and of
-// `packed`. With `rows` row tiles together, their part of the source is read once where it stays, otherwise by each wave as
-// often as it sweeps over it; `packed` is read once for each such set. The fewest bytes win.
+// Sets the order of the blocks, after the phases are set, and returns the number of blocks. The order depends on the bytes of
+// the source and of `packed`: with `rows` row tiles together, their part of the source is read once if it stays in the L2,
+// otherwise by each wave as often as it sweeps over it; `packed` is read once per set. The fewest bytes win.
 inline int64_t set_blocks(Gemm& g, int64_t source_bytes, int64_t packed_bytes, double sweeps, int64_t halves = 1) {
   const int64_t together = kTogether / halves;
   int64_t most = 0;

@@ -1,6 +1,7 @@
-// A k tile on its way into shared memory. A passes through registers, where zeros stand for what lies outside and for what a
-// mask takes away; B is copied asynchronously.
-// Shared rows are 144 bytes apart, so that eight rows' 16-byte words fall into different banks: no conflicts in the inner loop.
+// Stages a k tile in shared memory. A passes through registers, where elements outside the source and masked elements become
+// zero; B is copied asynchronously.
+// Shared rows are 144 bytes apart, so that the 16-byte words of eight rows fall into different banks: the inner loop has no
+// bank conflicts.
 #pragma once
 
 #include "tt_conv_gemm.cuh"
@@ -8,14 +9,14 @@
 namespace lora_edge {
 
 constexpr int kPitch = 36;                    // words from one shared row to the next
-constexpr int kChunks = 8;                    // 16-byte chunks of a row in a k tile
-constexpr int kOutPitch = kColumns + kExtra;  // floats between rows of the finished tile, on its way out
+constexpr int kChunks = 8;                    // 16-byte chunks per row of a k tile
+constexpr int kOutPitch = kColumns + kExtra;  // floats from one row of the finished tile to the next
 
-// How the source is read: 16 bytes of channels at once, or single words with neighbouring lanes along channels or positions.
+// How the source is read: 16 bytes of channels at a time, or single words with neighbouring lanes along channels or positions.
 enum class Access { vector, channels, positions };
 
-// The shared memory of a block: two stages of A and of the halves' B, which the finished tile overwrites in the end, one half
-// behind the other; then the rows' tables.
+// The shared memory of a block: two stages of A and of the halves' B, which the finished tile overwrites at the end, one half
+// after the other; then the tables of the rows.
 struct Stages {
   DEVICE static Shared<uint32_t> a(const Tile& tile, int buffer) {
     return shared_array<uint32_t>(buffer * stage(tile.halves), kRows * kPitch);
@@ -38,25 +39,24 @@ struct Stages {
                 "the finished tile takes the stages' place");
 };
 
-// Where something stands, an axis in each half of a word, as integers that add: 2^14 more than its position, so that neither
-// half leaves [0, 2^15) for positions within 2^14 of the origin. Zero is out of reach of any step.
+// A place: a position with one axis in each half of a word, so that places can be added. Each half is 2^14 more than the
+// position, so neither leaves [0, 2^15) for positions within 2^14 of the origin. No step can reach zero.
 DEVICE uint32_t place_of(int h, int w) { return (static_cast<uint32_t>(h) << 16) + static_cast<uint32_t>(w) + 0x40004000u; }
 
-// Offsets count modulo 2^32: where a row and a step meet inside of the source, their sum is the element's place among at most
-// 2^31.
+// Offsets are modulo 2^32: if a row plus a step is inside the source, their sum is the index of an element, of at most 2^31.
 DEVICE uint32_t offset_of(const Strides& s, int n, int c, int h, int w) {
   return static_cast<uint32_t>(n * s.n + c * s.c + h * s.h + w * s.w);
 }
 
-// Writes where this thread's row of the tile stands in the source; for one half to do.
+// Writes the place of this thread's row of the tile in the source; one half does this.
 DEVICE void write_row(const Gemm& g, const Tile& tile, const Place& place, int row) {
   const int h = place.h * g.step_h + g.h[tile.phase_h].origin, w = place.w * g.step_w + g.w[tile.phase_w].origin;
   Stages::offsets(tile).store(tile.thread, offset_of(g.strides, place.sample, tile.group * g.channels.d, h, w));
   Stages::places(tile).store(tile.thread, inside(row < tile.rows) ? place_of(h, w) : 0);
 }
 
-// One k: its tap's offset from a row and its channel in the group. A row's place plus `low` has the high bit of a half set
-// where that axis is not below the source, plus `high` where it is behind it.
+// One k: its tap's offset from a row and its channel in the group. A row's place plus `low` has the high bit of a half set if
+// that axis is not before the source's beginning; plus `high`, if it is past its end.
 struct Step {
   uint32_t offset, low, high;
   int h, w, tap, channel;
@@ -86,7 +86,7 @@ DEVICE uint32_t word_at(const Word4* words, int i) {
   return i % 4 == 0 ? w.x : i % 4 == 1 ? w.y : i % 4 == 2 ? w.z : w.w;
 }
 
-// Puts element e of word i there; a word's elements come in order.
+// Sets element e of word i; the elements of a word must be set in order.
 template <class Element>
 DEVICE void put(Word4* words, int i, int e, Element value) {
   uint32_t bits;
@@ -99,15 +99,15 @@ DEVICE void put(Word4* words, int i, int e, Element value) {
   (i % 4 == 0 ? w.x : i % 4 == 1 ? w.y : i % 4 == 2 ? w.z : w.w) = bits;
 }
 
-// Which elements of A become zeros on their way: none. Otherwise `any` says whether there are bits, and `bits` gives those of a
-// row's channels from one on, at an offset of (h, w) positions; `words` says whether it gives 32, not only the rest of a byte.
+// The mask of A that zeroes no element. For other masks, `any`: whether there are bits; `bits`: those of a row's channels from
+// a channel on, at an offset of (h, w) positions; `words`: whether `bits` gives 32 of them, not only the rest of a byte.
 struct NoMask {
   DEVICE static bool any() { return false; }
   DEVICE static bool words() { return false; }
   DEVICE static uint32_t bits(int, int, int, int) { return 0; }
 };
 
-// `word` where the bits of its elements are set, else zero.
+// `word` with the elements zeroed whose bits are not set.
 template <class Element>
 DEVICE uint32_t masked(uint32_t word, uint32_t bits) {
   if constexpr (kPack<Element> == 1) return bits & 1 ? word : 0u;
@@ -121,8 +121,8 @@ DEVICE Word4 masked(const Word4& v, uint32_t bits) {
                masked<Element>(v.w, bits >> 3 * pack)};
 }
 
-// This thread's part of a k tile of A, with lanes along the channels: `rows` rows of two words, or of one 16-byte chunk. A
-// warp's single words are 16 of two rows that lie 16 banks apart.
+// This thread's part of a k tile of A, with lanes along the channels: `rows` rows of two words, or of one 16-byte chunk. With
+// single words, a warp has 16 of each of two rows that are 16 banks apart.
 template <class Element, Access access, int halves>
 struct Staged {
   static_assert(halves == 1, "only lanes along the positions share a row");
@@ -193,15 +193,15 @@ struct Staged {
   }
 };
 
-// With lanes along the positions: a thread stages one row, or its half's part of one, so that a warp reads 32 neighbours of one
-// channel. It goes through k in order, and meets a new tap every `channels` elements.
+// The same with lanes along the positions: a thread stages one row, or its half's part of one, so that a warp reads 32
+// neighbours of one channel. It runs through k in order and reaches a new tap every `channels` elements.
 template <class Element, int halves>
 struct Staged<Element, Access::positions, halves> {
   static constexpr int pack = kPack<Element>, chunks = kChunks / halves, elements = chunks * 4 * pack;
 
   Word4 words[chunks];
   uint32_t bits[(elements + 31) / 32];
-  uint32_t place, row, offset;  // of the row; of the next element
+  uint32_t place, row, offset;  // place and offset of the row; offset of the next element
   int tap_h, tap_w, h, w;       // the tap and its offset in positions
   int turn;                     // elements of this thread before the next tap begins
   bool ok;
@@ -230,7 +230,7 @@ struct Staged<Element, Access::positions, halves> {
     if constexpr (halves > 1) pass(g, tile);
   }
 
-  // Masks here, where what was loaded has arrived.
+  // Applies the mask here, after the loads have arrived.
   template <class Mask>
   DEVICE void store(const Tile& tile, int buffer, const Mask& mask) const {
     const int to = tile.thread * kPitch + tile.half * chunks * 4;
@@ -242,7 +242,7 @@ struct Staged<Element, Access::positions, halves> {
   }
 
  private:
-  // `turns`: the k tile has elements of several taps; otherwise all are in the source.
+  // `turns`: the k tile has elements of several taps; otherwise all are inside the source.
   template <bool turns, class Mask>
   DEVICE void gather(const Gemm& g, const Tile& tile, const Mask& mask) {
     const Element* source = static_cast<const Element*>(g.source);
@@ -250,7 +250,7 @@ struct Staged<Element, Access::positions, halves> {
     for (int i = 0; i < elements; ++i) {
       if (turns && i == turn) next_tap(g, tile);
       const bool exists = !turns || ok;
-      if (i % 8 == 0 && mask.any()) {  // then channels are whole octets, and each octet is of one tap
+      if (i % 8 == 0 && mask.any()) {  // then channels are whole octets, so each octet belongs to one tap
         if (i % 32 == 0) bits[i / 32] = 0;
         if (exists && (i % 32 == 0 || !mask.words())) {
           bits[i / 32] |= mask.bits(tile.thread, h, w, g.channels.d - turn + i) << i % 32;
@@ -274,7 +274,7 @@ struct Staged<Element, Access::positions, halves> {
     turn += g.channels.d;
   }
 
-  // Passes the elements that the other half stages.
+  // Skips the elements that the other half stages.
   DEVICE void pass(const Gemm& g, const Tile& tile) {
     turn -= elements;
     offset += static_cast<uint32_t>(elements * g.strides.c);
@@ -284,7 +284,7 @@ struct Staged<Element, Access::positions, halves> {
   }
 };
 
-// Starts the copy of a k tile of the half's B. Columns and k that do not exist are zero.
+// Starts the copy of a k tile of the half's B. Columns and values of k that do not exist become zero.
 template <class Element>
 DEVICE void copy_b(const Gemm& g, const Tile& tile, int buffer, int k, int k_end) {
   constexpr int whole = 4 * kPack<Element>;

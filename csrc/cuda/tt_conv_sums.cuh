@@ -1,6 +1,6 @@
-// The products of a k tile: each thread's 72 sums of the tile.
-// Work of a k tile, for a warp: FP32 8 x 8 micro tiles a thread, 16 shared loads of 16 bytes for 256 multiply-adds; tensor
-// cores 32 rows x 64 columns, 6 ldmatrix for 16 mma. The extra fragment adds one column to the one, two mma to the other.
+// The products of a k tile: each thread has 72 sums of the tile.
+// Work per k tile: FP32, an 8 x 8 micro tile per thread, 16 shared loads of 16 bytes for 256 multiply-adds; tensor cores, 32
+// rows x 64 columns per warp, 6 ldmatrix for 16 mma. The extra fragment adds one column to the former, two mma to the latter.
 #pragma once
 
 #include "tt_conv_stage.cuh"
@@ -30,7 +30,7 @@ struct Bf16 {
   DEVICE static void mma(float (&d)[4], const uint32_t (&a)[4], uint32_t b0, uint32_t b1) { mma_bf16(d, a, b0, b1); }
 };
 
-// The sums of a thread of a half. FP32: rows thread / 8 + 16 i, columns thread % 8 + 8 j, at v[i * 9 + j]. Tensor cores: the
+// The sums of one thread of a half. FP32: rows thread / 8 + 16 i, columns thread % 8 + 8 j, at v[i * 9 + j]. Tensor cores: the
 // fragments of rows 32 warp + 16 i and columns 8 j, at v[(i * 9 + j) * 4 ...].
 template <class Unit>
 struct Sums {
@@ -41,7 +41,7 @@ struct Sums {
     for (int i = 0; i < kColumns + kExtra; ++i) v[i] = 0.0f;
   }
 
-  // Begins with a number a column instead of zero.
+  // Initialises the sums with one number per column instead of zero.
   DEVICE void begin(Shared<float> columns) {
     UNROLL
     for (int j = 0; j < 9; ++j) {
@@ -56,15 +56,15 @@ struct Sums {
     }
   }
 
-  // Adds the first `words` words of the k tile; what follows them there is zero.
+  // Adds the products of the first `words` words of the k tile; the rest of it is zero.
   DEVICE void add(const Tile& tile, int buffer, int words) {
     tile.extra ? add_tile<9>(tile, buffer, words) : add_tile<8>(tile, buffer, words);
   }
 
-  // Writes the finished tile where the stages were.
+  // Writes the finished tile over the stages.
   DEVICE void store(const Tile& tile) const {
     const Shared<float> out = Stages::out(tile);
-    const bool upper = lane_index() >= 16;  // half of the lanes begin with odd columns, so that the 32 fall into 32 banks
+    const bool upper = lane_index() >= 16;  // half of the lanes begin with odd columns, so that the 32 lanes use 32 banks
     UNROLL
     for (int j = 0; j < 9; ++j) {
       if (j == 8 && !tile.extra) break;
@@ -98,7 +98,7 @@ struct Sums {
         UNROLL
         for (int i = 0; i < 2; ++i) {
           load_matrix4(fa[i], a, (row + i * 16 + lane % 16) * kPitch + word + lane / 16 * 4);
-          if constexpr (Unit::rounded) {  // here, once an element too, so that dcore is summed from what was not rounded
+          if constexpr (Unit::rounded) {  // rounded here, also once per element, so that dcore sums unrounded values
             UNROLL
             for (int n = 0; n < 4; ++n) fa[i][n] = round_tf32(float_of(fa[i][n]));
           }

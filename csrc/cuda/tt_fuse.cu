@@ -1,17 +1,17 @@
-// tt_fuse: W' = W + scale * core * suffix, and dcore = scale * dW' * suffix^T. All arithmetic in float32, one cast at the end.
+// tt_fuse: W' = W + scale * core * suffix, and dcore = scale * dW' * suffix^T. Arithmetic is float32, with one cast at the end.
 //
 //   weight (O, C), C = I/g * Kh * Kw      core (O, r1)      suffix (r1, C), or frozen cores that are contracted on the way:
 //   tail[a, kh, kw] = sum_b G3[a, kh, b] G4[b, kw]          suffix[q, i, k] = sum_a G2[q, i, a] tail[a, k]
 //
 // Tiles: a block of 128 threads contracts the suffix for its columns once, in shared memory, and runs over its rows; the
-// weights of the first rows are on their way meanwhile. A thread has 16 bytes of 4 rows in flight where rows are aligned,
-// single elements where not.
-//   plain      up to 128 accesses along a row x 4 to 16 rows for each row of threads; straight from registers to memory
-//   packed     4,096 elements, which go through shared memory so that the packed layout is written in runs too: of channels in
-//              the forward layout, of outputs in the backward one
-//   gradient   up to 512 columns x 8 to 32 rows, two rows a warp, 16 columns of each a lane
-// Floor: 2 * bytes(W) / bandwidth; the gradient bytes(dW') / bandwidth. r1 multiply-adds an element are far below any ridge for
-// r1 up to 16.
+// weights of the first rows are loaded meanwhile. A thread has 16 bytes of 4 rows in flight if rows are aligned, otherwise
+// single elements.
+//   plain      up to 128 accesses along a row x 4 to 16 rows per row of threads; directly from registers to memory
+//   packed     4,096 elements, which go through shared memory so that the packed layout is also written in runs: of channels in
+//              the forward layout, of outputs in the backward layout
+//   gradient   up to 512 columns x 8 to 32 rows, two rows per warp, 16 columns of each per lane
+// Floor: 2 * bytes(W) / bandwidth; for the gradient bytes(dW') / bandwidth. r1 multiply-adds per element are far below any
+// ridge for r1 up to 16.
 #include "tt_fuse.cuh"
 
 #include "elements.cuh"
@@ -21,18 +21,18 @@ namespace lora_edge {
 namespace {
 
 constexpr int kThreads = 128;
-constexpr int kRowsEach = 4;           // rows that a thread has in flight
-constexpr int kSuffixFloats = 8192;    // the most of the suffix that a block keeps, except for single channels of huge kernels
-constexpr int kFactorFloats = 4096;    // the most factors that a block keeps
-constexpr int kPackedFloats = 4096;    // elements of a packed tile
-constexpr int kLaneColumns = 16;       // gradient: columns of a row that a lane has in flight
+constexpr int kRowsEach = 4;           // rows in flight per thread
+constexpr int kSuffixFloats = 8192;    // most floats of the suffix per block, except for single channels of huge kernels
+constexpr int kFactorFloats = 4096;    // most factors per block
+constexpr int kPackedFloats = 4096;    // elements per packed tile
+constexpr int kLaneColumns = 16;       // gradient: columns of a row in flight per lane
 constexpr int kPairsAtOnce = 2 * kThreads / 32;
-constexpr int kPlentyOfBlocks = 64;    // with fewer a block does not take more rows than it must
+constexpr int kPlentyOfBlocks = 64;    // with fewer blocks, tiles have their smallest height
 
-// Which rows and columns each block has.
+// How rows and columns are divided among the blocks.
 struct Tiling {
   Divider across;          // column tiles
-  int32_t columns, width;  // of the matrix, of a tile
+  int32_t columns, width;  // columns of the matrix, of a tile
   int32_t rows, height;
 };
 
@@ -52,14 +52,14 @@ struct Suffix {
   const void *whole, *core2, *core3, *core4;
   Type type;
   int32_t rank, cores, channels, kernel_h, bond2, bond3;
-  int32_t pitch;    // floats between its rows in shared memory, where it comes first
+  int32_t pitch;    // floats from row to row in shared memory, where the suffix comes first
   int32_t tail_at;  // bytes
   Divider taps, kernel_w;
 
   DEVICE Shared<float> tile() const { return shared_array<float>(0, rank * pitch); }
 };
 
-// tail (r2, Kh * Kw), the cores behind G2.
+// Contracts the cores after G2 to tail (r2, Kh * Kw).
 DEVICE void contract_tail(const Suffix& s, Shared<float> tail) {
   for (int i = thread_index(); i < s.bond2 * s.taps.d; i += kThreads) {
     if (s.cores == 2) {
@@ -77,7 +77,7 @@ DEVICE void contract_tail(const Suffix& s, Shared<float> tail) {
   }
 }
 
-// The suffix for a tile's columns. Ends before the barrier that its readers need.
+// Stages the suffix for a tile's columns. Its readers need a barrier after it.
 DEVICE void stage_suffix(const Suffix& s, const Tile& tile) {
   const Shared<float> to = s.tile();
   if (s.whole != nullptr) {
@@ -107,16 +107,16 @@ struct Composition {
   const void *weight, *core, *row_scale;
   Type core_type, row_scale_type;
   float scale;
-  int32_t outputs;                // rows below are W', rows above the suffix
+  int32_t outputs;                // rows below it are W', the others the suffix
   Divider lanes;                  // threads along a row
-  int32_t row_lanes;              // rows that the block's threads stand on at once
+  int32_t row_lanes;              // rows that the block's threads cover at once
   int32_t factor_rows, factors_at;
   Divider factors;                // r1 + 1
 
   DEVICE Shared<float> factor_table() const { return shared_array<float>(factors_at, factor_rows * factors.d); }
 };
 
-// For each row what multiplies the suffix's rows, then what multiplies the weight. A row of the suffix is W' of a unit core.
+// Stages for each row the factors of the suffix's rows, then that of the weight. A row of the suffix is W' of a unit core.
 DEVICE void stage_factors(const Composition& p, const Tile& tile) {
   const Shared<float> table = p.factor_table();
   const int rank = p.suffix.rank;
@@ -147,7 +147,7 @@ DEVICE void compose(const Composition& p, const Tile& tile, const Write& write) 
     UNROLL
     for (int k = 0; k < kRowsEach; ++k) {
       const int r = first + k * p.row_lanes;
-      const bool ok = mine && r < tile.height && inside(tile.row + r < p.outputs);  // the next tile's rows only cost time
+      const bool ok = mine && r < tile.height && inside(tile.row + r < p.outputs);  // the next tile's rows would only cost time
       const int64_t row = static_cast<int64_t>(tile.row + r) * p.tiling.columns;
       load_floats<W, vector>(value[k], weight, row + tile.column + column, ok);
     }
@@ -208,15 +208,15 @@ struct Packed {
   PackedLayout layout;
   void* out;
   bool backward, rounded, vectors_in, vectors_out;
-  Divider outputs;    // of a group
-  Divider runs;       // accesses along a run of the tile: its channels forward, its rows backward
+  Divider outputs;    // per group
+  Divider runs;       // accesses along a run of the tile: its channels in forward, its rows in backward
   int32_t dilation_h, dilation_w, pad_h, pad_w;
   int32_t tile_pitch, tile_floats, tile_at, columns_at;
 
   DEVICE Shared<float> tile() const { return shared_array<float>(tile_at, tile_floats); }
-  // For each tap the packed column of its first channel (output), and how many zeros follow its last one.
+  // For each tap the packed column of its first channel (output), and the number of zeros after its last one.
   DEVICE Shared<int32_t> columns() const { return shared_array<int32_t>(columns_at, 2 * composition.suffix.taps.d); }
-  // Skewed so that neither runs along a row with a step of any number of taps nor runs along a column meet in a bank.
+  // Skewed so that neither runs along a row, with a step of any number of taps, nor runs along a column have bank conflicts.
   DEVICE int at(int r, int c) const { return r * tile_pitch + r / 32 * 4 + c + c / 32; }
 };
 
@@ -252,12 +252,12 @@ DEVICE void write_run(const Packed& p, int64_t row, int tap, int in_run, bool la
     for (int j = 0; j < vector; ++j) value[j] = float_of(round_tf32(value[j]));
   }
   store_floats<Out, vector>(out, to, value);
-  if (!last || vector > 1) return;  // whole vectors leave nothing to pad
+  if (!last || vector > 1) return;  // whole vectors need no padding
   const int zeros = columns.load(2 * tap + 1);
   for (int i = 1; i <= zeros; ++i) store_global(out, to + i, from_float<Out>(0.0f));
 }
 
-// Runs along the channels of one row and tap.
+// Writes runs along the channels of one row and tap.
 template <class Out, int vector>
 DEVICE void write_forward(const Packed& p, const Tile& tile) {
   const Shared<float> from = p.tile();
@@ -275,7 +275,7 @@ DEVICE void write_forward(const Packed& p, const Tile& tile) {
   }
 }
 
-// Runs along the outputs of one input channel and tap.
+// Writes runs along the outputs of one input channel and tap.
 template <class Out, int vector>
 DEVICE void write_backward(const Packed& p, const Tile& tile) {
   const Shared<float> from = p.tile();
@@ -320,7 +320,7 @@ struct CoreGrad {
   Suffix suffix;
   const void* dout;
   void* dcore;
-  float* partial;  // (column tiles, O, r1), or null where one tile has all columns
+  float* partial;  // (column tiles, O, r1), or null if one tile has all columns
   Type core_type;
   float scale;
 };
@@ -401,7 +401,7 @@ Suffix suffix_of(const Problem& problem, const Call& call, int32_t rank) {
   return s;
 }
 
-// A tile's width: all columns in as few equal tiles as `most` and the suffix's place allow.
+// Sets a tile's width: all columns in as few equal tiles as `most` and the room for the suffix allow.
 void set_width(Tiling& tiling, int32_t columns, int32_t most, int32_t rank, int32_t unit) {
   const int32_t room = kSuffixFloats / (rank > 0 ? rank : 1) / unit * unit;
   if (room < most) most = room > unit ? room : unit;
@@ -411,7 +411,7 @@ void set_width(Tiling& tiling, int32_t columns, int32_t most, int32_t rank, int3
   tiling.across = Divider(static_cast<int32_t>(quotient_up(columns, tiling.width)));
 }
 
-// A tile's height: `unit` rows, or up to four times that where there remain blocks enough.
+// Sets a tile's height: `unit` rows, or up to four times that if enough blocks remain.
 void set_height(Tiling& tiling, int32_t rows, int32_t unit, int32_t most) {
   tiling.rows = rows, tiling.height = unit;
   while (tiling.height < 4 * unit && tiling.height + unit <= most &&
@@ -422,7 +422,7 @@ void set_height(Tiling& tiling, int32_t rows, int32_t unit, int32_t most) {
 
 int64_t blocks_of(const Tiling& tiling) { return quotient_up(tiling.rows, tiling.height) * tiling.across.d; }
 
-// Shared memory in the order of use, in bytes: the suffix; then what is asked for.
+// Allocates shared memory in order, in bytes: first the suffix, then each request.
 struct SharedBytes {
   int32_t bytes = 0;
   int32_t take(int64_t words) {
@@ -476,8 +476,8 @@ const char* launch_plain(const Problem& problem, const Fuse& fuse, int32_t rank,
 int32_t most(int32_t a, int32_t b) { return a > b ? a : b; }
 int32_t least(int32_t a, int32_t b) { return a < b ? a : b; }
 
-// A packed tile: in the forward layout whole channels, enough for a run of 128 bytes or a row of 512 columns; in the backward
-// layout enough rows for a run of 128 bytes.
+// Sets the size of a packed tile: in the forward layout whole channels, enough for a run of 128 bytes or a row of 512 columns;
+// in the backward layout enough rows for a run of 128 bytes.
 void set_packed_tile(Tiling& tiling, const Conv& c, bool backward, int32_t rank, int32_t run) {
   const int32_t taps = c.kernel_h * c.kernel_w, channels = c.channels / c.groups, columns = channels * taps;
   tiling.rows = c.outputs;

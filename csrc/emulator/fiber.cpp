@@ -10,7 +10,7 @@
 #include <sanitizer/common_interface_defs.h>
 #endif
 
-namespace lora_edge::host {
+namespace lora_edge::emulator {
 namespace {
 
 #if defined(LORA_EDGE_ASAN)
@@ -18,13 +18,13 @@ constexpr size_t kStackBytes = 512 * 1024;
 #else
 constexpr size_t kStackBytes = 128 * 1024;
 #endif
-constexpr size_t kGuardBytes = 64 * 1024;  // a whole page, whatever its size is
+constexpr size_t kGuardBytes = 64 * 1024;  // at least a whole page on any system
 
 void allocate(Fiber& fiber) {
   char* memory = static_cast<char*>(mmap(nullptr, kGuardBytes + kStackBytes, PROT_READ | PROT_WRITE,
                                          MAP_PRIVATE | MAP_ANONYMOUS | MAP_NORESERVE, -1, 0));
   if (memory == MAP_FAILED || mprotect(memory, kGuardBytes, PROT_NONE) != 0) {
-    std::perror("host layer: no memory for a fiber's stack");
+    std::perror("emulator: no memory for a fiber's stack");
     std::abort();
   }
   fiber.stack = memory + kGuardBytes;
@@ -35,7 +35,7 @@ void allocate(Fiber& fiber) {
 
 #if defined(LORA_EDGE_SWITCH)
 
-// The callee-saved registers are the whole state of a fiber that called a function.
+// A fiber that calls a function has all its state in the callee-saved registers.
 extern "C" void lora_edge_switch(void** save_stack_pointer, void* stack_pointer);
 asm(R"(
 .text
@@ -68,8 +68,8 @@ void prepare(Fiber& fiber, int index, void (*body)()) {
   const size_t used = fiber.stack_bytes - static_cast<size_t>(index % 64) * 576;
 #if defined(LORA_EDGE_SWITCH)
   void** top = reinterpret_cast<void**>(fiber.stack + used - 64);
-  *--top = nullptr;                        // where a return address would be, which aligns the stack for `body`
-  *--top = reinterpret_cast<void*>(body);  // what the switch returns to
+  *--top = nullptr;                        // in place of a return address; aligns the stack for `body`
+  *--top = reinterpret_cast<void*>(body);  // the switch returns to it
   for (int i = 0; i < 6; ++i) *--top = nullptr;
   fiber.stack_pointer = top;
 #else
@@ -110,4 +110,4 @@ void entered([[maybe_unused]] Fiber& main) {
 #endif
 }
 
-}  // namespace lora_edge::host
+}  // namespace lora_edge::emulator

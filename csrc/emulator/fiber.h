@@ -1,20 +1,20 @@
-// Fibers: stacks that are switched by hand. x86-64 in a few instructions, other machines through ucontext; each switch is
-// announced to the address sanitizer when LORA_EDGE_ASAN is defined.
+// Fibers: stacks between which a thread switches. On x86-64 a switch is a few instructions, elsewhere it uses ucontext. If
+// LORA_EDGE_ASAN is defined, each switch is announced to the address sanitizer.
 #pragma once
 
 #include <cstddef>
 #include <cstdint>
 
 #if defined(__x86_64__) && !defined(LORA_EDGE_UCONTEXT)
-#define LORA_EDGE_SWITCH  // by hand
+#define LORA_EDGE_SWITCH  // in assembly
 #else
 #include <ucontext.h>
 #endif
 
-namespace lora_edge::host {
+namespace lora_edge::emulator {
 
 struct Fiber {
-  char* stack = nullptr;  // lowest address; null: the thread that the program began with
+  char* stack = nullptr;  // lowest address; null: the program's own stack
   size_t stack_bytes = 0;
   void* fake_stack = nullptr;  // the sanitizer's
 #if defined(LORA_EDGE_SWITCH)
@@ -24,17 +24,17 @@ struct Fiber {
 #endif
 };
 
-// Makes `fiber` begin with `body` when it is switched to next. `body` must not return; `index` spreads the stacks over the
-// cache's sets.
+// Makes `fiber` start `body` at the next switch to it. `body` must not return; `index` spreads the stacks over the sets of the
+// cache.
 void prepare(Fiber& fiber, int index, void (*body)());
 
-// Cleans the stack of a fiber that was left for good in the middle of a function.
+// Cleans up the stack of a fiber that was abandoned in the middle of a function.
 void forget(Fiber& fiber);
 
-// Leaves `from` and goes on with `to`. A fiber that will not be gone on with says so by `last`.
+// Switches from `from` to `to`. `last`: `from` will not be resumed.
 void switch_to(Fiber& from, Fiber& to, bool last = false);
 
-// The first thing that a body does: tells the sanitizer that the switch has happened.
+// A body calls this first: it tells the sanitizer that the switch is complete.
 void entered(Fiber& main);
 
-}  // namespace lora_edge::host
+}  // namespace lora_edge::emulator

@@ -2,10 +2,10 @@
 
 #include <algorithm>
 
-#include "machine.h"
+#include "scheduler.h"
 #include "trace.h"
 
-namespace lora_edge::host {
+namespace lora_edge::emulator {
 
 std::vector<Buffer> buffers;
 
@@ -13,7 +13,7 @@ namespace {
 
 uint64_t launch_of_run;
 
-// Who writes: launch, block and thread.
+// The writer's id: launch, block and thread.
 uint64_t me() { return launch_of_run << 48 | static_cast<uint64_t>(now.block) << 16 | static_cast<uint64_t>(now.thread); }
 
 Buffer* buffer_at(const char* address) {
@@ -97,4 +97,4 @@ int64_t global_unwritten(const Buffer& buffer) {
   return found == buffer.writer.end() ? -1 : found - view;
 }
 
-}  // namespace lora_edge::host
+}  // namespace lora_edge::emulator

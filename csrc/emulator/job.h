@@ -1,4 +1,4 @@
-// A job of the runner: one op on buffers that hold nothing but its tensors, under several schedules.
+// A job of the runner: one op on buffers that hold exactly its tensors, under several schedules.
 #pragma once
 
 #include <cstdint>
@@ -10,12 +10,12 @@
 #include <type_traits>
 #include <vector>
 
-namespace lora_edge::host {
+namespace lora_edge::emulator {
 
 struct Job {
   std::string name, op;
   std::map<std::string, std::string> fields;  // numbers by field name
-  std::map<std::string, void*> pointers;      // beginnings of the buffers' views
+  std::map<std::string, void*> pointers;      // beginnings of the buffers' views, by buffer name
   uint64_t first_seed = 1;
   int seeds = 1;
   bool complete = true;  // every byte of the outputs must be written
@@ -32,7 +32,7 @@ struct Job {
   }
 };
 
-// A visitor for fields.h: fills a struct's fields from a job and notes their names.
+// A visitor for fields.h: fills a struct's fields from a job and records their names.
 struct Fill {
   const Job& job;
   std::set<std::string>& known;
@@ -56,13 +56,13 @@ struct Refused : std::runtime_error {
   using std::runtime_error::runtime_error;
 };
 
-// An op that jobs can name. `run` returns null or an error; the others may be absent.
+// An op that jobs can name. `run` returns null or an error; the other functions are optional.
 struct Op {
   const char* name;
   const char* (*run)(const Job&);
-  const char* (*refusal)(const Job&) = nullptr;                              // asked before the buffers are made
-  int64_t (*scratch_bytes)(const Job&, const std::string& buffer) = nullptr;  // of a buffer whose size the job leaves open
-  std::string (*answer)(const Job&) = nullptr;                               // instead of `run`: a text
+  const char* (*refusal)(const Job&) = nullptr;                              // called before the buffers are allocated
+  int64_t (*scratch_bytes)(const Job&, const std::string& buffer) = nullptr;  // for a buffer whose size the job leaves open
+  std::string (*answer)(const Job&) = nullptr;                               // returns a text; called instead of `run`
 };
 
 std::vector<Op>& ops();
@@ -71,4 +71,4 @@ struct Register {
   explicit Register(const Op& op) { ops().push_back(op); }
 };
 
-}  // namespace lora_edge::host
+}  // namespace lora_edge::emulator

@@ -1,9 +1,9 @@
 // The launchers of plan.h as ops of the runner.
-#include "fields.h"
+#include "../fields.h"
+#include "../plan.h"
 #include "job.h"
-#include "plan.h"
 
-namespace lora_edge::host {
+namespace lora_edge::emulator {
 namespace {
 
 Problem problem_of(const Job& job, std::set<std::string>& known) {
@@ -41,7 +41,7 @@ int64_t scratch_bytes(const Job& job, const std::string& buffer) {
   if (buffer == "packed") return job.op == "tt_block_forward" ? bytes.packed_forward : bytes.packed_backward;
   if (buffer == "h") return bytes.h;
   if (buffer == "bits") return bytes.bits;
-  throw std::runtime_error("the size of `" + buffer + "` is not known");
+  throw std::runtime_error("the size of `" + buffer + "` is unknown");
 }
 
 std::string answer_scratch(const Job& job) {
@@ -64,4 +64,4 @@ const Register fuse_refusal({"refusal of tt_fuse", nullptr, refused_fuse, nullpt
 const Register block_refusal({"refusal of tt_block", nullptr, refused_block, nullptr, answer_nothing});
 
 }  // namespace
-}  // namespace lora_edge::host
+}  // namespace lora_edge::emulator

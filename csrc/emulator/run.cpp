@@ -2,16 +2,15 @@
 //
 //   job NAME
 //   op OP
-//   set FIELD NUMBER                  any number of these
+//   set FIELD NUMBER                  may be repeated
 //   seeds FIRST COUNT                 the schedules; outputs must not depend on them
 //   buffer NAME ROLE BYTES OFFSET     ROLE in, out, scratch; BYTES of the view, -1: the op knows; OFFSET from alignment
-//   partly                            outputs may keep unwritten bytes
+//   partly                            outputs may have unwritten bytes
 //   trace LAUNCH BLOCK...             record these blocks of that launch, and run no others
-//   data                              and then the bytes of the inputs' views, in the order of the buffers
+//   data                              followed by the bytes of the inputs' views, in the order of the buffers
 //
-// FIRST skips the jobs before it. Every job answers with a line `begin I` and one of `ok I OFFSET` (of its outputs, one after
-// the other, in OUTPUTS), `answer I TEXT`, `refused I TEXT`, `error I TEXT`. TRACE.jsonl and TRACE.sectors hold what trace.h
-// says.
+// Jobs before number FIRST are skipped. Every job prints a line `begin I` and one of `ok I OFFSET` (where in OUTPUTS its
+// outputs begin, one after the other), `answer I TEXT`, `refused I TEXT`, `error I TEXT`. trace.h describes TRACE.*.
 #include <cstdio>
 #include <cstdlib>
 #include <cstring>
@@ -22,10 +21,10 @@
 
 #include "global_memory.h"
 #include "job.h"
-#include "machine.h"
+#include "scheduler.h"
 #include "trace.h"
 
-namespace lora_edge::host {
+namespace lora_edge::emulator {
 
 std::vector<Op>& ops() {
   static std::vector<Op> all;
@@ -98,7 +97,7 @@ const Op& op_of(const Job& job) {
   throw std::runtime_error("no op is called `" + job.op + "`");
 }
 
-// The registered buffers of a job, each an allocation of its own that ends where the view ends.
+// The registered buffers of a job, each in a separate allocation that ends where the view ends.
 struct Allocations {
   std::vector<std::unique_ptr<char, decltype(&std::free)>> memory;
 
@@ -106,7 +105,7 @@ struct Allocations {
     buffers.clear();
     for (BufferText& wanted : text.buffers) {
       if (wanted.bytes < 0 && op.scratch_bytes != nullptr) wanted.bytes = op.scratch_bytes(text.job, wanted.name);
-      if (wanted.bytes < 0) throw std::runtime_error("the size of `" + wanted.name + "` is not known");
+      if (wanted.bytes < 0) throw std::runtime_error("the size of `" + wanted.name + "` is unknown");
       const int64_t end = wanted.offset + wanted.bytes;
       void* data = nullptr;
       if (posix_memalign(&data, 256, static_cast<size_t>(end)) != 0) throw std::bad_alloc();
@@ -200,10 +199,10 @@ void answer(JobText& text, int64_t index, std::ofstream& results) {
 }
 
 }  // namespace
-}  // namespace lora_edge::host
+}  // namespace lora_edge::emulator
 
 int main(int count, char** arguments) {
-  using namespace lora_edge::host;
+  using namespace lora_edge::emulator;
   if (count < 3) {
     std::cerr << "run JOBS OUTPUTS [FIRST [TRACE]]\n";
     return 2;
@@ -221,7 +220,7 @@ int main(int count, char** arguments) {
     if (index < first) continue;
     std::cout << "begin " << index << std::endl;
     if (!text.trace.empty() && trace_plan.lines == nullptr) {
-      std::cout << "error " << index << " a trace needs a place: run JOBS OUTPUTS FIRST TRACE" << std::endl;
+      std::cout << "error " << index << " a trace needs a file name: run JOBS OUTPUTS FIRST TRACE" << std::endl;
       continue;
     }
     answer(text, index, results);

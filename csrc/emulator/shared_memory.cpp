@@ -3,15 +3,15 @@
 #include <cstring>
 #include <vector>
 
-#include "machine.h"
+#include "scheduler.h"
 #include "trace.h"
 
-namespace lora_edge::host {
+namespace lora_edge::emulator {
 namespace {
 
 constexpr int kCellBytes = 2, kMostThreads = 1024, kMostWarps = 32;
 constexpr uint16_t kNobody = 0xffff;
-constexpr uint32_t kUnderWay = 0xffffffff;  // the stamp of a write whose copy nobody has waited for
+constexpr uint32_t kUnderWay = 0xffffffff;  // the time stamp of a copy that has not been waited for
 
 struct Cell {
   uint32_t write_stamp, read_stamp;
@@ -41,7 +41,7 @@ bool ordered_for(int thread, uint32_t stamp, int by) {
   return stamp < block_start || (thread / 32 == by / 32 && stamp < warp_start[thread / 32]);
 }
 
-// What one thread does to what another did before it.
+// Reports a race of a thread's access with an earlier access of another thread.
 [[noreturn]] void report(const char* kind, int at, int thread, const char* does, int other, const char* did, int line,
                          Site site) {
   now.thread = thread;
@@ -49,7 +49,7 @@ bool ordered_for(int thread, uint32_t stamp, int by) {
        at, thread, does, other, did, line);
 }
 
-// Reports the last write if `thread` (the whole warp where `warp`) is not ordered after it.
+// Reports the last write if `thread` (if `warp`, its whole warp) is not ordered after it.
 inline void after_write(const Cell& cell, int thread, bool warp, bool writes, int at, Site site) {
   if (cell.write_stamp < block_start) return;
   if (cell.write_stamp == kUnderWay) {
@@ -61,7 +61,7 @@ inline void after_write(const Cell& cell, int thread, bool warp, bool writes, in
          cell.write_line, site);
 }
 
-// Reports a reader that a write of `thread` is not ordered after.
+// Reports a reader if a write of `thread` is not ordered after its read.
 inline void after_reads(const Cell& cell, int thread, int at, bool async, Site site) {
   if (cell.read_stamp < block_start) return;
   const int warp = thread / 32;
@@ -218,4 +218,4 @@ void shared_forget() {
   clock_ = block_start = 1;
 }
 
-}  // namespace lora_edge::host
+}  // namespace lora_edge::emulator

@@ -1,7 +1,7 @@
-// Where in a kernel's source an access or barrier stands; the default argument of every function of the host twin.
+// The source location of an access or barrier in a kernel; the default argument of every function of gpu.h that checks one.
 #pragma once
 
-namespace lora_edge::host {
+namespace lora_edge::emulator {
 
 struct Site {
   const char* file;
@@ -9,4 +9,4 @@ struct Site {
   static constexpr Site here(const char* file = __builtin_FILE(), int line = __builtin_LINE()) { return {file, line}; }
 };
 
-}  // namespace lora_edge::host
+}  // namespace lora_edge::emulator

@@ -2,7 +2,7 @@
 
 #include <cstring>
 
-namespace lora_edge::host {
+namespace lora_edge::emulator {
 namespace {
 
 float as_float(uint32_t bits) {
@@ -22,7 +22,7 @@ float from_bfloat(uint32_t bits) { return as_float(bits << 16); }
 
 float from_tf32(uint32_t bits) { return as_float(bits & ~uint32_t{0x1fff}); }
 
-// a (16, K), b (K, 8): each register of a lane holds `packed` neighbouring k.
+// a (16, K), b (K, 8); each register of a lane holds `packed` neighbouring values of k.
 template <int K, int packed, class Convert>
 void multiply(void* const (&lanes)[32], Convert convert) {
   float a[16][K], b[K][8], d[16][8];
@@ -57,4 +57,4 @@ void multiply(Kind kind, void* const (&lanes)[32]) {
   multiply<16, 2>(lanes, [](uint32_t bits) { return from_bfloat(bits & 0xffff); });
 }
 
-}  // namespace lora_edge::host
+}  // namespace lora_edge::emulator

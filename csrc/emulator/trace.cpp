@@ -7,7 +7,7 @@
 
 #include "global_memory.h"
 
-namespace lora_edge::host {
+namespace lora_edge::emulator {
 
 TracePlan trace_plan;
 bool tracing;
@@ -21,7 +21,7 @@ struct Access {
   std::array<uint64_t, 32> address{};
 };
 
-// One call site in one warp: how often each lane has come by, and the place in `open` of each pass.
+// One call site in one warp: how often each lane has passed it, and the index in `open` of each pass.
 struct Passes {
   std::array<size_t, 32> of_lane{};
   std::vector<size_t> opened;
@@ -29,13 +29,13 @@ struct Passes {
 
 struct Warp {
   std::map<std::tuple<const char*, int, Space>, Passes> sites;
-  std::vector<Access> open;  // in the order of their first lane; counted already where all lanes have come
+  std::vector<Access> open;  // in the order of their first lane; already counted if all lanes have arrived
 };
 
 struct Totals {
   int64_t read_sectors, write_sectors, wavefronts, wavefronts_ideal, mma_tf32, mma_f16, mma_bf16, barriers;
   int64_t matrices, shuffles;
-  int64_t bytes[4], wide[4];  // of a lane, and accesses of 16 bytes, by space
+  int64_t bytes[4], wide[4];  // bytes per lane, and accesses of 16 bytes, by space
 };
 
 constexpr uint64_t kBarrier = ~uint64_t{0};
@@ -47,7 +47,7 @@ std::set<uint64_t> distinct_reads;
 std::vector<uint64_t> records;
 int64_t records_written;
 
-// A sector's record without the write flag. Memory outside of the registered buffers is buffer 255.
+// A sector's record without the write flag. Memory outside the registered buffers is buffer 255.
 uint64_t sector_of(uint64_t address) {
   for (size_t i = 0; i < buffers.size(); ++i) {
     const uint64_t data = reinterpret_cast<uint64_t>(buffers[i].data);
@@ -73,7 +73,7 @@ void count_global(const Access& access) {
   }
 }
 
-// Different words in the fullest bank, for the words that one pass could take.
+// Counts the wavefronts of the words that one pass could transfer: the distinct words in the fullest bank.
 void count_words(std::vector<uint64_t>& words) {
   if (words.empty()) return;
   std::sort(words.begin(), words.end());
@@ -85,10 +85,10 @@ void count_words(std::vector<uint64_t>& words) {
 }
 
 void count_shared(const Access& access) {
-  const int lanes_a_pass = access.bytes == 16 ? 8 : 32;
-  for (int first = 0; first < 32; first += lanes_a_pass) {
+  const int lanes_per_pass = access.bytes == 16 ? 8 : 32;
+  for (int first = 0; first < 32; first += lanes_per_pass) {
     std::vector<uint64_t> words;
-    for (int lane = first; lane < first + lanes_a_pass; ++lane) {
+    for (int lane = first; lane < first + lanes_per_pass; ++lane) {
       if ((access.active >> lane & 1) == 0) continue;
       const uint64_t begin = access.address[static_cast<size_t>(lane)];
       for (uint64_t byte = begin; byte < begin + static_cast<uint64_t>(access.bytes); byte += 4) words.push_back(byte / 4);
@@ -203,4 +203,4 @@ void trace_collective(Kind kind, int warp) {
   totals.mma_bf16 += kind == Kind::mma_bf16;
 }
 
-}  // namespace lora_edge::host
+}  // namespace lora_edge::emulator

@@ -1,1 +1,1 @@
-"""Human activity recognition: the data sets, the backbones and the adaptation that is the main job of the project."""
+"""Human activity recognition: the data sets, the backbones and the main job, which adapts a source model to one person."""

@@ -1,18 +1,18 @@
 """Activity data: the watch set, your own ``.npz``, and the splits of protocols A and B.
 
-Own data is one ``.npz`` with
+Your own data is one ``.npz`` with
 
-    X          (windows, channels, time) float   sensor windows, in the order in which they were recorded; finite, below 1e18
+    X          (windows, channels, time) float   sensor windows in recording order; finite, magnitudes below 1e18
     y          (windows,) int                    class, 0 .. C-1
-    subject    (windows,) int                    who
-    domain     (windows,) int                    optional: which wrist, device or place; 0 if missing
-    recording  (windows,) int                    optional: which recording; a run of one subject, domain and class if missing
-    session    (windows,) int                    optional: which repetition; a subject's repetitions in a domain are then one
-                                                 recording, which is only split between them
-    classes, channels, domains   (names,) str    optional names; channels has one of its own for each channel of X
+    subject    (windows,) int                    person
+    domain     (windows,) int                    optional: wrist, device or place; default 0
+    recording  (windows,) int                    optional: recording; default: one per subject, domain and class
+    session    (windows,) int                    optional: repetition; a subject's repetitions in a domain then form one
+                                                 recording, which is split only between repetitions
+    classes, channels, domains   (names,) str    optional names; channels has one distinct name per channel of X
 
-Windows of one recording are split by time, never shuffled: the first 30 % adapt, the last 50 % test, the gap between is not
-used, so that overlapping windows never stand on both sides.
+Windows of one recording are split by time, never shuffled: the first 30 % adapt, the last 50 % test. The gap between them is
+unused, so that no sample is on both sides.
 """
 
 from __future__ import annotations
@@ -32,7 +32,7 @@ from lora_edge.files.file_kind import NPZ, kind_of, require_file
 WATCH_SHA256 = "eb122f23cdf06ef6bd6c6c5312958ec5cf9d038e2e6d457b8081662c75a42537"
 WATCH_WINDOW, WATCH_STEP = 100, 50  # samples at 50 Hz: 2 s with half overlap
 ADAPT_SHARE, TEST_SHARE = 0.3, 0.5
-LARGEST = 1e18  # of a window's values: beyond it the squares, added up, leave float32
+LARGEST = 1e18  # exclusive bound on window values: sums of larger squares overflow float32
 
 
 @dataclass(frozen=True)
@@ -44,7 +44,7 @@ class Windows:
         y: ``(N,)`` int64 class.
         subject: ``(N,)`` int64.
         domain: ``(N,)`` int64, index into ``domains``.
-        position: ``(N, 2)`` float64, first sample and one past the last as a share of the window's recording.
+        position: ``(N, 2)`` float64, start and end of the window as shares of its recording.
         classes, channels, domains: names.
     """
 
@@ -61,14 +61,14 @@ class Windows:
         return len(self.y)
 
     def where(self, mask: np.ndarray) -> Windows:
-        """The windows that ``mask`` chooses."""
+        """Return the windows that ``mask`` selects."""
         return Windows(
             self.x[mask], self.y[mask], self.subject[mask], self.domain[mask], self.position[mask],
             self.classes, self.channels, self.domains,
         )  # fmt: skip
 
     def domain_index(self, domain: str | int) -> int:
-        """Index of a domain given by name or number; ValueError if it is not there."""
+        """Return the index of a domain given by name or number; ValueError if the data do not have it."""
         if isinstance(domain, str) and domain in self.domains:
             return self.domains.index(domain)
         if str(domain).isdigit() and int(domain) < len(self.domains):
@@ -78,7 +78,7 @@ class Windows:
 
 @dataclass(frozen=True)
 class Split:
-    """One target person's task, normalised with source statistics: train on source, adapt, test."""
+    """The split for one target person, normalised with the source's statistics."""
 
     source: Windows
     adapt: Windows
@@ -90,12 +90,12 @@ class Split:
 
 
 def installed_file(package: str, path: str, install: str) -> Path:
-    """A file inside an installed package, which is not imported.
+    """Return the path of a file in an installed package, without importing the package.
 
     Args:
-        package: its import name.
-        path: inside the package.
-        install: the command that installs it, for the message.
+        package: import name of the package.
+        path: relative to the package.
+        install: the command that installs the package, for the message.
 
     Raises:
         ValueError: the package is not installed or has no such file.
@@ -108,10 +108,10 @@ def installed_file(package: str, path: str, install: str) -> Path:
 
 
 def load_watch() -> Windows:
-    """The ``watch`` set of seglearn 1.2.5 in 2 s windows: 4,677 of shape ``(6, 100)``, 10 people, both wrists, 7 exercises.
+    """Load seglearn 1.2.5's ``watch`` set in 2 s windows: 4,677 of shape ``(6, 100)``, 10 people, both wrists, 7 exercises.
 
     Raises:
-        ValueError: seglearn is not installed, or its file is not the one this project was written for.
+        ValueError: seglearn is not installed, or its file has an unexpected checksum.
     """
     path = installed_file("seglearn", "data/watch_dataset.npy", 'pip install "lora_edge[har]"')
     try:
@@ -141,14 +141,14 @@ def load_watch() -> Windows:
 
 
 def load_npz(path: str | os.PathLike[str]) -> Windows:
-    """Load your own data; the format is at the top of this module.
+    """Load your own data in the format described at the top of this module.
 
     Raises:
         OSError: the file cannot be read.
-        ValueError: it is no ``.npz``, a key is missing, sizes or names do not fit, a label is out of range, or a window holds
-            NaN, infinity or a value of 1e18 or more.
+        ValueError: it is not an ``.npz``, a key is missing, sizes or names do not fit, a label is out of range, or a window
+            holds NaN, infinity or a magnitude of 1e18 or more.
     """
-    require_file(path, 'give an .npz, or "watch" for the data that come with seglearn')
+    require_file(path, 'give an .npz, or "watch" for the data set of seglearn')
     if (kind := kind_of(path)) != NPZ:
         raise ValueError(f"{path}: not a readable .npz, but {kind}; give one with X, y and subject, saved by numpy.savez")
     try:
@@ -160,7 +160,7 @@ def load_npz(path: str | os.PathLike[str]) -> Windows:
         raise ValueError(f"{path}: a damaged .npz ({error}); save it again") from None
     for key in ("X", "y", "subject"):
         if key not in data:
-            raise ValueError(f"{path}: has no {key!r}; it needs X (windows, channels, time), y and subject")
+            raise ValueError(f"{path}: has no {key!r}; it must have X (windows, channels, time), y and subject")
     x = data["X"]
     if x.ndim != 3 or not np.issubdtype(x.dtype, np.floating):
         raise ValueError(f"{path}: X is {x.dtype} {x.shape}; give floats of shape (windows, channels, time)")
@@ -172,7 +172,7 @@ def load_npz(path: str | os.PathLike[str]) -> Windows:
         columns[key] = column.astype(np.int64)
     channels = _names(data, "channels", x.shape[1], path)
     _check_channels(channels, x.shape, path)
-    _check_values(x, channels, str(path))  # before float32, in which a large value is infinite
+    _check_values(x, channels, str(path))  # before the cast to float32, which makes large values infinite
     windows = Windows(
         x=x.astype(np.float32),
         y=columns["y"],
@@ -188,7 +188,7 @@ def load_npz(path: str | os.PathLike[str]) -> Windows:
 
 
 def check_windows(windows: Windows, name: str) -> None:
-    """Raise ValueError where labels or domains are out of range, or a window holds NaN, infinity or a huge value."""
+    """Raise ValueError if labels or domains are out of range, or a window holds NaN, infinity or a magnitude over 1e18."""
     if len(windows) == 0:
         raise ValueError(f"{name}: holds no windows; give at least one")
     for what, values, names in (("y", windows.y, windows.classes), ("domain", windows.domain, windows.domains)):
@@ -199,7 +199,7 @@ def check_windows(windows: Windows, name: str) -> None:
 
 
 def _check_values(x: np.ndarray, channels: list[str], name: str, scaled: str = "") -> None:
-    """Raise ValueError for the first window that training cannot take; ``scaled`` says what was done to the values before."""
+    """Raise ValueError for the first window with an unusable value; ``scaled`` says how the values were scaled, if at all."""
     finite = np.isfinite(x).all(axis=(1, 2))
     if not finite.all():
         raise ValueError(f"{name}: window {int(np.argmin(finite))} holds NaN or Inf ({(~finite).sum()} do); clean or drop them")
@@ -208,38 +208,39 @@ def _check_values(x: np.ndarray, channels: list[str], name: str, scaled: str = "
         row, channel = np.unravel_index(int(np.argmax(size >= LARGEST)), size.shape)
         raise ValueError(
             f"{name}: window {row} holds {size[row, channel]:.3g} in channel {channels[channel]}{scaled} "
-            f"({(size >= LARGEST).any(axis=1).sum()} windows are like it); values must be below {LARGEST:g}, clean or drop them"
+            f"({(size >= LARGEST).any(axis=1).sum()} such windows); values must be below {LARGEST:g}, clean or drop them"
         )
 
 
 def _check_channels(channels: list[str], shape: tuple[int, ...], path: str | os.PathLike[str]) -> None:
-    """Raise ValueError where the names do not fit X, or it has no channels or no samples."""
+    """Raise ValueError if the names do not fit X, or X has no channels or no samples."""
     if 0 in shape[1:]:
         raise ValueError(f"{path}: X has shape {shape}; give at least one channel and one sample of time")
     if len(channels) != shape[1]:
         swapped = len(channels) == shape[2]
-        remedy = "swap its axes by X.transpose(0, 2, 1)" if swapped else "name each channel once"
+        remedy = "swap its axes by X.transpose(0, 2, 1)" if swapped else "give one name per channel"
         raise ValueError(
             f"{path}: channels has {len(channels)} names, but X of shape {shape} has {shape[1]} channels (its second axis); "
             f"{remedy}"
         )
     for place, name in enumerate(channels):
         if name in channels[:place]:
-            raise ValueError(f"{path}: channels names {name!r} twice; give each channel a name of its own")
+            raise ValueError(f"{path}: channels names {name!r} twice; give each channel a distinct name")
 
 
 def split(windows: Windows, target: int, protocol: str = "A", target_domain: str | int | None = None) -> Split:
-    """One person's split.
+    """Split the windows for one target person.
 
     Args:
         windows: all people.
         target: the subject to adapt to.
-        protocol: "A", a new user: source is everybody else, every domain. "B", a new user in another domain: source is
-            everybody else in the other domains, target is this person in ``target_domain``.
-        target_domain: name or number, for "B"; the watch data's is "left".
+        protocol: "A", a new user: the source is everybody else in every domain. "B", a new user in another domain: the source
+            is everybody else in the other domains, the target is this person in ``target_domain``.
+        target_domain: name or number, for "B"; the watch data use "left".
 
     Raises:
-        ValueError: the subject or the domain is not there, a part of the split is empty, or normalised it is out of range.
+        ValueError: the data do not have the subject or the domain, a part of the split is empty, or its normalised values
+            are out of range.
     """
     people = np.unique(windows.subject)
     if target not in people:
@@ -268,13 +269,13 @@ def split(windows: Windows, target: int, protocol: str = "A", target_domain: str
     std = parts["source"].x.std(axis=(0, 2), dtype=np.float64)
     std[std == 0] = 1.0
     normalised = {name: _normalise(part, mean, std) for name, part in parts.items()}
-    for name, part in normalised.items():  # a channel that is all but constant in the source can be far from it in the target
+    for name, part in normalised.items():  # a channel that is nearly constant in the source can normalise to huge values
         _check_values(part.x, part.channels, f"subject {target}, {name} windows", " after division by the source's deviation")
     return Split(**normalised, mean=mean, std=std, protocol=protocol, target=target)
 
 
 def _normalise(part: Windows, mean: np.ndarray, std: np.ndarray) -> Windows:
-    with np.errstate(over="ignore"):  # said by the check of the values
+    with np.errstate(over="ignore"):  # _check_values reports it
         return replace(part, x=((part.x - mean[:, None]) / std[:, None]).astype(np.float32))
 
 
@@ -283,15 +284,15 @@ def _names(data: dict[str, np.ndarray], key: str, count: int, path: str | os.Pat
         return [str(k) for k in range(count)]
     names = data[key]
     if names.ndim != 1 or names.dtype.kind not in "USiu":
-        raise ValueError(f"{path}: {key} is {names.dtype} {names.shape}; give one name for each, an array (names,) of str")
+        raise ValueError(f"{path}: {key} is {names.dtype} {names.shape}; give an array (names,) of str, one name for each")
     return [name.decode(errors="replace") if isinstance(name, bytes) else str(name) for name in names.tolist()]
 
 
 def _positions(columns: dict[str, np.ndarray], given: set[str]) -> np.ndarray:
-    """Share of the recording each window covers, from the order of the windows alone.
+    """Return the share of its recording that each window covers, ``(N, 2)``, from the order of the windows alone.
 
-    The k-th of n windows, or every window of the k-th of n sessions, counts as ``[k / n, (k + 1) / n)``. The unused 20 % is at
-    least one window wide wherever there is an adapting one, so windows with half overlap share no sample across the gap.
+    The k-th of n windows, or every window of the k-th of n sessions, counts as ``[k / n, (k + 1) / n)``. If a recording has an
+    adapting window, its unused 20 % is at least one window wide, so windows with half overlap share no sample across the gap.
     """
     keys = ["subject", "domain", *(["recording"] if "recording" in given else [] if "session" in given else ["y"])]
     _, group = np.unique(np.stack([columns[key] for key in keys]), axis=1, return_inverse=True)
@@ -301,7 +302,7 @@ def _positions(columns: dict[str, np.ndarray], given: set[str]) -> np.ndarray:
         k = np.arange(len(index))
         if "session" in given:
             _, first, k = np.unique(columns["session"][index], return_index=True, return_inverse=True)
-            k = np.argsort(np.argsort(first))[k]  # in the order in which they come
+            k = np.argsort(np.argsort(first))[k]  # in order of first appearance
         count = k.max() + 1
         position[index] = np.stack([k / count, (k + 1) / count], axis=1)
     return position

@@ -1,15 +1,15 @@
-"""Which way round the target's sensor is worn: the turn of its axes under which the source model knows the windows best.
+"""Find how the target's sensor is worn: the turn of its axes that minimises the source model's cross-entropy.
 
-A wrist changed or a phone put into the pocket upside down turns the sensor's axes, or mirrors them, and no small update of the
-weights undoes that. There are 48 ways to lay three axes along three others. Acceleration ``a`` becomes ``R a`` under such a
-signed permutation ``R``; the rate of rotation ``w``, a pseudovector, becomes ``det(R) R w``. The other wrist is the mirror
-``R = diag(-1, 1, 1)``, which negates (ax, wy, wz).
+Changing wrists, or putting a phone into the pocket upside down, turns or mirrors the sensor's axes, and no small update of the
+weights undoes that. There are 48 ways to lay three axes along three others. Under such a signed permutation ``R``,
+acceleration ``a`` becomes ``R a``, and the rate of rotation ``w``, a pseudovector, becomes ``det(R) R w``. The other wrist is
+the mirror ``R = diag(-1, 1, 1)``, which negates (ax, wy, wz).
 
-The labelled windows that a person adapts on choose: the turn with the smallest cross-entropy of the source model, BatchNorm on
-the batch's own statistics. As worn is as likely beforehand as all 47 others together, so another turn needs ``log 47`` nats
-more of likelihood, and where the best so far costs less than that in all, none can win against it and no other is looked at.
-First come the seven that exchange no axes, then the rest; each of them sees a quarter of the windows, the best quarter of them
-half, the best quarter of those all.
+The person's labelled adaptation windows decide: the turn with the smallest cross-entropy of the source model wins, with
+BatchNorm on batch statistics. The prior gives "as worn" the same probability as the 47 other turns together, so another turn
+must gain ``log 47`` nats of likelihood; once the best cost is below that, no turn can win against it and the search stops.
+The seven turns that exchange no axes are tried first, then the rest. Each group is narrowed in rounds: all turns on a quarter
+of the windows, the best quarter of them on half, the best quarter of those on all.
 """
 
 from __future__ import annotations
@@ -28,10 +28,10 @@ from lora_edge.har.data import Split, Windows
 from lora_edge.nn.bn_statistics import on_batch_statistics
 from lora_edge.surgery.batch_statistics import has_statistics
 
-SAMPLES = 16  # windows that choose, spread over those to adapt on
-FLIPS = 7  # turns that exchange no axes, the first after as worn
+SAMPLES = 16  # windows that decide, spread evenly over the adaptation windows
+FLIPS = 7  # turns that exchange no axes; they follow "as worn" in turns()
 MIRRORED_CHANNELS = ("ax", "wy", "wz")  # change sign when the watch moves to the other wrist
-VECTORS = (  # a sensor's three axes by the names of their channels, and whether it measures a pseudovector
+VECTORS = (  # channel names of a sensor's three axes, and whether it measures a pseudovector
     (re.compile(r"(?:a|acc|accel|accelerometer)[ _]?([xyz])", re.IGNORECASE), False),
     (re.compile(r"(?:w|g|gyr|gyro|gyroscope)[ _]?([xyz])", re.IGNORECASE), True),
     (re.compile(r"(?:m|mag|magnetometer)[ _]?([xyz])", re.IGNORECASE), True),
@@ -39,9 +39,10 @@ VECTORS = (  # a sensor's three axes by the names of their channels, and whether
 
 
 def turns(channels: list[str]) -> list[np.ndarray]:
-    """The turns that channels of these names allow: signed permutations ``(C, C)``, as worn first and alone where no axes are.
+    """Return the turns that these channel names allow, signed permutations ``(C, C)``; the first is as worn, the identity.
 
-    The axes are ``ax ay az``, ``wx wy wz`` and the like, of one device. Other channels stay as they are.
+    The axes are ``ax ay az``, ``wx wy wz`` and the like, of one device; without such axes only the identity is returned. Other
+    channels are not turned.
     """
     as_worn = np.eye(len(channels))
     vectors = []
@@ -63,12 +64,12 @@ def turns(channels: list[str]) -> list[np.ndarray]:
 
 
 def find_turn(model: nn.Module, task: Split) -> np.ndarray:
-    """The turn ``(C, C)`` of the target's windows under which the source model knows those of ``task.adapt`` best.
+    """Return the turn ``(C, C)`` that minimises the source model's cross-entropy on ``task.adapt``.
 
     Args:
-        model: the source model, which is left as it is.
-        task: normalised windows of the person to adapt to. Where there is only one, and a BatchNorm gets a single value per
-            channel from it, nothing can be told: as worn.
+        model: the source model, which is not changed.
+        task: normalised windows of the person to adapt to. With only one window, from which a BatchNorm gets a single value
+            per channel, the answer is as worn.
     """
     as_worn, *others = turns(task.adapt.channels)
     if not others:
@@ -90,7 +91,7 @@ def find_turn(model: nn.Module, task: Split) -> np.ndarray:
             if least <= evidence:
                 break
             for step in (4, 2, 1):
-                few = spread[::step] if len(spread) > step else spread[:2]  # one window may have no statistics
+                few = spread[::step] if len(spread) > step else spread[:2]  # BatchNorm may need more than one window
                 costs = [cost(turn, few) for turn in found]
                 order = np.argsort(costs)[: math.ceil(len(found) / 4)]
                 found = [found[k] for k in order]
@@ -100,14 +101,14 @@ def find_turn(model: nn.Module, task: Split) -> np.ndarray:
 
 
 def turned(task: Split, turn: np.ndarray) -> Split:
-    """The split with the target's raw axes turned: a raw sample ``s (C,)`` becomes ``turn @ s``."""
+    """Return the split with the target's raw axes turned: a raw sample ``s (C,)`` becomes ``turn @ s``."""
     if np.array_equal(turn, np.eye(len(turn))):
-        return task  # not a rounding apart
+        return task  # bit-identical, without rounding
     return replace(task, adapt=_turned(task.adapt, turn, task), test=_turned(task.test, turn, task))
 
 
 def mirrored(task: Split) -> Split:
-    """The split with the target's raw (ax, wy, wz) negated, as if the watch were on the other wrist.
+    """Return the split with the target's raw (ax, wy, wz) negated, as if the watch were on the other wrist.
 
     Raises:
         ValueError: the data do not have these channels.
@@ -119,7 +120,7 @@ def mirrored(task: Split) -> Split:
 
 
 def named(turn: np.ndarray, channels: list[str]) -> list[str]:
-    """What stands in the place of each channel after the turn, such as ``-ax``."""
+    """Return which channel stands in each place after the turn, such as ``-ax``."""
     return [f"{'-' if row.sum() < 0 else ''}{channels[int(np.abs(row).argmax())]}" for row in turn]
 
 

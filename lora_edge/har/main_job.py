@@ -1,6 +1,6 @@
-"""The main job: adapt a source model to one person, compare methods, write the adapter, the merged model and the picture.
+"""The main job: adapt a source model to one person, compare methods, write the adapter, the merged model and the report.
 
-``make demo`` and ``lora-edge adapt`` both run :func:`run`.
+``make demo`` and ``lora-edge adapt`` both call :func:`run`.
 """
 
 from __future__ import annotations
@@ -19,40 +19,39 @@ import torch
 from torch import nn
 
 from lora_edge.adapter_file import save_adapter
-from lora_edge.environment.machine import describe_machine
 from lora_edge.error_text import in_words
 from lora_edge.files.output import check_file, make_folder, write_text
 from lora_edge.files.safetensors_file import write_safetensors
 from lora_edge.har.data import Split, Windows
-from lora_edge.har.frame import MIRRORED_CHANNELS, find_turn, mirrored, named, turned
-from lora_edge.har.job import Progress, Report, Row, Settings
-from lora_edge.har.report import draw
+from lora_edge.har.display import draw
+from lora_edge.har.frame import find_turn, named, turned
+from lora_edge.har.report import Report, Row, new_report, set_seconds_to_target
+from lora_edge.har.settings import Progress, Settings
 from lora_edge.har.source import find_weights, pretrain, source_file, task_and_model
 from lora_edge.har.training import BATCH, check_rate, macro_f1, one_batch, tensors, train_source, train_target
 from lora_edge.memory import saved_bytes
 from lora_edge.methods import Method, methods
 from lora_edge.methods.base import StepSkipped
 
-TARGET_SHARE = 0.95  # "seconds to the target F1": of what full fine-tuning reaches
 FILES = ("adapter.safetensors", "merged.safetensors", "results.json", "f1_over_time.png")
 COMPARED = ("head_only", "bn_only", "full", "lora_edge")
 
 
 def run(settings: Settings, progress: Progress | None = None) -> Report:
-    """Pre-train (or load) the source model, adapt it by every method, write the files of ``settings.method``.
+    """Pre-train (or load) the source model, adapt it by every compared method, write the files of ``settings.method``.
 
     Files: ``adapter.safetensors``, ``merged.safetensors`` (a plain state dict), ``results.json``, ``f1_over_time.png`` and
-    ``source-*.safetensors``, which a second run reuses. Before the first step of training everything is done once in small,
-    see :func:`rehearse`. A comparison that fails or does not apply is a row without figures that says why.
+    ``source-*.safetensors``, which later runs reuse. Before the first training step the whole job is rehearsed in small, see
+    :func:`rehearse`. A comparison that fails or does not apply becomes a row without figures that says why.
 
     Args:
-        settings: what to do.
+        settings: the options of the run.
         progress: called as ``progress(title, done, total)``.
 
     Raises:
-        ValueError, TypeError, RuntimeError, OSError: bad data, an absent subject, a model that does not fit or cannot be
-            trained or saved, an unwritable folder; all before the first step. Later only a loss or weights that become NaN, and
-            a full disk.
+        ValueError, TypeError, RuntimeError, OSError: bad data, an unknown subject, a model that does not fit or cannot be
+            trained or saved, a folder that cannot be written; all before the first training step. After it only a loss or
+            weights that become NaN, and a full disk.
     """
     tell = progress or (lambda title, done, total: None)
     available = methods()
@@ -70,7 +69,7 @@ def run(settings: Settings, progress: Progress | None = None) -> Report:
         pretrain(model, settings, task, tell)
     report = new_report(model, task, settings)
     rows = {name: without_figures(available[name], why) for name, why in refused.items()}
-    for method in sorted(compared, key=lambda method: method.name != settings.method):  # what is asked for comes first
+    for method in sorted(compared, key=lambda method: method.name != settings.method):  # the requested method first
         if method.name == settings.method:
             rows[method.name] = adapt_by(method, model, task, settings, tell, settings.out)
         elif method.name not in refused:
@@ -86,15 +85,15 @@ def run(settings: Settings, progress: Progress | None = None) -> Report:
 def rehearse(
     model: nn.Module, task: Split, settings: Settings, compared: Sequence[Method], has_weights: bool
 ) -> dict[str, str]:
-    """Do the whole job once in small, one step of each training, so that what cannot work shows before minutes of work.
+    """Run the whole job in small, one step per training, so that failures show before minutes of work.
 
-    The model is copied and torch's generator is given back. All files are written, in a folder that is removed again.
+    Works on copies of the model and restores torch's random state. All files are written to a temporary folder.
 
     Returns:
-        Why a comparison does not apply, by the method's name.
+        The reasons why comparisons do not apply, by method name.
 
     Raises:
-        ValueError, TypeError, RuntimeError, OSError: the pre-training, the method asked for or the writing does not work.
+        ValueError, TypeError, RuntimeError, OSError: the pre-training, the requested method or the writing fails.
     """
     for path in (*(settings.out / name for name in FILES), source_file(model, settings, task)):
         check_file(path)
@@ -113,11 +112,11 @@ def rehearse(
             except Exception as error:
                 raise _refusal("the source model cannot be trained", error) from None
         for method in compared:
-            asked_for = method.name == settings.method
+            requested = method.name == settings.method
             try:
-                report.rows.append(adapt_by(method, model, small, once, _tell_nobody, out if asked_for else None))
+                report.rows.append(adapt_by(method, model, small, once, _tell_nobody, out if requested else None))
             except Exception as error:
-                if asked_for:
+                if requested:
                     raise _refusal(method.title, error) from None
                 refused[method.name] = in_words(error)
         write_report(report, out)
@@ -125,7 +124,7 @@ def rehearse(
 
 
 def compare(method: Method, model: nn.Module, task: Split, settings: Settings, tell: Progress) -> Row:
-    """:func:`adapt_by` for a comparison: where it fails, as by NaN or for lack of memory, the row says why."""
+    """Run :func:`adapt_by` for a comparison; if it fails, for example by NaN or for lack of memory, the row says why."""
     try:
         return adapt_by(method, model, task, settings, tell)
     except Exception as error:
@@ -133,38 +132,12 @@ def compare(method: Method, model: nn.Module, task: Split, settings: Settings, t
 
 
 def without_figures(method: Method, why: str) -> Row:
-    """The row of a method that did not come to an end."""
+    """Return the row of a method that did not finish."""
     return Row(method.name, method.title, None, remark=why)
 
 
-def new_report(model: nn.Module, task: Split, settings: Settings) -> Report:
-    """A report with the rows that need no training."""
-    report = Report(
-        settings={**asdict(settings), "out": str(settings.out), "weights": settings.weights and str(settings.weights)},
-        machine=describe_machine(),
-        windows={"source": len(task.source), "adapt": len(task.adapt), "test": len(task.test)},
-        normalisation={"mean": task.mean.tolist(), "std": task.std.tolist()},
-        target_f1=None,
-    )
-    report.rows.append(Row("zero_shot", "zero-shot", macro_f1(model, task.test)))
-    if set(MIRRORED_CHANNELS) <= set(task.test.channels) and settings.protocol == "B":
-        report.rows.append(Row("mirrored", "mirrored input", macro_f1(model, mirrored(task).test)))
-    return report
-
-
-def set_seconds_to_target(rows: list[Row]) -> float | None:
-    """Fill in each row's seconds to the target F1, 95 % of what full fine-tuning reached; returns that F1, None without it."""
-    full = next(row.f1 for row in rows if row.name == "full")
-    if full is None:
-        return None
-    for row in rows:
-        if row.curve is not None:
-            row.seconds_to_target = row.curve.seconds_to(TARGET_SHARE * full)
-    return TARGET_SHARE * full
-
-
 def adapt_by(method: Method, base: nn.Module, task: Split, settings: Settings, tell: Progress, keep: Path | None = None) -> Row:
-    """Adapt a copy of ``base`` by one method; the adapter and the merged model of an adapted one are written to ``keep``."""
+    """Adapt a copy of ``base`` by one method; writes the adapter and the merged model to the folder ``keep``, if given."""
     torch.manual_seed(settings.seed)
     model, axes = copy.deepcopy(base), task.test.channels
     start = time.perf_counter()
@@ -181,7 +154,7 @@ def adapt_by(method: Method, base: nn.Module, task: Split, settings: Settings, t
     trainable = sum(p.numel() for p in parameters)
     share = 100 * trainable / sum(p.numel() for p in base.parameters())
     row = Row(method.name, method.title, 0.0, trainable, share, lr=lr, axes=axes, remark=_remark(caught))
-    probe = copy.deepcopy(model)  # measuring runs a forward, which moves BatchNorm statistics in batch mode
+    probe = copy.deepcopy(model)  # the measurement runs a forward, which moves BatchNorm statistics in batch mode
     row.saved_bytes = saved_bytes(probe, one_batch(x))
     row.curve = train_target(
         model, parameters, task.adapt, task.test, steps=settings.steps, lr=lr, seed=settings.seed,
@@ -204,12 +177,12 @@ def write_report(report: Report, folder: Path) -> None:
 
 
 def _first(windows: Windows) -> Windows:
-    """A batch of windows for the rehearsal."""
+    """Return one batch of windows, for the rehearsal."""
     return windows.where(np.arange(len(windows)) < BATCH)
 
 
 def _remark(caught: list[warnings.WarningMessage]) -> str | None:
-    """The steps that were left out; other warnings are given again."""
+    """Return the text about skipped steps, or None; other warnings are issued again."""
     for warning in caught:
         if not issubclass(warning.category, StepSkipped):
             warnings.warn_explicit(warning.message, warning.category, warning.filename, warning.lineno)
@@ -217,7 +190,7 @@ def _remark(caught: list[warnings.WarningMessage]) -> str | None:
 
 
 def _refusal(what: str, error: Exception) -> Exception:
-    """The error that ends the job, in one line, of the class that it has where that is one of ours."""
+    """Return the one-line error that ends the job, with the error's own class if it is among those that ``run`` documents."""
     kind = next((k for k in (ValueError, TypeError, OSError) if isinstance(error, k)), RuntimeError)
     return kind(f"{what}: {in_words(error)}")
 

@@ -1,91 +1,86 @@
-"""What a run shows a person: the table in the terminal and the picture of F1 against time."""
+"""The report of a run: one row per method, as ``results.json`` holds it."""
 
 from __future__ import annotations
 
-from pathlib import Path
+from dataclasses import asdict, dataclass, field
+from typing import Any
 
-from lora_edge.environment.extras import require
-from lora_edge.files.output import whole_file
-from lora_edge.har.job import Report
+from torch import nn
 
+from lora_edge.environment.machine import describe_machine
+from lora_edge.har.data import Split
+from lora_edge.har.frame import MIRRORED_CHANNELS, mirrored
+from lora_edge.har.settings import Settings
+from lora_edge.har.training import Curve, macro_f1
 
-def print_table(report: Report) -> None:
-    """Print the table of a run; below it what the rows remark."""
-    require("the table")
-    from rich.console import Console
-    from rich.table import Table
-
-    target = "-" if report.target_f1 is None else f"{report.target_f1:.3f}"
-    table = Table(title=_title(report))
-    for column in ("method", "macro-F1", "trainable", "share", "saved for backward", f"seconds to F1 {target}"):
-        table.add_column(column, justify="left" if column == "method" else "right")
-    for row in report.rows:
-        if row.f1 is None:
-            cells = ["-"] * 5
-        elif row.curve is None:
-            cells = [f"{row.f1:.3f}", "0", "-", "-", "-"]
-        else:
-            to_target = "not reached" if row.seconds_to_target is None else f"{row.seconds_to_target:.2f}"
-            saved = f"{(row.saved_bytes or 0) / 1e6:.2f} MB"
-            cells = [f"{row.f1:.3f}", f"{row.trainable:,}", f"{row.share_percent:.2f} %", saved, to_target]
-        table.add_row(row.title, *cells)
-    console = Console(width=None if Console().is_terminal else 110)
-    console.print(table)
-    for row in report.rows:
-        if row.remark is not None:
-            why = row.remark.removeprefix(f"{row.title}: ")
-            console.print(f"{row.title}{' does not apply' if row.f1 is None else ''}: {why}", markup=False)
-    if any(row.name == "mirrored" for row in report.rows):
-        console.print(
-            "Mirrored input: the left wrist is mostly a mirror of the right, so negating (ax, wy, wz) alone recovers much of "
-            "the loss. That has to be known in advance; the other methods are not told."
-        )
-    if any(row.name == "full_turned" for row in report.rows):
-        axes = " ".join(report.row("lora_edge").axes or [])
-        console.print(f"Axes turned: given {axes}, the source model knows the labelled windows best; LoRA-Edge looks for that.")
+TARGET_SHARE = 0.95  # the target F1 as a share of what full fine-tuning reaches
 
 
-def draw(report: Report, path: Path) -> None:
-    """Write the PNG: macro-F1 on the test windows against seconds of set-up and training, a line for each method."""
-    require("the picture")
-    import matplotlib
+@dataclass
+class Row:
+    """One row of the table; None where a column does not apply.
 
-    matplotlib.use("Agg")
-    from matplotlib import pyplot as plt
+    Attributes:
+        f1: macro-F1 on the test windows; None if the method does not apply to this model or these windows.
+        axes: what the model reads as each channel, such as -ax.
+        remark: why there is no F1, or which step was skipped.
+    """
 
-    figure, axes = plt.subplots(figsize=(7.5, 4.6), layout="constrained")
-    colours = plt.get_cmap("tab10")
-    for k, row in enumerate(report.rows):
-        if row.f1 is None:
-            continue
-        if row.curve is None:
-            axes.axhline(
-                row.f1, color="0.55", linestyle=":" if row.name == "zero_shot" else "-.", linewidth=1.2, label=row.title
-            )
-        else:
-            emphasis = row.name == report.settings["method"]
-            axes.plot(
-                row.curve.seconds, row.curve.f1, color=colours(k % 10), linewidth=2.6 if emphasis else 1.5,
-                marker="o", markersize=3.5, label=f"{row.title} ({row.trainable:,} parameters)", zorder=3 if emphasis else 2,
-            )  # fmt: skip
-    if report.target_f1 is not None:
-        axes.axhline(report.target_f1, color="0.2", linestyle="--", linewidth=0.9, label="95 % of full fine-tuning")
-    axes.set(
-        xlabel="seconds of set-up and training", ylabel="macro-F1 on the test windows", ylim=(0, 1.02), title=_title(report)
+    name: str
+    title: str
+    f1: float | None
+    trainable: int = 0
+    share_percent: float = 0.0
+    saved_bytes: int | None = None
+    lr: float | None = None
+    seconds: float | None = None
+    seconds_to_target: float | None = None
+    curve: Curve | None = None
+    axes: list[str] | None = None
+    remark: str | None = None
+
+
+@dataclass
+class Report:
+    """The outcome of a run.
+
+    A model reads a raw window as ``(window[axes] - mean) / std``: ``axes`` of its row, ``mean`` and ``std`` of
+    ``normalisation``. ``target_f1`` is None if full fine-tuning does not apply.
+    """
+
+    settings: dict[str, Any]
+    machine: dict[str, Any]
+    windows: dict[str, int]
+    normalisation: dict[str, list[float]]
+    target_f1: float | None
+    rows: list[Row] = field(default_factory=list)
+
+    def row(self, name: str) -> Row:
+        """Return the row of a method by its name."""
+        return next(row for row in self.rows if row.name == name)
+
+
+def new_report(model: nn.Module, task: Split, settings: Settings) -> Report:
+    """Return a report with the rows that need no training."""
+    report = Report(
+        settings={**asdict(settings), "out": str(settings.out), "weights": settings.weights and str(settings.weights)},
+        machine=describe_machine(),
+        windows={"source": len(task.source), "adapt": len(task.adapt), "test": len(task.test)},
+        normalisation={"mean": task.mean.tolist(), "std": task.std.tolist()},
+        target_f1=None,
     )
-    axes.set_xlim(left=0)
-    axes.grid(alpha=0.25)
-    axes.legend(fontsize=8, loc="lower right")
-    try:
-        with whole_file(path) as temporary:
-            figure.savefig(temporary, dpi=150)
-    finally:
-        plt.close(figure)
+    report.rows.append(Row("zero_shot", "zero-shot", macro_f1(model, task.test)))
+    if set(MIRRORED_CHANNELS) <= set(task.test.channels) and settings.protocol == "B":
+        report.rows.append(Row("mirrored", "mirrored input", macro_f1(model, mirrored(task).test)))
+    return report
 
 
-def _title(report: Report) -> str:
-    s, w = report.settings, report.windows
-    return (
-        f"person {s['target_subject']}, protocol {s['protocol']}: adapted on {w['adapt']} windows, tested on {w['test']} "
-        f"(rank {s['rank']}, {s['steps']} steps)"
-    )
+def set_seconds_to_target(rows: list[Row]) -> float | None:
+    """Fill in each row's seconds to the target F1 (95 % of full fine-tuning's); returns that F1, None if there is none."""
+    full = next(row.f1 for row in rows if row.name == "full")
+    if full is None:
+        return None
+    for row in rows:
+        if row.curve is not None:
+            row.seconds_to_target = row.curve.seconds_to(TARGET_SHARE * full)
+    return TARGET_SHARE * full

@@ -1,4 +1,4 @@
-"""The source model: the T-ResNet or your own, checked on the data, with weights loaded, reused or trained."""
+"""The source model: T-ResNet or your own, checked on the data, with weights loaded, reused or trained."""
 
 from __future__ import annotations
 
@@ -22,13 +22,13 @@ from lora_edge.files.safetensors_file import own_memory, write_safetensors
 from lora_edge.files.state_file import load_state
 from lora_edge.finite import check_weights
 from lora_edge.har.data import Split, Windows, load_npz, load_watch, split
-from lora_edge.har.job import Progress, Settings
 from lora_edge.har.models import TResNet
+from lora_edge.har.settings import Progress, Settings
 from lora_edge.har.training import tensors, train_source
 
 
 def source(settings: Settings, tell: Progress) -> tuple[Split, nn.Module]:
-    """The split and the source model, pre-trained, loaded or reused; nothing is written before the input was checked."""
+    """Return the split and the source model, loaded, reused or pre-trained; the input is checked before anything is written."""
     task, model = task_and_model(settings)
     make_folder(settings.out)
     if not find_weights(model, settings, task):
@@ -37,7 +37,7 @@ def source(settings: Settings, tell: Progress) -> tuple[Split, nn.Module]:
 
 
 def task_and_model(settings: Settings) -> tuple[Split, nn.Module]:
-    """The split and the model with the weights that its factory gave it, both checked, as is the rank."""
+    """Return the split and the model with its factory's weights; both, and the rank, are checked."""
     torch.manual_seed(settings.seed)
     windows = load_watch() if settings.data == "watch" else load_npz(settings.data)
     domain = settings.target_domain
@@ -45,19 +45,19 @@ def task_and_model(settings: Settings) -> tuple[Split, nn.Module]:
         domain = "left"
     task = split(windows, settings.target_subject, settings.protocol, domain)
     model = build_model(settings.model, task)
-    lora_edge.adapt(copy.deepcopy(model), settings.rank)  # a wrong rank shows before anything is trained or written
+    lora_edge.adapt(copy.deepcopy(model), settings.rank)  # refuses a wrong rank before anything is trained or written
     return task, model
 
 
 def build_model(factory: str | None, task: Split) -> nn.Module:
-    """The T-ResNet for the data, or what ``package.module:factory`` returns; checked on two windows.
+    """Return T-ResNet for the data, or the model of ``package.module:factory``; checked on two windows.
 
-    The factory is called with ``in_channels`` and ``num_classes`` if it takes arguments of these names.
+    The factory is called with ``in_channels`` and ``num_classes`` if it has parameters of these names.
 
     Raises:
-        ValueError: the factory cannot be imported or fails, or its model cannot be copied, does not take the windows, does
-            not give a logit for each class, or holds what cannot be saved or is not finite.
-        TypeError: it returns no module.
+        ValueError: the factory cannot be imported or fails, or its model cannot be copied, does not accept the windows, does
+            not return one logit per class, or holds values that cannot be saved or are not finite.
+        TypeError: the factory does not return a module.
     """
     shape = {"in_channels": task.test.x.shape[1], "num_classes": len(task.test.classes)}
     model: Any = TResNet(**shape) if factory is None else _call_factory(factory, shape)
@@ -66,26 +66,26 @@ def build_model(factory: str | None, task: Split) -> nn.Module:
     try:
         twin = copy.deepcopy(model).eval()
     except Exception as error:
-        raise ValueError(f"the model cannot be copied by copy.deepcopy, which each method needs: {in_words(error)}") from None
+        raise ValueError(f"copy.deepcopy of the model fails, and every method needs a copy: {in_words(error)}") from None
     x, _ = tensors(task.test)
     try:
         with torch.no_grad():
             logits = twin(x[:2])
     except Exception as error:
         raise ValueError(
-            f"the model does not take windows of {tuple(x.shape[1:])} (channels, time): {in_words(error)}"
+            f"the model does not accept windows of {tuple(x.shape[1:])} (channels, time): {in_words(error)}"
         ) from None
     wanted = (len(x[:2]), shape["num_classes"])
     if not isinstance(logits, Tensor) or logits.shape != wanted:
         got = tuple(logits.shape) if isinstance(logits, Tensor) else type(logits).__name__
-        raise ValueError(f"the model gives {got} for {wanted[0]} windows; it must give logits of shape {wanted}")
-    own_memory(model.state_dict(), "the model")  # what cannot be saved shows here
-    check_weights(model, "the model", "give one whose weights are numbers")
+        raise ValueError(f"the model returns {got} for {wanted[0]} windows; it must return logits of shape {wanted}")
+    own_memory(model.state_dict(), "the model")  # refuses what cannot be saved
+    check_weights(model, "the model", "give one with finite weights")
     return model
 
 
 def find_weights(model: nn.Module, settings: Settings, task: Split) -> bool:
-    """Fill ``model`` with the user's weights or those of an earlier run with the same settings; False where there are none."""
+    """Load the user's weights, or those of an earlier run with the same settings, into ``model``; False if there are none."""
     path = settings.weights or source_file(model, settings, task)
     if settings.weights is None and not path.is_file():
         return False
@@ -95,8 +95,8 @@ def find_weights(model: nn.Module, settings: Settings, task: Split) -> bool:
 
 
 def pretrain(model: nn.Module, settings: Settings, task: Split, tell: Progress) -> None:
-    """Train ``model`` on the other people and write its weights for the next run."""
-    path = source_file(model, settings, task)  # before training: a model's repr may change by it
+    """Train ``model`` on the other people and write its weights for later runs."""
+    path = source_file(model, settings, task)  # before training, which may change the model's repr
     start = time.perf_counter()
     train_source(
         model, task.source, epochs=settings.epochs, seed=settings.seed,
@@ -111,13 +111,13 @@ def load_weights(model: nn.Module, path: Path) -> None:
 
     Raises:
         OSError: the file cannot be read.
-        ValueError: it holds no state dict, another model's, NaN, infinities or a negative variance; in one line. The model is
-            left as it was.
+        ValueError: it holds no state dict or another model's, or NaN, infinity or a negative variance; the message is one
+            line. The model is unchanged.
     """
     state = load_state(path)
     own = model.state_dict()
     first_name = {_place(value): name for name, value in reversed(own.items()) if name in state}
-    for name, value in own.items():  # a file that holds a shared tensor once
+    for name, value in own.items():  # the file may hold a shared tensor under one name only
         if name not in state and value.numel() and _place(value) in first_name:
             state[name] = state[first_name[_place(value)]]
     twin = copy.deepcopy(model)
@@ -126,17 +126,17 @@ def load_weights(model: nn.Module, path: Path) -> None:
     except RuntimeError as error:
         lines = [line.strip() for line in str(error).splitlines()]
         raise ValueError(f"{path}: does not fit the model: {lines[1] if len(lines) > 1 else lines[0]}") from None
-    check_weights(twin, str(path), "give weights that are numbers")
+    check_weights(twin, str(path), "give finite weights")
     model.load_state_dict(state)
 
 
 def source_file(model: nn.Module, settings: Settings, task: Split) -> Path:
-    """Where the weights pre-trained by these settings lie."""
+    """Return the path of the weights that were pre-trained with these settings."""
     return settings.out / f"source-{_source_key(model, settings, task.source)}.safetensors"
 
 
 def _place(value: Tensor) -> tuple[Any, ...]:
-    """The same for tensors that are one: the memory, sizes and strides."""
+    """Return a key that is equal for tensors that share memory, sizes and strides."""
     return value.data_ptr(), value.dtype, tuple(value.shape), value.stride()
 
 
@@ -149,7 +149,7 @@ def _call_factory(factory: str, shape: dict[str, int]) -> Any:
         function = getattr(importlib.import_module(module_name), name)
     except (ImportError, AttributeError) as error:
         raise ValueError(f"--model {factory}: {first_line(error)}; give package.module:factory, importable from here") from None
-    except Exception as error:  # whatever the module does when it is imported
+    except Exception as error:  # importing runs the module's own code
         raise ValueError(f"--model {factory}: cannot be imported: {in_words(error)}") from None
     finally:
         sys.path.pop(0)

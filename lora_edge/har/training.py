@@ -1,4 +1,4 @@
-"""Training loops: the source model and one adaptation, with F1 against time. Neither goes on from NaN or an infinity."""
+"""Training loops for the source model and for one adaptation, with F1 against time; both stop at NaN or infinity."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ from lora_edge.har.data import Windows
 from lora_edge.nn.training_flags import in_evaluation
 
 BATCH = 64
-LARGEST_RATE = 1e30  # somewhat above it a step of Adam leaves float32
+LARGEST_RATE = 1e30  # not far above it a step of Adam overflows float32
 
 
 @dataclass
@@ -30,17 +30,17 @@ class Curve:
     f1: list[float] = field(default_factory=list)
 
     def seconds_to(self, target: float) -> float | None:
-        """Seconds until the first evaluation at ``target`` or above; None if it never came."""
+        """Return the seconds until the first evaluation that reached ``target``; None if none did."""
         return next((s for s, f1 in zip(self.seconds, self.f1, strict=True) if f1 >= target), None)
 
 
 def tensors(windows: Windows) -> tuple[Tensor, Tensor]:
-    """``x (N, channels, time)`` float32 and ``y (N,)`` int64."""
+    """Return ``x (N, channels, time)`` float32 and ``y (N,)`` int64."""
     return torch.from_numpy(np.ascontiguousarray(windows.x)), torch.from_numpy(windows.y)
 
 
 def batches(count: int, size: int, generator: torch.Generator) -> Iterator[Tensor]:
-    """Endless index batches of ``min(size, count)``, reshuffled every epoch, never a smaller rest."""
+    """Yield endless index batches of ``min(size, count)``, reshuffled every epoch; a smaller remainder is dropped."""
     size = min(size, count)
     while True:
         order = torch.randperm(count, generator=generator)
@@ -48,34 +48,34 @@ def batches(count: int, size: int, generator: torch.Generator) -> Iterator[Tenso
 
 
 def one_batch(samples: Tensor) -> Tensor:
-    """The first 64 of some samples or labels, from the beginning again where there are fewer."""
+    """Return the first 64 samples or labels, repeated from the beginning if there are fewer."""
     return samples[torch.arange(BATCH) % len(samples)]
 
 
 def predict(model: nn.Module, x: Tensor, size: int = 256) -> Tensor:
-    """Classes ``(N,)`` in evaluation mode; the training flags are left as they were.
+    """Return the predicted classes ``(N,)`` in evaluation mode; the training flags are restored.
 
     Raises:
-        NotFiniteError: a logit is NaN; the message says of which window.
+        NotFiniteError: a logit is NaN; the message names the window.
     """
     with torch.no_grad(), in_evaluation(model):
         logits = torch.cat([model(part) for part in x.split(size)])
     odd = logits.isnan().any(dim=1)
     if bool(odd.any()):
         raise NotFiniteError(
-            f"the model gives NaN for {int(odd.sum())} of {len(x)} windows, first for window {int(odd.int().argmax())}; "
+            f"the model returns NaN for {int(odd.sum())} of {len(x)} windows, first for window {int(odd.int().argmax())}; "
             "check its weights and the window"
         )
     return logits.argmax(dim=1)
 
 
 def macro_f1(model: nn.Module, windows: Windows) -> float:
-    """Macro-F1 over the classes that occur in ``windows``, 0 to 1; NotFiniteError where the model gives NaN."""
+    """Return macro-F1, 0 to 1, over the classes that occur in ``windows``; NotFiniteError if the model returns NaN."""
     try:
         from sklearn.metrics import f1_score
     except ImportError:
         require("the F1 score")
-        raise  # it is there and broken
+        raise  # installed but broken
 
     x, y = tensors(windows)
     present = np.unique(windows.y)
@@ -83,18 +83,18 @@ def macro_f1(model: nn.Module, windows: Windows) -> float:
 
 
 def training_step(model: nn.Module, optimizer: torch.optim.Optimizer, x: Tensor, y: Tensor, step: int = 1) -> None:
-    """One step on one batch, cross-entropy.
+    """Take one step on one batch with the cross-entropy loss.
 
     Raises:
-        NotFiniteError: the loss is NaN or infinite; nothing is trained by it. The message names ``step`` and what
-            is not finite either, if anything: the batch or a weight.
+        NotFiniteError: the loss is NaN or infinite; no parameter is changed. The message names ``step`` and, if one is
+            not finite, the batch or a weight.
     """
     optimizer.zero_grad(set_to_none=True)
     loss = F.cross_entropy(model(x), y)
     if not math.isfinite(value := float(loss.detach())):
         what = f"step {step} of training: the loss is {value}"
         remedy = f"check the windows, or give a smaller learning rate than {optimizer.param_groups[0]['lr']:g}"
-        check_finite({"the batch": x, **dict(model.named_parameters())}, what, remedy)  # not the statistics: x moves them
+        check_finite({"the batch": x, **dict(model.named_parameters())}, what, remedy)  # x itself moves the statistics
         check_variances(model, what, remedy)
         raise NotFiniteError(f"{what}, although all weights are finite; {remedy}")
     loss.backward()
@@ -102,7 +102,7 @@ def training_step(model: nn.Module, optimizer: torch.optim.Optimizer, x: Tensor,
 
 
 def check_rate(lr: float) -> None:
-    """Raise ValueError where Adam would take a rate that trains nothing but NaN."""
+    """Raise ValueError for a learning rate with which Adam could only produce NaN, or that is not positive."""
     if not 0 < lr <= LARGEST_RATE:
         raise ValueError(f"the learning rate is {lr}; give a number above 0, at most {LARGEST_RATE:g}")
 
@@ -116,10 +116,10 @@ def train_source(
     seed: int = 0,
     progress: Callable[[int, int], None] | None = None,
 ) -> nn.Module:
-    """Pre-train ``model`` in place by Adam with a one-cycle rate; ``progress(done, total)`` after every step.
+    """Pre-train ``model`` in place by Adam with a one-cycle rate; calls ``progress(done, total)`` after every step.
 
     Raises:
-        NotFiniteError: the loss or, at the end, a weight is NaN or infinite.
+        NotFiniteError: the loss or a final weight is NaN or infinite.
     """
     check_rate(lr)
     x, y = tensors(windows)
@@ -151,12 +151,12 @@ def train_target(
     setup_seconds: float = 0.0,
     progress: Callable[[int, int], None] | None = None,
 ) -> Curve:
-    """Adapt ``model`` by Adam at a constant rate; the clock starts at ``setup_seconds`` and stands still during evaluation.
+    """Adapt ``model`` by Adam at a constant rate; the clock starts at ``setup_seconds`` and pauses during evaluation.
 
-    Every step draws a batch of up to 64 windows. The test windows are only looked at, nothing is chosen by them.
+    Every step draws a batch of up to 64 windows. The test windows are only evaluated; no choice depends on them.
 
     Raises:
-        NotFiniteError: the loss, a weight at the end or a test window's logit is NaN or infinite.
+        NotFiniteError: the loss or a final weight is NaN or infinite, or a test window's logit is NaN.
     """
     check_rate(lr)
     x, y = tensors(windows)

@@ -1,7 +1,7 @@
-"""Ways to adapt a model, a file each. A method is what the study, the demo and the benchmarks compare.
+"""Ways to adapt a model, one file per method. The study, the demo and the benchmarks compare them.
 
-To add one, add a file here that defines ``METHOD``, or ``METHODS`` where several differ by a word; nothing else changes.
-``methods()`` finds it.
+To add one, add a file here that defines ``METHOD``, or ``METHODS`` for several forms of one method, as ``lora_edge.py`` does;
+:func:`methods` finds it and nothing else changes.
 """
 
 from __future__ import annotations
@@ -15,11 +15,11 @@ __all__ = ["Method", "methods"]
 
 
 def methods() -> dict[str, Method]:
-    """Every method by name, in the order of the names."""
+    """Every method by name, sorted by name."""
     found: dict[str, Method] = {}
-    for module in sorted(pkgutil.iter_modules(__path__), key=lambda m: m.name):
-        file = importlib.import_module(f"{__name__}.{module.name}")
-        for method in getattr(file, "METHODS", [getattr(file, "METHOD", None)]):
+    for file in pkgutil.iter_modules(__path__):
+        module = importlib.import_module(f"{__name__}.{file.name}")
+        for method in [*getattr(module, "METHODS", []), getattr(module, "METHOD", None)]:
             if isinstance(method, Method):
                 found[method.name] = method
     return dict(sorted(found.items()))

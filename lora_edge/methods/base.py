@@ -1,4 +1,4 @@
-"""What every method provides, and what several of them need."""
+"""The interface of a method, and the parts that several methods share."""
 
 from __future__ import annotations
 
@@ -24,17 +24,17 @@ from lora_edge.surgery.batch_statistics import has_statistics
 from lora_edge.surgery.selection import select
 from lora_edge.tt import check_rank
 
-SOURCE_SAMPLES = 16  # what the source's BatchNorm statistics count beside the target's windows
-TARGET_SAMPLES = 64  # at most so many of these are read for it: the pass takes no more memory than a step of training
+SOURCE_SAMPLES = 16  # weight of the source's BatchNorm statistics, counted in windows of the target
+TARGET_SAMPLES = 64  # most of the target's windows that are read for it: needs no more memory than a training step
 Prepare = Callable[[nn.Module, int, Tensor, Tensor], list[nn.Parameter]]
 
 
 class NotApplicableError(ValueError):
-    """A method has nothing to train in this model; a comparison goes on without it."""
+    """A method has nothing to train in this model; a comparison continues without it."""
 
 
 class StepSkipped(UserWarning):
-    """A step beside a method's training does not apply to this model or these windows, and was left out."""
+    """An optional step of a method does not apply to this model or these windows and was skipped."""
 
 
 def _nothing_to_do(model: nn.Module) -> nn.Module:
@@ -46,13 +46,13 @@ class Method:
     """One way to adapt a model.
 
     Attributes:
-        name: for the command line and the result rows.
-        title: for tables and pictures.
-        lr: Adam's rate where none is asked for.
+        name: used on the command line and in result rows.
+        title: used in tables and pictures.
+        lr: the default learning rate of Adam.
         prepare: ``prepare(model, rank, inputs, labels)`` freezes and changes ``model`` in place and returns the parameters
-            to train. ``inputs (N, ...)`` and ``labels (N,)`` are the target's adaptation windows, which most do not use.
+            to train. ``inputs (N, ...)`` and ``labels (N,)`` are the target's adaptation windows, which most methods ignore.
         finish: ``finish(model)`` returns the plain model, with the base's module types, after training.
-        turns: whether the target's windows are turned to the way in which the source's sensor was worn before all else; see
+        turns: whether the target's sensor axes are first turned to the orientation of the source's; see
             :mod:`lora_edge.har.frame`.
     """
 
@@ -65,7 +65,7 @@ class Method:
 
 
 def freeze_backbone(model: nn.Module) -> None:
-    """No parameter is trained and BatchNorm stays on its running statistics."""
+    """Freeze every parameter and keep BatchNorm on its running statistics."""
     model.requires_grad_(False)
     for _, norm in bn_statistics.batch_norms(model):
         if frozen_bn.why_not_frozen(norm) is None:
@@ -73,7 +73,7 @@ def freeze_backbone(model: nn.Module) -> None:
 
 
 def unfreeze_backbone(model: nn.Module) -> nn.Module:
-    """Undo :func:`freeze_backbone` on the BatchNorm layers, whose statistics stay; every parameter is trainable again."""
+    """Unfreeze every parameter and the BatchNorm layers, which keep their statistics; returns ``model``."""
     for module in list(model.modules()):
         if isinstance(module, frozen_bn.FrozenNorm):
             bn_statistics.forget_statistics(module)
@@ -82,10 +82,10 @@ def unfreeze_backbone(model: nn.Module) -> nn.Module:
 
 
 def move_statistics(model: nn.Module, inputs: Tensor, source_samples: float = SOURCE_SAMPLES) -> None:
-    """BatchNorm's statistics, where there is any, move to the target's windows; see :func:`lora_edge.calibrate_bn`.
+    """Move BatchNorm's statistics, if the model has any, to the target's windows; see :func:`lora_edge.calibrate_bn`.
 
-    One batch is read for it, evenly spread over the windows, whose neighbours overlap. Where a BatchNorm would get a single
-    value per channel, which has no variance, all of them keep their statistics, and a :class:`StepSkipped` warning says so.
+    Reads one batch, evenly spread over the windows because neighbours overlap. If a BatchNorm would get a single value per
+    channel, which has no variance, all of them keep their statistics and a :class:`StepSkipped` warning says so.
     """
     if next(bn_statistics.batch_norms(model), None) is not None:
         spread = torch.linspace(0, len(inputs) - 1, min(len(inputs), TARGET_SAMPLES)).round().long()
@@ -97,11 +97,11 @@ def move_statistics(model: nn.Module, inputs: Tensor, source_samples: float = SO
 
 
 def adapted(*, source_samples: float | None = SOURCE_SAMPLES, **options: Any) -> Prepare:
-    """``prepare`` of a form of LoRA-Edge; its ``finish`` is :func:`lora_edge.merge`.
+    """Return ``prepare`` for a form of LoRA-Edge; its ``finish`` is :func:`lora_edge.merge`.
 
     Args:
-        source_samples: of :func:`lora_edge.calibrate_bn` on the target's windows; None leaves the source's statistics.
-        options: of :func:`lora_edge.adapt`, which is given the target's windows as ``batches`` where they need any.
+        source_samples: for :func:`lora_edge.calibrate_bn` on the target's windows; None keeps the source's statistics.
+        options: for :func:`lora_edge.adapt`, which gets the target's windows as ``batches`` if the options need them.
     """
 
     needs_batches = "params" in options or options.get("subspace") in FROM_BATCHES
@@ -116,9 +116,10 @@ def adapted(*, source_samples: float | None = SOURCE_SAMPLES, **options: Any) ->
 
 
 def reparametrised(kind: Callable[[_ConvNd, int], Reparametrisation]) -> Prepare:
-    """``prepare`` of a method that trains ``kind(conv, rank)`` in every convolution of a frozen backbone.
+    """Return ``prepare`` for a method that trains ``kind(conv, rank)`` in every convolution of a frozen backbone.
 
-    Its ``finish`` is :func:`lora_edge.merge`. Refuses by name, before anything is changed, what ``adapt`` refuses too.
+    Its ``finish`` is :func:`lora_edge.merge`. A layer that ``adapt`` refuses raises ValueError with the layer's name before
+    anything is changed.
     """
 
     def prepare(model: nn.Module, rank: int, inputs: Tensor, labels: Tensor) -> list[nn.Parameter]:
@@ -143,10 +144,10 @@ def reparametrised(kind: Callable[[_ConvNd, int], Reparametrisation]) -> Prepare
 
 
 def trained_state(model: nn.Module) -> dict[str, Tensor]:
-    """What a method added to the base model or trains in it, by its names in ``state_dict``, under every name it has.
+    """Return copies of the tensors that a method added to the base model or trains in it, by their names in ``state_dict``.
 
-    These are the trainable parameters, the factors and suffixes beside them, frozen ones too, and the statistics of each
-    BatchNorm that is not frozen or was calibrated.
+    They are the trainable parameters, all factors and suffixes, frozen ones too, and the statistics of each BatchNorm that
+    is not frozen or was calibrated. A shared tensor appears under each of its names.
     """
     own = {name for name, p in model.named_parameters(remove_duplicate=False) if p.requires_grad}
     own.update(name for name, _ in added_tensors(model))

@@ -1,4 +1,4 @@
-"""Bias only: every bias is trained, BatchNorm's shift and the head's bias among them, all else frozen.
+"""Bias only: trains every bias, including BatchNorm's shift and the head's bias; all else is frozen.
 
 Source: BitFit, Ben-Zaken et al. 2021 (arXiv 2106.10199).
 """
@@ -11,7 +11,7 @@ from lora_edge.methods.base import Method, NotApplicableError, freeze_backbone, 
 
 
 def prepare(model: nn.Module, rank: int, inputs: Tensor, labels: Tensor) -> list[nn.Parameter]:
-    """A convolution without a bias gets none: the shift of the BatchNorm after it is its bias, at the same cost."""
+    """Train the existing biases. A convolution without one gets none: the shift of its BatchNorm serves, at the same cost."""
     biases = [p for name, p in model.named_parameters() if name.rpartition(".")[2].startswith("bias")]
     if not biases:
         raise NotApplicableError("bias only: the model has no bias; choose another method")

@@ -1,4 +1,4 @@
-"""BN only: the scale and shift of every BatchNorm are trained, statistics in batch mode, all else frozen."""
+"""BN only: trains the scale and shift of every BatchNorm, with statistics in batch mode; all else is frozen."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Conv LoRA as PEFT defines it: a convolution to ``rank`` channels, then a 1x1 one to the output's.
+"""Conv LoRA as PEFT defines it: a convolution to ``rank`` channels, then a 1x1 convolution to the output channels.
 
 Source: LoRA, Hu et al. 2021 (arXiv 2106.09685), in PEFT's ``tuners/lora/layer.py``.
 """
@@ -16,8 +16,8 @@ from lora_edge.nn.reparametrised import Reparametrisation, random, zeros
 class ConvLoRA(Reparametrisation):
     """``ΔW = alpha/r · B A`` over the unfolded weight ``(O, (I/g)·ΠK)``; ``A (r, I/g, *K)`` random, ``B (O, r)`` zero.
 
-    With one group it is PEFT's. With several, PEFT's ``A`` mixes the groups, so that its update is no weight of the layer
-    (PEFT does not merge it); here the groups share ``A``. ``alpha`` is the rank unless given.
+    With one group it equals PEFT's. With several, PEFT's ``A`` mixes the groups, so its update is not a weight of the layer
+    and PEFT cannot merge it; here the groups share ``A``. ``alpha`` defaults to the rank.
     """
 
     def __init__(self, conv: _ConvNd, rank: int, alpha: float | None = None) -> None:

@@ -1,4 +1,4 @@
-"""DoRA for convolutions: conv LoRA turns each output channel's kernel, a trained magnitude sets its length.
+"""DoRA for convolutions: conv LoRA sets the direction of each output channel's kernel, a trained magnitude its length.
 
 Source: DoRA, Liu et al. 2024 (arXiv 2402.09353), in PEFT's ``DoraConv1d/2d/3dLayer``.
 """
@@ -18,7 +18,7 @@ from lora_edge.nn.reparametrised import exact_dtype, parameter
 class DoRA(ConvLoRA):
     """``W'[o] = m[o] · (W + ΔW)[o] / ‖(W + ΔW)[o]‖``; ``m (O,)`` starts at ``‖W[o]‖``, ``ΔW`` is conv LoRA's.
 
-    The norm counts as a constant in backward (section 4.3 of the paper). A row of ``W`` that is all zero stays zero.
+    The norm is a constant in backward (section 4.3 of the paper). A row of ``W`` that is all zero stays zero.
     """
 
     def __init__(self, conv: _ConvNd, rank: int, alpha: float | None = None) -> None:

@@ -1,4 +1,4 @@
-"""Full fine-tuning: every parameter is trained, BatchNorm in batch mode, as most users write it."""
+"""Full fine-tuning as most users write it: trains every parameter, with BatchNorm in batch mode."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Full fine-tuning on frozen BatchNorm, as LoRA-Edge has it: all but the norms is trained. It says what freezing them costs."""
+"""Full fine-tuning with BatchNorm frozen as in LoRA-Edge: trains all other parameters. Shows what freezing BatchNorm costs."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Head only: the last linear layer is trained on the frozen backbone's features (a linear probe)."""
+"""Head only: trains the last linear layer on the frozen backbone's features (a linear probe)."""
 
 from __future__ import annotations
 

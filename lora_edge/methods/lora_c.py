@@ -1,4 +1,4 @@
-"""LoRA-C in loralib's form: one product of two matrices, viewed as the kernel.
+"""LoRA-C in loralib's form: one product of two matrices, viewed as the weight.
 
 Source: LoRA-C, Ding et al. 2024 (arXiv 2410.16954), on loralib's ``ConvLoRA``.
 """
@@ -18,8 +18,8 @@ from lora_edge.nn.reparametrised import Reparametrisation, random, zeros
 class LoRAC(Reparametrisation):
     """``ΔW = alpha/r · (B A).view(W.shape)``; ``A (r·K, I·K)`` random, ``B (O/g·K', r·K)`` zero.
 
-    ``K`` is the last kernel size and ``K'`` the product of the others: ``K`` for the square 2-D kernels that loralib has, 1 for
-    a 1-D kernel (loralib's 1-D and 3-D layers fail at the view). ``alpha`` is the rank unless given.
+    ``K`` is the last kernel size and ``K'`` the product of the others: ``K`` for loralib's square 2-D kernels, 1 for a 1-D
+    kernel (loralib's 1-D and 3-D layers fail at the view). ``alpha`` defaults to the rank.
     """
 
     def __init__(self, conv: _ConvNd, rank: int, alpha: float | None = None) -> None:

@@ -1,4 +1,4 @@
-"""LoRA-C in its factor form: each factor holds the kernel sizes of its side.
+"""LoRA-C in its factor form: the output factor holds the leading kernel axes, the input factor the last one.
 
 Source: LoRA-C, Ding et al. 2024 (arXiv 2410.16954).
 """
@@ -16,8 +16,8 @@ from lora_edge.nn.reparametrised import Reparametrisation, random, zeros
 class LoRACFactors(Reparametrisation):
     """``ΔW[o,i,h,w] = alpha/r · Σ_q B[o,h,q] A[q,i,w]``; ``A (r, I/g, Kw)`` random, ``B (O, Kh, r)`` zero.
 
-    A 1-D kernel has ``Kh = 1``, so there it is conv LoRA; for a 3-D one ``B`` is ``(O, Kd, Kh, r)``. The groups share ``A``.
-    ``alpha`` is the rank unless given.
+    A 1-D kernel has ``Kh = 1``, which gives conv LoRA; for a 3-D kernel ``B`` is ``(O, Kd, Kh, r)``. The groups share ``A``.
+    ``alpha`` defaults to the rank.
     """
 
     def __init__(self, conv: _ConvNd, rank: int, alpha: float | None = None) -> None:

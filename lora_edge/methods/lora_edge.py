@@ -1,8 +1,43 @@
-"""LoRA-Edge with this library's defaults: the weight's own suffix, balanced, BatchNorm frozen near the target, axes turned."""
+"""LoRA-Edge: the library's defaults, the published form, and the forms that change one choice of the defaults each."""
 
 from __future__ import annotations
 
-from lora_edge.merge import merge
-from lora_edge.methods.base import Method, adapted
+from torch import Tensor, nn
 
-METHOD = Method("lora_edge", "LoRA-Edge", lr=2e-2, prepare=adapted(), finish=merge, turns=True)
+from lora_edge.merge import merge
+from lora_edge.methods.base import Method, Prepare, adapted
+from lora_edge.surgery.selection import select
+from lora_edge.tt import attainable_ranks, check_rank
+
+
+def _form(name: str, title: str, prepare: Prepare, *, lr: float = 2e-2, turns: bool = False) -> Method:
+    return Method(name, title, lr=lr, prepare=prepare, finish=merge, turns=turns)
+
+
+def prepare_by_budget(model: nn.Module, rank: int, inputs: Tensor, labels: Tensor) -> list[nn.Parameter]:
+    """Choose the ranks by the gradient's energy, with as many parameters in all as ``rank`` in every layer has."""
+    shapes = [tuple(model.get_submodule(name).weight.shape) for name in select(model, None, None)]  # type: ignore[union-attr, arg-type]
+    budget = sum(shape[0] * attainable_ranks(shape, check_rank(rank))[0] for shape in shapes)
+    return adapted(params=budget)(model, rank, inputs, labels)
+
+
+# BatchNorm in batch mode: its statistics move to the target while the cores are trained.
+BATCH_BN = _form("lora_edge_batch_bn", "LoRA-Edge, BN in batch mode", adapted(bn="batch"))
+
+METHODS = [
+    # The defaults: the weight's own suffix, balanced; BatchNorm frozen near the target's statistics; axes turned.
+    _form("lora_edge", "LoRA-Edge", adapted(), turns=True),
+    # The defaults on the axes as they come: shows what turning them is worth. All forms below also leave the axes as worn.
+    _form("lora_edge_as_worn", "LoRA-Edge, axes as worn", adapted()),
+    # As published (arXiv 2511.03765): the weight's suffix with its singular values, BatchNorm frozen.
+    _form("lora_edge_paper", "LoRA-Edge, as published", adapted(source_samples=None, scaling="paper"), lr=1e-2),
+    # The suffix holds the principal directions of each layer's inputs.
+    _form("lora_edge_input", "LoRA-Edge, the inputs' subspace", adapted(subspace="input")),
+    # The suffix holds the leading right singular directions of the first gradients.
+    _form("lora_edge_gradient", "LoRA-Edge, the gradient's subspace", adapted(subspace="gradient")),
+    _form("lora_edge_budget", "LoRA-Edge, ranks by energy", prepare_by_budget),
+    BATCH_BN,
+    # BatchNorm frozen on the source's statistics alone, or on the target's alone.
+    _form("lora_edge_source_bn", "LoRA-Edge, BN of the source", adapted(source_samples=None)),
+    _form("lora_edge_target_bn", "LoRA-Edge, BN of the target", adapted(source_samples=0)),
+]

@@ -1,4 +1,4 @@
-"""LoRA-FA: conv LoRA whose ``A`` stays at its random start; only the output side is trained.
+"""LoRA-FA: conv LoRA with ``A`` frozen at its random initial value; only the output side is trained.
 
 Source: LoRA-FA, Zhang et al. 2023 (arXiv 2308.03303).
 """
@@ -13,7 +13,7 @@ from lora_edge.methods.conv_lora import ConvLoRA
 
 
 class LoRAFA(ConvLoRA):
-    """Conv LoRA with ``A (r, I/g, *K)`` frozen: as many trained parameters as LoRA-Edge, ``O·r``, in a random subspace."""
+    """Conv LoRA with ``A (r, I/g, *K)`` frozen: trains ``O·r`` parameters, as LoRA-Edge does, but in a random subspace."""
 
     def __init__(self, conv: _ConvNd, rank: int, alpha: float | None = None) -> None:
         super().__init__(conv, rank, alpha)

@@ -1,4 +1,4 @@
-"""PiSSA: conv LoRA that starts at the weight's leading singular vectors; what they leave of the weight is frozen.
+"""PiSSA: conv LoRA that starts at the weight's leading singular vectors; the residual of the weight is frozen.
 
 Source: PiSSA, Meng et al. 2024 (arXiv 2404.02948), in PEFT's ``pissa_init`` (linear layers; here on the unfolded weight).
 """
@@ -18,8 +18,9 @@ from lora_edge.tt import attainable_ranks
 class PiSSA(ConvLoRA):
     """``W' = (W - s·B0 A0) + s·B A`` with ``s = alpha/r``; ``A`` starts at ``A0 (r, I/g, *K)``, ``B`` at ``B0 (O, r)``.
 
-    ``A0 = √(Σ/s) Vᵀ`` and ``B0 = U √(Σ/s)`` are the rank-r SVD of the unfolded weight, whose own rank caps ``r``. They are
-    buffers (an SVD is not reproducible from machine to machine) beside ``W`` in place of the residual, so the start is exact.
+    ``A0 = √(Σ/s) Vᵀ`` and ``B0 = U √(Σ/s)`` are the rank-r SVD of the unfolded weight, whose own rank caps ``r``. ``W``, ``A0``
+    and ``B0`` are kept instead of the residual, so the start is exact; ``A0`` and ``B0`` are buffers because an SVD differs
+    between machines.
     """
 
     a0: Tensor

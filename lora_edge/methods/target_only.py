@@ -1,4 +1,4 @@
-"""Target only: the same network from random weights, trained on the target's windows alone. What the source is worth."""
+"""Target only: trains the same network from random weights on the target's windows alone. Shows what the source is worth."""
 
 from __future__ import annotations
 

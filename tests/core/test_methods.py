@@ -17,8 +17,9 @@ from helpers.networks import BUILD, network, output, train
 from helpers.tolerances import assert_near
 from helpers.windows import own
 from lora_edge.har.data import load_npz, split
-from lora_edge.har.main_job import Settings, adapt_by
+from lora_edge.har.main_job import adapt_by
 from lora_edge.har.models import TResNet
+from lora_edge.har.settings import Settings
 from lora_edge.methods import methods
 from lora_edge.methods.base import move_statistics, trained_state
 from lora_edge.methods.conv_lora import ConvLoRA
@@ -382,7 +383,7 @@ def test_a_wrong_file_is_refused_and_changes_nothing(base, x, tmp_path):
         (other, "conv_lora", 2, path, ValueError, "belongs to another base model"),
         (base, "conv_lora", 2, tmp_path / "damaged", ValueError, "damaged"),
         (base, "conv_lora", 2, tmp_path / "half", ValueError, "not a safetensors file, or damaged"),
-        (base, "conv_lora", 2, tmp_path / "adapter", ValueError, "not a file of save_trained"),
+        (base, "conv_lora", 2, tmp_path / "adapter", ValueError, "not written by save_trained"),
         (base, "conv_lora", 2, tmp_path / "none", FileNotFoundError, "no such file"),
     ):
         fresh, _ = prepared(start, method, x, rank)

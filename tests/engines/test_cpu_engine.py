@@ -275,7 +275,7 @@ def test_what_it_leaves_to_torch():
     for change, why in (
         ({"x": x.half(), "weight": weight.half()}, "16-bit tensors"),
         ({"x": x.double(), "weight": weight.double()}, "weight is torch.float64"),
-        ({"groups": 2, "weight": weight[:, :4], "suffix": suffix[:, :4]}, "groups; the CPU engine takes one group"),
+        ({"groups": 2, "weight": weight[:, :4], "suffix": suffix[:, :4]}, "groups; the CPU engine supports one group"),
         ({"stride": 5}, "a stride over 4"),
     ):
         call = {"x": x, "weight": weight, "core": core, "suffix": suffix, "padding": 1, **change}

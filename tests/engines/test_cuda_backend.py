@@ -1,4 +1,4 @@
-"""The whole Python side of the compiled extension with the real kernels, on the host layer and CPU tensors.
+"""The whole Python side of the compiled extension with the real kernels, on the emulator and CPU tensors.
 
 Only :func:`lora_edge.ops.engines.cuda.available.machine` is replaced. What the kernels compute is tested case by case in
 test_kernels.py; here it is how they are called, by the tests that every backend of kernels passes and some of its own.
@@ -9,7 +9,7 @@ from __future__ import annotations
 import pytest
 import torch
 
-from helpers import emulator as host_layer
+from helpers import emulator
 from helpers.backend_tests import (  # noqa: F401
     FEW,
     PLAIN,
@@ -57,7 +57,7 @@ def test_saved_buffer_is_as_large_as_the_kernels_say(case, kernels):
     x, weight, core, suffix, _, *conv, _ = positional
     sizes = plan.sizes_of(x, weight, core, [suffix], ())
     args, epilogue = conv_args(*conv, case.dims, "test"), Epilogue(1.0, Activation("relu"))
-    found = (cuda_launch, host_layer.extension().Plan)
+    found = (cuda_launch, emulator.extension().Plan)
     planned = plan.block_plan(*found, sizes, args, epilogue, Saves(True, True), "factor", plan.FP32)
     scratch = planned.native.scratch()
     assert scratch["h"] <= planned.saved.bits_at < scratch["h"] + 16

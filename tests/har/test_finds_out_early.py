@@ -264,7 +264,7 @@ def test_a_folder_where_a_file_is_to_be(folder, capsys, no_training, name):
             "(240, 4, 30) has 4 channels (its second axis); swap its axes by X.transp",
         ),
         ({"channels": np.array(["ax", "ay", "az", "ax"])}, "channels names 'ax' twice"),
-        ({"channels": np.array("ax ay az wx")}, "channels is <U11 (); give one name for each"),
+        ({"channels": np.array("ax ay az wx")}, "channels is <U11 (); give an array (names,) of str, one name for each"),
         ({"channels": np.zeros(4)}, "channels is float64 (4,)"),
         ({"classes": np.array([["walk"], ["sit"], ["run"]])}, "classes is <U4 (3, 1)"),
         ({"X": np.zeros((240, 4, 0))}, "give at least one channel and one sample of time"),

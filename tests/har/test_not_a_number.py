@@ -136,7 +136,7 @@ def test_spoilt_weights(folder, capsys, spoil, text):
 @pytest.mark.parametrize("steps", [1, 2, 9])
 def test_training_that_diverges_says_where(task, steps):
     """A rate at which the weights overflow: seen by the next loss, by the windows that are looked at, or at the end."""
-    text = r"step \d of training: .*|the model gives NaN for \d+ of \d+ windows"
+    text = r"step \d of training: .*|the model returns NaN for \d+ of \d+ windows"
     for train in (
         lambda model: train_target(model, list(model.parameters()), task.adapt, task.test, steps=steps, lr=1e30),
         lambda model: train_source(model, task.source, epochs=steps + 1, lr=1e30),
@@ -165,7 +165,7 @@ def test_a_gradient_that_is_not_finite_is_seen_at_the_end(task):
         lambda model: train_source(model, task.source, epochs=1),
         lambda model: train_target(model, list(model.parameters()), task.adapt, task.test, steps=1, lr=1e-3, evaluate_every=9),
     ):
-        with pytest.raises(NotFiniteError, match=r"after step 1 of training: 0\.weight holds NaN|the model gives NaN"):
+        with pytest.raises(NotFiniteError, match=r"after step 1 of training: 0\.weight holds NaN|the model returns NaN"):
             train(Net(*net()))
 
 
@@ -182,7 +182,7 @@ def test_a_bad_window_trains_nothing(task):
 def test_a_prediction_of_nan_is_no_class():
     model, x = net(), torch.randn(5, 4, 30)
     x[3] = float("nan")
-    with pytest.raises(NotFiniteError, match="the model gives NaN for 1 of 5 windows, first for window 3"):
+    with pytest.raises(NotFiniteError, match="the model returns NaN for 1 of 5 windows, first for window 3"):
         predict(model, x)
 
 

@@ -1,4 +1,4 @@
-"""The CUDA kernels on the CPU: builds csrc against the host execution layer (csrc/emulator) and runs jobs on it.
+"""The CUDA kernels on the CPU: builds csrc against the emulator (csrc/emulator) and runs jobs on it.
 
     results = run([Job("plain", "tt_block_forward", problem(x, weight, ...), inputs, outputs, scratch=("packed",))])
 
@@ -31,20 +31,20 @@ from torch import Tensor
 
 ROOT = Path(__file__).resolve().parents[2]
 CSRC = ROOT / "csrc"
-CACHE = ROOT / "build" / "host"
+CACHE = ROOT / "build" / "emulator"
 CXX = os.environ.get("CXX", "g++")
 TYPES = {torch.float32: 0, torch.float16: 1, torch.bfloat16: 2}
 PRECISIONS = {"fp32": 0, "tf32": 1, "half": 2}
 ACTIVATIONS = {None: 0, "relu": 1, "clamp": 2}
 STRIDED = ("x", "residual", "y", "dy", "dx", "dresidual")
 
-_COMMON = ["-std=c++17", "-Wall", "-Wextra", "-g1", "-fPIC", "-DLORA_EDGE_HOST"]
+_COMMON = ["-std=c++17", "-Wall", "-Wextra", "-g1", "-fPIC", "-DLORA_EDGE_EMULATOR"]
 _SANITIZED = ["-O1", "-fsanitize=address,undefined", "-fno-sanitize-recover=undefined", "-fno-omit-frame-pointer"]
 _TIMEOUT = 3600.0
 
 
-class LayerError(AssertionError):
-    """What the host layer found: a race, an access out of bounds, a divergent barrier, a schedule that changes the result."""
+class EmulatorError(AssertionError):
+    """What the emulator found: a race, an access out of bounds, a divergent barrier, a schedule that changes the result."""
 
 
 class RefusedError(ValueError):
@@ -149,8 +149,8 @@ def problem(
 
 
 def missing() -> str | None:
-    """Why the host layer cannot be built on this machine, or None."""
-    return None if shutil.which(CXX) else f"the host layer needs a C++17 compiler: {CXX} is not on PATH"
+    """Why the emulator cannot be built on this machine, or None."""
+    return None if shutil.which(CXX) else f"the emulator needs a C++17 compiler: {CXX} is not on PATH"
 
 
 def kernel_sources() -> list[Path]:
@@ -179,18 +179,18 @@ def _engine(sanitize: bool, include: Path) -> list[str]:
 
 @functools.cache
 def extension() -> ModuleType:
-    """csrc/module.cpp with the kernels on the host layer: the module `_C_host`, for CPU tensors' addresses."""
+    """csrc/module.cpp with the kernels on the emulator: the module `_C_emulator`, for CPU tensors' addresses."""
     import pybind11
 
     flags = [*_COMMON, "-O2", f"-I{CSRC}", "-fvisibility=hidden"]
-    module = [*flags, "-DLORA_EDGE_MODULE=_C_host", f"-I{pybind11.get_include()}", f"-I{sysconfig.get_paths()['include']}"]
+    module = [*flags, "-DLORA_EDGE_MODULE=_C_emulator", f"-I{pybind11.get_include()}", f"-I{sysconfig.get_paths()['include']}"]
     machine = [path for path in sorted((CSRC / "emulator").glob("*.cpp")) if path.name not in ("run.cpp", "problem_ops.cpp")]
     parts = [
         (path, flags) for path in [*sorted(CSRC.glob("cuda/*.cu")), *sorted(CSRC.glob("cpu/*.cpp")), CSRC / "without_cuda.cpp"]
     ]
     objects = _compile([(CSRC / "module.cpp", module), *parts, *((path, _engine(False, CSRC)) for path in machine)])
-    library = _link("_C_host" + sysconfig.get_config_var("EXT_SUFFIX"), objects, ["-shared"])
-    spec = importlib.util.spec_from_file_location("_C_host", library)
+    library = _link("_C_emulator" + sysconfig.get_config_var("EXT_SUFFIX"), objects, ["-shared"])
+    spec = importlib.util.spec_from_file_location("_C_emulator", library)
     assert spec is not None
     assert spec.loader is not None
     found = importlib.util.module_from_spec(spec)
@@ -225,13 +225,13 @@ def run(
 
 
 def check(jobs: Iterable[Job], runner: Path | None = None) -> list[Result]:
-    """`run`, where every error is raised. Raises LayerError, and RefusedError for a problem that the kernels do not take."""
+    """`run`, where every error is raised. Raises EmulatorError, and RefusedError for a problem that the kernels do not take."""
     results = run(jobs, runner)
     for result in results:
         if result.refused is not None:
             raise RefusedError(f"{result.job.name}: {result.refused}")
         if result.error is not None:
-            raise LayerError(f"{result.job.name} ({result.job.op}): {result.error}")
+            raise EmulatorError(f"{result.job.name} ({result.job.op}): {result.error}")
     return results
 
 
@@ -266,7 +266,7 @@ def _traced(job: Job, blocks: Mapping[int, Sequence[int]], folder: Path, runner:
     lines, crash = _execute(arguments, _TIMEOUT, None)
     result = _read_results([job], lines, b"", crash)[0]
     if result.error is not None or result.refused is not None:
-        raise LayerError(f"{job.name} ({job.op}): {result.error or result.refused}")
+        raise EmulatorError(f"{job.name} ({job.op}): {result.error or result.refused}")
     rows = [json.loads(line) for line in (folder / "trace.jsonl").read_text().splitlines()]
     names = _kernel_names(runner)
     for row in rows:

@@ -1,6 +1,6 @@
 """The case matrix of the compiled kernels: inputs, the launch they make, and what float64 says must come out.
 
-The host layer, the mutation run and a CUDA device all run the same cases. A new case is one line in ``FORWARD`` or ``FUSE``.
+The emulator, the mutation run and a CUDA device all run the same cases. A new case is one line in ``FORWARD`` or ``FUSE``.
 """
 
 from __future__ import annotations

@@ -30,7 +30,7 @@ def build(monkeypatch):
 
     def put(cuda="12.6", architectures="8.7+PTX", devices=(ORIN,), error=None, torch_has_cuda=True):
         module = ModuleType("_C")
-        about = {"cuda": cuda, "architectures": architectures, "compiler": "gcc", "host": False}
+        about = {"cuda": cuda, "architectures": architectures, "compiler": "gcc", "emulator": False}
         found = {"driver": "12.6", "runtime": "12.6", "count": len(devices), "devices": list(devices), "error": error}
         module.build_info, module.device_info = lambda: about, lambda: found
         monkeypatch.setattr(extension, "_extension_reason", lambda: None)

@@ -81,7 +81,7 @@ def test_a_plan_names_the_size_that_is_too_large(fields, change, text):
 def test_scratch_of_a_refused_plan_is_an_error(fields, change):
     plan = _extension.load().Plan(**fields | change)
     assert plan.cpu_refusal() is not None
-    with pytest.raises(RuntimeError, match=r"^cpu_scratch: .*the CPU engine takes"):
+    with pytest.raises(RuntimeError, match=r"^cpu_scratch: .*the CPU engine supports"):
         plan.cpu_scratch()
     for op in ("tt_fuse", "tt_block"):
         assert plan.refusal(op) is not None or min(plan.scratch().values()) >= 0

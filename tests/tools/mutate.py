@@ -1,7 +1,7 @@
 """``make mutate``: would the tests notice if a barrier, a wait, a bounds check or a boundary mask were missing?
 
 Every ``inside(...)``, ``sync_block()``, ``sync_warp()`` and ``async_wait<N>()`` of the kernels is a site. One copy of the
-kernels, built once with the sanitizers, can switch off any of them when it starts. For each site the host layer runs the case
+kernels, built once with the sanitizers, can switch off any of them when it starts. For each site the emulator runs the case
 matrix (``kernel_cases.py``), cheapest cases first, until one fails: by an error of the layer, a crash, a timeout or a wrong
 result. Only the cases are run in which the site does something: where a condition is false, or a barrier is met.
 
@@ -23,12 +23,11 @@ from pathlib import Path
 
 import torch
 
-from helpers import emulator as host_layer
-from helpers import kernel_cases
+from helpers import emulator, kernel_cases
 from helpers.emulator import CSRC, Job
 
 PATTERN = re.compile(r"\binside\(|\bsync_block\(\)|\bsync_warp\(\)|\basync_wait<\d+>\(\)")
-COPY = host_layer.ROOT / "build" / "mutants"
+COPY = emulator.ROOT / "build" / "mutants"
 SEEDS = 2  # the happens-before record does not depend on the schedule, nor does a wrong index
 TIMEOUT = 60.0  # seconds of one batch of cases
 WORKERS = 2
@@ -58,7 +57,7 @@ extern const int switched_off = std::getenv("LORA_EDGE_SITE") == nullptr ? -1 : 
 unsigned char did_something[%d];
 
 // The time in seconds, and the sites that did something since the last answer.
-static std::string answer(const host::Job&) {
+static std::string answer(const emulator::Job&) {
   std::string text = std::to_string(std::chrono::duration<double>(std::chrono::steady_clock::now().time_since_epoch()).count());
   for (size_t site = 0; site < sizeof did_something; ++site) {
     if (did_something[site] != 0) text += " " + std::to_string(site);
@@ -66,7 +65,7 @@ static std::string answer(const host::Job&) {
   }
   return text;
 }
-static const host::Register op({"sites", nullptr, nullptr, nullptr, answer});
+static const emulator::Register op({"sites", nullptr, nullptr, nullptr, answer});
 }  // namespace lora_edge
 """
 
@@ -135,7 +134,7 @@ class Case:
     seconds: float = 0.0
     sites: frozenset[int] = frozenset()
 
-    def failure(self, result: host_layer.Result) -> str | None:
+    def failure(self, result: emulator.Result) -> str | None:
         if result.error is not None:
             return result.error.splitlines()[0]
         if result.refused is not None:
@@ -153,7 +152,7 @@ def all_cases() -> list[Case]:
 def measure(cases: Sequence[Case], runner: Path) -> None:
     """Runs every case with nothing switched off; notes its time and the sites that did something in it."""
     question = Job("sites", "sites", {})
-    results = host_layer.run([job for case in cases for job in (case.job, question)], runner)
+    results = emulator.run([job for case in cases for job in (case.job, question)], runner)
     before = 0.0
     for case, result, answer in zip(cases, results[::2], results[1::2], strict=True):
         failure = case.failure(result)
@@ -172,7 +171,7 @@ def catch(site: Site, cases: Sequence[Case], runner: Path) -> str | None:
     begin, size = 0, 2
     while begin < len(able):
         batch = able[begin : begin + size]
-        results = host_layer.run([case.job for case in batch], runner, TIMEOUT, {"LORA_EDGE_SITE": str(site.number)})
+        results = emulator.run([case.job for case in batch], runner, TIMEOUT, {"LORA_EDGE_SITE": str(site.number)})
         for case, result in zip(batch, results, strict=True):
             failure = case.failure(result)
             if failure is not None:
@@ -210,7 +209,7 @@ def main() -> int:
         print(*sites, sep="\n")
         return 0
     sources = [*sorted(COPY.glob("cuda/*.cu")), COPY / "switchboard.cpp", COPY / "emulator" / "problem_ops.cpp"]
-    runner = host_layer.build(True, sources=sources, include=COPY)
+    runner = emulator.build(True, sources=sources, include=COPY)
     cases = all_cases()
     measure(cases, runner)
     print(f"{len(sites)} sites, {len(cases)} cases; built and measured in {time.monotonic() - begin:.0f} s", flush=True)

@@ -78,7 +78,7 @@ def test_sdist_is_whole(copy, unpacked):
         return {str(path.relative_to(root)) for folder in folders for path in (root / folder).rglob("*") if path.is_file()}
 
     folders = ("csrc", "lora_edge", "benchmarks", "tests")
-    assert "csrc/emulator/gpu_host.h" in files(unpacked, "csrc")
+    assert "csrc/emulator/gpu.h" in files(unpacked, "csrc")
     assert files(unpacked, *folders) == files(copy, *folders)
     assert (unpacked / "Makefile").is_file()
 
@@ -107,6 +107,11 @@ def test_benchmarks_come_with_the_wheel(wheel):
     done = python("-c", code, cwd=wheel)
     assert done.stdout == "results None\n"
     assert "usage: python -m benchmarks.memory" in python("-m", "lora_edge.benchmarks.memory", "--help", cwd=wheel).stdout
+    assert not [path for path in (wheel / "lora_edge" / "benchmarks").iterdir() if path.name in ("study", "orin", "results")]
+
+
+def test_types_come_with_the_wheel(wheel):
+    assert (wheel / "lora_edge" / "py.typed").is_file()
 
 
 def test_metadata(wheel):
@@ -249,7 +254,7 @@ with open("log", "a") as log: log.write("+")
 time.sleep(0.3)
 with open("log", "a") as log: log.write("-")
 out.write_text(" ".join(sys.argv))
-if "-MF" in sys.argv: Path(sys.argv[sys.argv.index("-MF") + 1]).write_text(f"{out}: {sys.argv[-3]} csrc/a.h\\n")
+if "-MF" in sys.argv: Path(sys.argv[sys.argv.index("-MF") + 1]).write_text(f"{out}: {sys.argv[-3]} csrc/cuda/a.h\\n")
 """
 
 
@@ -264,7 +269,7 @@ def project(request, setup_py, monkeypatch, tmp_path) -> Path:
     monkeypatch.chdir(tmp_path)
     Path("csrc/cuda").mkdir(parents=True)
     for name in ("a.cu", "b.cu", "c.cu", "a.h"):
-        Path("csrc" if name == "a.h" else "csrc/cuda", name).touch()
+        Path("csrc/cuda", name).touch()
     return tmp_path
 
 
@@ -283,7 +288,7 @@ def test_a_change_compiles_again(setup_py, project):
     first = setup_py.compile_kernels(toolkit, ["8.0"])
     assert "arch=compute_80" in Path(first[0]).read_text()
     with_ninja = Path("build/cuda/8.0/build.ninja").exists()
-    for touched in ("csrc/a.h", "csrc/cuda/b.cu"):
+    for touched in ("csrc/cuda/a.h", "csrc/cuda/b.cu"):
         Path("log").unlink()
         Path(touched).touch()
         setup_py.compile_kernels(toolkit, ["8.0"])
@@ -292,7 +297,7 @@ def test_a_change_compiles_again(setup_py, project):
 
 def test_compile_errors_show(setup_py, project, capfd):
     toolkit = setup_py.Toolkit(fake_nvcc(project / "cuda", "sys.exit('csrc/cuda/a.cu(3): error: this is no C++')"), "", "")
-    with pytest.raises(setup_py.CompileError, match="the CUDA kernels do not compile, the compiler's own words are above"):
+    with pytest.raises(setup_py.CompileError, match="the CUDA kernels do not compile, see the compiler's messages above"):
         setup_py.compile_kernels(toolkit, ["8.7"])
     said = capfd.readouterr()
     assert "csrc/cuda/a.cu(3): error: this is no C++" in said.out + said.err

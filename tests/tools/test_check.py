@@ -59,15 +59,21 @@ def test_a_failing_launch_is_named(short, monkeypatch, capsys):
 
 def test_driver_older_than_the_build(monkeypatch):
     module = SimpleNamespace(
-        build_info=lambda: {"cuda": "13.0", "architectures": "8.7+PTX", "compiler": "gcc 12", "host": False, "cpu": "baseline"},
+        build_info=lambda: {
+            "cuda": "13.0",
+            "architectures": "8.7+PTX",
+            "compiler": "gcc 12",
+            "emulator": False,
+            "cpu": "baseline",
+        },
         device_info=lambda: {"driver": "12.6", "runtime": "13.0", "count": 0, "devices": [], "error": "the driver is old"},
     )
     monkeypatch.setattr(_extension, "reason", lambda: None)
     monkeypatch.setattr(_extension, "load", lambda: module)
     lines = list(check.about())
     assert "extension: built with CUDA 13.0 for 8.7+PTX, gcc 12; on the CPU by baseline" in lines
-    assert "driver: for CUDA up to 12.6" in lines
-    assert lines[-1].startswith("hint: the driver is for CUDA 12.6, the extension was built with 13.0; install")
+    assert "driver: supports CUDA up to 12.6" in lines
+    assert lines[-1].startswith("hint: the driver supports CUDA 12.6, the extension was built with 13.0; reinstall")
 
 
 def test_as_a_module():

@@ -75,7 +75,7 @@ def test_turned_axes_are_in_the_results(folder, capsys, monkeypatch):
     turn = np.array([[0, -1, 0, 0], [1, 0, 0, 0], [0, 0, 1, 0], [0, 0, 0, 1.0]])
     monkeypatch.setattr(adaptation, "find_turn", lambda model, task: turn)
     assert main(adapt_arguments()) == 0
-    assert "Axes turned: given -ay ax az pulse, the source model" in capsys.readouterr().out
+    assert "Axes turned: LoRA-Edge found that -ay ax az pulse minimises" in capsys.readouterr().out
     results = json.loads(Path("out/results.json").read_text())
     rows = {row["name"]: row for row in results["rows"]}
     assert rows["lora_edge"]["axes"] == rows["full_turned"]["axes"] == ["-ay", "ax", "az", "pulse"]
@@ -141,8 +141,8 @@ BAD_ADAPT = [
     ({"--model": "nomodule:build"}, "--model nomodule:build: No module named 'nomodule'"),
     ({"--model": "mymodels:none"}, "has no attribute 'none'"),
     ({"--model": "mymodels:nothing"}, "returned a int; it must return a torch.nn.Module"),
-    ({"--model": "mymodels:fixed"}, "the model does not take windows of (4, 30) (channels, time)"),
-    ({"--model": "mymodels:odd"}, "the model gives (2, 4) for 2 windows; it must give logits of shape (2, 3)"),
+    ({"--model": "mymodels:fixed"}, "the model does not accept windows of (4, 30) (channels, time)"),
+    ({"--model": "mymodels:odd"}, "the model returns (2, 4) for 2 windows; it must return logits of shape (2, 3)"),
     ({"--weights": "none.pt"}, "none.pt: no such file"),
     ({"--weights": "mymodels.py"}, "mymodels.py: not a state dict saved by torch.save"),
     ({"--weights": "other.pt"}, "other.pt: does not fit the model: Missing key(s)"),

@@ -1,4 +1,4 @@
-// A kernel of the layer's own tests, as an op of the runner: `x` in, `y` out, 64 threads and 4 KB of shared memory.
+// A kernel of the emulator's own tests, as an op of the runner: `x` in, `y` out, 64 threads and 4 KB of shared memory.
 #pragma once
 
 #include "cuda/gpu.cuh"
@@ -16,7 +16,7 @@ constexpr int kThreads = 64;
 constexpr int kSharedBytes = 4096;
 
 template <void (*kernel)(Case)>
-const char* run_case(const host::Job& job) {
+const char* run_case(const emulator::Job& job) {
   const Case params{job.pointer<float>("x"), job.pointer<float>("y"), static_cast<int>(job.number("n"))};
   return launch(kernel, job.fields.count("blocks") != 0 ? job.number("blocks") : 1, kThreads, kSharedBytes, nullptr, params);
 }
@@ -24,7 +24,7 @@ const char* run_case(const host::Job& job) {
 // `CASE(name) { body }` defines the kernel and its op.
 #define CASE(NAME)                                                                  \
   KERNEL(kThreads, 1) void NAME(const GRID_CONSTANT Case p);                        \
-  const host::Register NAME##_op({#NAME, run_case<NAME>});                          \
+  const emulator::Register NAME##_op({#NAME, run_case<NAME>});                          \
   KERNEL(kThreads, 1) void NAME([[maybe_unused]] const GRID_CONSTANT Case p)
 
 }  // namespace lora_edge

@@ -30,15 +30,15 @@ KERNEL(32, 1) void multiply_kernel(const GRID_CONSTANT Fragments p) {
 }
 
 template <Multiply multiply>
-const char* run_multiply(const host::Job& job) {
+const char* run_multiply(const emulator::Job& job) {
   const Fragments params{job.pointer<uint32_t>("a"), job.pointer<uint32_t>("b"), job.pointer<float>("y"),
                          static_cast<int>(job.number("times"))};
   return launch(multiply_kernel<multiply>, 1, 32, 0, nullptr, params);
 }
 
-const host::Register tf32_op({"mma_tf32", run_multiply<tf32>});
-const host::Register f16_op({"mma_f16", run_multiply<f16>});
-const host::Register bf16_op({"mma_bf16", run_multiply<bf16>});
+const emulator::Register tf32_op({"mma_tf32", run_multiply<tf32>});
+const emulator::Register f16_op({"mma_f16", run_multiply<f16>});
+const emulator::Register bf16_op({"mma_bf16", run_multiply<bf16>});
 
 // x (32, 8) halves are the rows of four matrices; y (4, 32, 2) is what the lanes hold.
 template <int matrices>
@@ -59,12 +59,12 @@ KERNEL(32, 1) void matrix_kernel(const GRID_CONSTANT Case p) {
 }
 
 template <int matrices>
-const char* run_matrix(const host::Job& job) {
+const char* run_matrix(const emulator::Job& job) {
   return launch(matrix_kernel<matrices>, 1, 32, 512, nullptr, Case{job.pointer<float>("x"), job.pointer<float>("y"), 0});
 }
 
-const host::Register matrix4_op({"load_matrix4", run_matrix<4>});
-const host::Register matrix2_op({"load_matrix2", run_matrix<2>});
+const emulator::Register matrix4_op({"load_matrix4", run_matrix<4>});
+const emulator::Register matrix2_op({"load_matrix2", run_matrix<2>});
 
 CASE(butterfly) {
   float v = load_global(p.x, thread_index());
@@ -123,16 +123,16 @@ KERNEL(128, 1) void repeat_kernel(const GRID_CONSTANT Case p) {
 }
 
 template <int kind>
-const char* run_repeat(const host::Job& job) {
+const char* run_repeat(const emulator::Job& job) {
   const Case params{nullptr, job.pointer<float>("y"), static_cast<int>(job.number("n"))};
   return launch(repeat_kernel<kind>, 1, 128, 4096, nullptr, params);
 }
 
-const host::Register repeat_tf32({"repeat mma_tf32", run_repeat<0>});
-const host::Register repeat_f16({"repeat mma_f16", run_repeat<1>});
-const host::Register repeat_matrix({"repeat load_matrix4", run_repeat<2>});
-const host::Register repeat_barrier({"repeat sync_block", run_repeat<3>});
-const host::Register repeat_load({"repeat load16", run_repeat<4>});
+const emulator::Register repeat_tf32({"repeat mma_tf32", run_repeat<0>});
+const emulator::Register repeat_f16({"repeat mma_f16", run_repeat<1>});
+const emulator::Register repeat_matrix({"repeat load_matrix4", run_repeat<2>});
+const emulator::Register repeat_barrier({"repeat sync_block", run_repeat<3>});
+const emulator::Register repeat_load({"repeat load16", run_repeat<4>});
 
 }  // namespace
 }  // namespace lora_edge

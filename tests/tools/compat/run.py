@@ -41,7 +41,7 @@ FIELDS = (
 NEEDED = ["numpy", "safetensors", "pytest", "hypothesis", "tensorly", "pybind11>=2.11", "setuptools>=77", "ninja"]
 # Not the core: they need extras, a compiler, a device or minutes; torch's version is nothing to them or tested by what is left.
 LEFT_OUT = {
-    "build", "check", "cli", "cuda_backend", "frame", "har", "host_layer", "kernel_benchmark", "kernels", "methods", "peft",
+    "build", "check", "cli", "cuda_backend", "frame", "har", "emulator", "kernel_benchmark", "kernels", "methods", "peft",
     "orin", "study", "triton", "finds_out_early", "not_a_number", "plain_install",
 }  # fmt: skip
 ONLY_NATIVE = {"integration"}  # torch.compile and DistributedDataParallel: a compiler and processes of the emulated machine

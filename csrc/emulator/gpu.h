@@ -1,22 +1,22 @@
-// The host twin of gpu.cuh: the same names on the CPU, where every access is checked. Included by gpu.cuh only.
+// The names of cuda/gpu.cuh on the CPU, with every access checked. Included only by gpu.cuh.
 #pragma once
 
 #include <cmath>
 #include <cstring>
 
 #include "global_memory.h"
-#include "machine.h"
+#include "scheduler.h"
 #include "shared_memory.h"
 #include "site.h"
 
-#define KERNEL(threads, blocks_an_sm)
+#define KERNEL(threads, blocks_per_sm)
 #define GRID_CONSTANT
 #define UNROLL
 #define UNROLL_BY(n)
 
 namespace lora_edge {
 
-using host::Site;
+using emulator::Site;
 
 template <class Params>
 const char* launch(void (*kernel)(Params), int64_t blocks, int threads, int shared_bytes, Stream, const Params& params) {
@@ -25,7 +25,7 @@ const char* launch(void (*kernel)(Params), int64_t blocks, int threads, int shar
     void (*kernel)(Params);
     const Params* params;
   } entry{kernel, &params};
-  host::Launch launch;
+  emulator::Launch launch;
   launch.run_thread = [](const void* of) {
     const Entry& e = *static_cast<const Entry*>(of);
     e.kernel(*e.params);
@@ -33,13 +33,13 @@ const char* launch(void (*kernel)(Params), int64_t blocks, int threads, int shar
   launch.entry = &entry;
   launch.kernel = reinterpret_cast<const void*>(kernel);
   launch.blocks = blocks, launch.threads = threads, launch.shared_bytes = shared_bytes;
-  return host::run(launch);
+  return emulator::run(launch);
 }
 
-inline int thread_index() { return host::now.thread; }
-inline int block_index() { return host::now.block; }
-inline int lane_index() { return host::now.thread % 32; }
-inline int warp_index() { return host::now.thread / 32; }
+inline int thread_index() { return emulator::now.thread; }
+inline int block_index() { return emulator::now.block; }
+inline int lane_index() { return emulator::now.thread % 32; }
+inline int warp_index() { return emulator::now.thread / 32; }
 
 inline uint32_t bits_of(float v) {
   uint32_t bits;
@@ -63,7 +63,7 @@ inline float to_float(Half v) {
 
 inline float to_float(Bfloat v) { return float_of(static_cast<uint32_t>(v.bits) << 16); }
 
-namespace host {
+namespace emulator {
 
 inline uint16_t half_bits(float v) {
   const uint32_t bits = bits_of(v), sign = bits >> 16 & 0x8000, magnitude = bits & 0x7fffffff;
@@ -81,25 +81,25 @@ inline uint16_t bfloat_bits(float v) {
   return static_cast<uint16_t>((bits + 0x7fff + (bits >> 16 & 1)) >> 16);
 }
 
-}  // namespace host
+}  // namespace emulator
 
 template <class T>
 T from_float(float v) {
   if constexpr (std::is_same_v<T, Half>) {
-    return Half{host::half_bits(v)};
+    return Half{emulator::half_bits(v)};
   } else if constexpr (std::is_same_v<T, Bfloat>) {
-    return Bfloat{host::bfloat_bits(v)};
+    return Bfloat{emulator::bfloat_bits(v)};
   } else {
     static_assert(std::is_same_v<T, float>);
     return v;
   }
 }
 
-// A range of the block's shared memory. Every access is checked for bounds and alignment and enters the happens-before record.
+// A range of the block's shared memory. Every access is checked for bounds and alignment and recorded for happens-before.
 template <class T>
 struct Shared {
   static_assert(sizeof(T) == 2 || sizeof(T) == 4 || sizeof(T) == 16, "the happens-before record has cells of two bytes");
-  host::SharedRange range;
+  emulator::SharedRange range;
 
   T load(int i, Site site = Site::here()) const { return read<T>(i, site); }
   void store(int i, T v, Site site = Site::here()) const { write(i, v, site); }
@@ -114,29 +114,29 @@ struct Shared {
   template <class V>
   V read(int i, Site site) const {
     V v;
-    std::memcpy(&v, host::shared_read(range, int64_t{i} * static_cast<int64_t>(sizeof(T)), sizeof(V), site), sizeof(V));
+    std::memcpy(&v, emulator::shared_read(range, int64_t{i} * static_cast<int64_t>(sizeof(T)), sizeof(V), site), sizeof(V));
     return v;
   }
   template <class V>
   void write(int i, V v, Site site) const {
-    std::memcpy(host::shared_write(range, int64_t{i} * static_cast<int64_t>(sizeof(T)), sizeof(V), site), &v, sizeof(V));
+    std::memcpy(emulator::shared_write(range, int64_t{i} * static_cast<int64_t>(sizeof(T)), sizeof(V), site), &v, sizeof(V));
   }
 };
 
 template <class T>
 Shared<T> shared_array(int byte_offset, int count, Site site = Site::here()) {
-  return {host::shared_range(byte_offset, int64_t{count} * static_cast<int64_t>(sizeof(T)), sizeof(T), site)};
+  return {emulator::shared_range(byte_offset, int64_t{count} * static_cast<int64_t>(sizeof(T)), sizeof(T), site)};
 }
 
 template <class T>
 T load_global(const T* base, int64_t i, bool ok = true, Site site = Site::here()) {
-  host::global_read(base, i * static_cast<int64_t>(sizeof(T)), sizeof(T), ok, site);
+  emulator::global_read(base, i * static_cast<int64_t>(sizeof(T)), sizeof(T), ok, site);
   return ok ? base[i] : T{};
 }
 
 template <class T>
 Word4 load_global16(const T* base, int64_t i, bool ok = true, Site site = Site::here()) {
-  host::global_read(base, i * static_cast<int64_t>(sizeof(T)), 16, ok, site);
+  emulator::global_read(base, i * static_cast<int64_t>(sizeof(T)), 16, ok, site);
   Word4 v{0, 0, 0, 0};
   if (ok) std::memcpy(&v, base + i, 16);
   return v;
@@ -144,13 +144,13 @@ Word4 load_global16(const T* base, int64_t i, bool ok = true, Site site = Site::
 
 template <class T>
 void store_global(T* base, int64_t i, T v, bool ok = true, Site site = Site::here()) {
-  host::global_write(base, i * static_cast<int64_t>(sizeof(T)), sizeof(T), ok, site);
+  emulator::global_write(base, i * static_cast<int64_t>(sizeof(T)), sizeof(T), ok, site);
   if (ok) base[i] = v;
 }
 
 template <class T>
 void store_global16(T* base, int64_t i, Word4 v, bool ok = true, Site site = Site::here()) {
-  host::global_write(base, i * static_cast<int64_t>(sizeof(T)), 16, ok, site);
+  emulator::global_write(base, i * static_cast<int64_t>(sizeof(T)), 16, ok, site);
   if (ok) std::memcpy(base + i, &v, 16);
 }
 
@@ -166,53 +166,53 @@ inline void store_float(void* base, Type type, int64_t i, float v, bool ok = tru
   store_global(static_cast<Bfloat*>(base), i, from_float<Bfloat>(v), ok, site);
 }
 
-inline void sync_block(Site site = Site::here()) { host::collective(host::Kind::sync_block, nullptr, site); }
-inline void sync_warp(Site site = Site::here()) { host::collective(host::Kind::sync_warp, nullptr, site); }
+inline void sync_block(Site site = Site::here()) { emulator::collective(emulator::Kind::sync_block, nullptr, site); }
+inline void sync_warp(Site site = Site::here()) { emulator::collective(emulator::Kind::sync_warp, nullptr, site); }
 
 template <class T>
 void async_copy16(Shared<T> to, int i, const T* base, int64_t j, bool ok, Site site = Site::here()) {
   const Word4 v = load_global16(base, j, ok, site);
-  host::async_write(to.range, int64_t{i} * static_cast<int64_t>(sizeof(T)), &v, site);
+  emulator::async_write(to.range, int64_t{i} * static_cast<int64_t>(sizeof(T)), &v, site);
 }
 
-inline void async_commit() { host::async_commit(); }
+inline void async_commit() { emulator::async_commit(); }
 
 template <int N>
 void async_wait() {
-  host::async_wait(N);
+  emulator::async_wait(N);
 }
 
 inline uint32_t shuffle_xor(uint32_t v, int mask, Site site = Site::here()) {
-  host::ShuffleOperands operands{v, mask, 0};
-  host::collective(host::Kind::shuffle_xor, &operands, site);
+  emulator::ShuffleOperands operands{v, mask, 0};
+  emulator::collective(emulator::Kind::shuffle_xor, &operands, site);
   return operands.result;
 }
 
 inline float shuffle_xor(float v, int mask, Site site = Site::here()) { return float_of(shuffle_xor(bits_of(v), mask, site)); }
 
 inline void load_matrix4(uint32_t (&r)[4], Shared<uint32_t> from, int word, Site site = Site::here()) {
-  host::MatrixOperands operands{r, from.range, int64_t{word} * 4};
-  host::collective(host::Kind::load_matrix4, &operands, site);
+  emulator::MatrixOperands operands{r, from.range, int64_t{word} * 4};
+  emulator::collective(emulator::Kind::load_matrix4, &operands, site);
 }
 
 inline void load_matrix2(uint32_t (&r)[2], Shared<uint32_t> from, int word, Site site = Site::here()) {
-  host::MatrixOperands operands{r, from.range, int64_t{word} * 4};
-  host::collective(host::Kind::load_matrix2, &operands, site);
+  emulator::MatrixOperands operands{r, from.range, int64_t{word} * 4};
+  emulator::collective(emulator::Kind::load_matrix2, &operands, site);
 }
 
-inline void mma(host::Kind kind, float (&d)[4], const uint32_t (&a)[4], uint32_t b0, uint32_t b1, Site site) {
-  host::MmaOperands operands{d, a, {b0, b1}};
-  host::collective(kind, &operands, site);
+inline void mma(emulator::Kind kind, float (&d)[4], const uint32_t (&a)[4], uint32_t b0, uint32_t b1, Site site) {
+  emulator::MmaOperands operands{d, a, {b0, b1}};
+  emulator::collective(kind, &operands, site);
 }
 
 inline void mma_tf32(float (&d)[4], const uint32_t (&a)[4], uint32_t b0, uint32_t b1, Site site = Site::here()) {
-  mma(host::Kind::mma_tf32, d, a, b0, b1, site);
+  mma(emulator::Kind::mma_tf32, d, a, b0, b1, site);
 }
 inline void mma_f16(float (&d)[4], const uint32_t (&a)[4], uint32_t b0, uint32_t b1, Site site = Site::here()) {
-  mma(host::Kind::mma_f16, d, a, b0, b1, site);
+  mma(emulator::Kind::mma_f16, d, a, b0, b1, site);
 }
 inline void mma_bf16(float (&d)[4], const uint32_t (&a)[4], uint32_t b0, uint32_t b1, Site site = Site::here()) {
-  mma(host::Kind::mma_bf16, d, a, b0, b1, site);
+  mma(emulator::Kind::mma_bf16, d, a, b0, b1, site);
 }
 
 inline uint32_t round_tf32(float v) {

@@ -1,5 +1,5 @@
 // Runs launches on the CPU: the threads of a block are fibers, which a seeded random schedule interleaves at barriers and warp
-// collectives. The first error of a launch ends it, and its text is what the launch returns.
+// collectives. The first error ends the launch, which returns the error's text.
 #pragma once
 
 #include <cstdint>
@@ -7,17 +7,17 @@
 #include "shared_memory.h"
 #include "site.h"
 
-namespace lora_edge::host {
+namespace lora_edge::emulator {
 
 struct Launch {
   void (*run_thread)(const void* entry);
   const void* entry;
-  const void* kernel;  // names the kernel in a trace
+  const void* kernel;  // identifies the kernel in a trace
   int64_t blocks;
   int threads, shared_bytes;
 };
 
-// Null, or why the launch failed; the text stays valid until the next launch.
+// Returns null, or why the launch failed; the text is valid until the next launch.
 const char* run(const Launch& launch);
 
 // The thread that is running.
@@ -32,7 +32,7 @@ struct Options {
 };
 extern Options options;
 
-// Ends the launch with an error that names the place, the block and the running thread.
+// Ends the launch with an error that names the source line, the block and the running thread.
 [[noreturn]] void fail(Site site, const char* format, ...) __attribute__((format(printf, 2, 3)));
 
 enum class Kind : uint8_t { sync_block, sync_warp, shuffle_xor, load_matrix4, load_matrix2, mma_tf32, mma_f16, mma_bf16 };
@@ -55,7 +55,7 @@ struct MmaOperands {
   uint32_t b[2];
 };
 
-// Waits until all threads of the warp (of the block for sync_block) are here; the last one does the work for all of them.
+// Waits until all threads of the warp (for sync_block, of the block) have arrived; the last one does the work for all of them.
 void collective(Kind kind, void* operands, Site site);
 
-}  // namespace lora_edge::host
+}  // namespace lora_edge::emulator

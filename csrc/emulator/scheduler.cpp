@@ -1,4 +1,4 @@
-#include "machine.h"
+#include "scheduler.h"
 
 #include <algorithm>
 #include <cstdarg>
@@ -15,7 +15,7 @@
 #include "tensor_core.h"
 #include "trace.h"
 
-namespace lora_edge::host {
+namespace lora_edge::emulator {
 
 Now now;
 Options options;
@@ -68,7 +68,7 @@ std::string text_of(Site site) { return std::string(base_name(site.file)) + ":" 
 
 bool same(Site a, Site b) { return a.line == b.line && (a.file == b.file || std::strcmp(a.file, b.file) == 0); }
 
-// A set bit of a mask that is not zero, from a random place on.
+// A random set bit of a nonzero mask.
 int any_bit(uint32_t mask) {
   const uint32_t from = random_bits() & 31;
   const uint32_t turned = mask >> from | mask << ((32 - from) & 31);
@@ -86,7 +86,7 @@ void wake(int warp, uint32_t lanes) {
   if (lanes != 0) warps_runnable |= 1u << place_of[warp];
 }
 
-// Everybody waits, and nobody can come: what for, and who is missing.
+// Reports a deadlock: what the threads wait for, and which thread is missing.
 [[noreturn]] void fail_stuck() {
   for (int w = 0; w < warp_count; ++w) {
     const Warp& warp = warps[w];
@@ -105,7 +105,7 @@ void wake(int warp, uint32_t lanes) {
        current->threads, gone);
 }
 
-// Leaves the running thread, which has ended if `last`, for any that can run. In half of the blocks the warps have
+// Switches from the running thread, which has ended if `last`, to any thread that can run. In half of the blocks the warps have
 // priorities, so that one runs far ahead of another.
 void go_on(bool last = false) {
   if (warps_runnable == 0) fail_stuck();
@@ -284,4 +284,4 @@ const char* run(const Launch& launch) {
   return nullptr;
 }
 
-}  // namespace lora_edge::host
+}  // namespace lora_edge::emulator
