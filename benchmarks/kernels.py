@@ -122,8 +122,8 @@ def calls(layer: Layer, precision: str, layout: str, device: torch.device) -> di
             before = run_block(
                 x, weight, core, suffix, None, args, 1.0, affine, residual, None, None, None, backend="torch"
             )  # fmt: skip
-            low, high = before.abs() > CORNER, (before - SIX).abs() > CORNER
-            dy = dy.where(low & high if layer.activation == "relu6" else low, 0.0)
+            off_zero, off_six = before.abs() > CORNER, (before - SIX).abs() > CORNER
+            dy = dy.where(off_zero & off_six if layer.activation == "relu6" else off_zero, 0.0)
 
     def block(backend: str) -> Tensor:
         return run_block(

@@ -76,7 +76,7 @@ def _torchvision() -> list[Definition]:
     import torchvision
 
     source = f"torchvision {torchvision.__version__}"
-    shapes = {name: shape for shape, names in _TORCHVISION.items() for name in names}
+    shapes: dict[str, tuple[int, ...]] = {name: shape for shape, names in _TORCHVISION.items() for name in names}
     shapes.update(dict.fromkeys(_VIDEO, (3, 4, 32, 32)))
     shapes.update(dict.fromkeys(_SEGMENTATION, IMAGE))
 

@@ -113,7 +113,7 @@ class Examination:
 
     def gradients(self) -> None:
         x = self.x.double()
-        found = []
+        found: list[tuple[Any, ...]] = []
         twin = with_random_cores(lora_edge.adapt(copy.deepcopy(self.base), RANK, lean=False))
         for model in (copy.deepcopy(self.trained), twin):
             without_dropout(model.double()).train()

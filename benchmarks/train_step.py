@@ -66,7 +66,7 @@ def methods(workload: Workload) -> Iterator[tuple[str, Callable[[], nn.Module]]]
     yield "full again", workload.model
 
     def channels_last() -> nn.Module:
-        return workload.model().to(memory_format=torch.channels_last)
+        return workload.model().to(memory_format=torch.channels_last)  # type: ignore[call-overload]
 
     def compiled() -> nn.Module:
         return torch.compile(workload.model())  # type: ignore[return-value]
@@ -238,7 +238,7 @@ def profile(workload: Workload, x: Tensor, y: Tensor, steps: int, fixed: dict[st
     a = torch.randn(1024, 1024)
     product = min(_seconds(lambda: a @ a) for _ in range(20))
     times: dict[tuple[str, tuple[int, ...], tuple[int, ...]], list[float]] = {}
-    originals = {"forward": cpu_launch.block_forward, "backward": cpu_launch.block_backward}
+    originals: dict[str, Callable[..., Any]] = {"forward": cpu_launch.block_forward, "backward": cpu_launch.block_backward}
 
     def timed(direction: str) -> Callable[..., Any]:
         def run(plan: Any, *arguments: Any) -> Any:

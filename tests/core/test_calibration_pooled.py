@@ -78,7 +78,7 @@ class Named(nn.Module):
 
 
 class Anything(Named):
-    def forward(self, **inputs: Tensor) -> Tensor:
+    def forward(self, **inputs: Tensor) -> Tensor:  # type: ignore[override]
         return super().forward(inputs["signal"])
 
 

@@ -162,6 +162,9 @@ def _clears(m, x):
     return m.block(x)
 
 
+FOUND = None
+
+
 def _writes_a_global(m, x):
     global FOUND
     FOUND = x
@@ -315,7 +318,7 @@ def test_a_source_counts_only_if_it_is_that_of_the_code():
         torch.manual_seed(0)
         model = lora_edge.adapt(made(f"<made {k}>", own, shown)(), 2)
         assert isinstance(model, LeanModule) == fused
-        torch.testing.assert_close(model(x), base_of(type(model)).forward(model, x), rtol=1e-4, atol=1e-5)
+        torch.testing.assert_close(model(x), base_of(type(model)).forward(model, x), rtol=1e-4, atol=1e-5)  # type: ignore[attr-defined]
         if not fused:
             assert "source" in model._lora_edge.not_fused["c"]
 

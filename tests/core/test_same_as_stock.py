@@ -31,8 +31,10 @@ from hypothesis import strategies as st
 from torch import nn
 
 import lora_edge
-from helpers import programs
 from helpers import twins as twins_of
+from helpers.programs.made import Made, flips, once
+from helpers.programs.program import Program, Step, input_of
+from helpers.programs.writer import write
 from helpers.twins import Mismatch, Twins, compare_steps, same, take_step
 from lora_edge.nn import blocks
 from lora_edge.nn.fuser import source
@@ -46,7 +48,7 @@ HALF = 0.1  # under autocast to bfloat16: some roundings of 4e-3
 _numbers = itertools.count()
 
 
-def run(program: programs.Program, rounded: float = ROUNDED) -> str:
+def run(program: Program, rounded: float = ROUNDED) -> str:
     """Run a program's twins; how much was fused: "all", "part" or "none".
 
     Raises:
@@ -55,7 +57,7 @@ def run(program: programs.Program, rounded: float = ROUNDED) -> str:
     name = str(next(_numbers))
     if not program.shown:
         source.source_of.cache_clear()  # it finds a text by its code
-    made = [programs.Made(program, f"{name} {side}") for side in ("ours", "stock")]
+    made = [Made(program, f"{name} {side}") for side in ("ours", "stock")]
     try:
         pair = twins_of.twins(made[0].model, made[1].model, **program.options)
         for step in program.steps:
@@ -68,16 +70,16 @@ def run(program: programs.Program, rounded: float = ROUNDED) -> str:
             one.forget()
 
 
-def _take(program: programs.Program, step: programs.Step, pair: Twins, made: list[programs.Made], rounded: float) -> None:
+def _take(program: Program, step: Step, pair: Twins, made: list[Made], rounded: float) -> None:
     with contextlib.suppress(RuntimeError):  # a map that a model kept cannot be copied
         if step.copies:
             pair.ours, pair.stock = copy.deepcopy(pair.ours), copy.deepcopy(pair.stock)
     outcomes = []
     for model, one in zip(pair, made, strict=True):
-        x = programs.input_of(program, step)
+        x = input_of(program, step)
         names = {
             "m": model, "ns": one.scope, "x": x, "nn": nn, "F": nn.functional, "torch": torch, "types": types,
-            "once": programs.once, "flips": programs.flips, "lora_edge": lora_edge, "contextlib": contextlib,
+            "once": once, "flips": flips, "lora_edge": lora_edge, "contextlib": contextlib,
         }  # fmt: skip
         raised = [_change(change, names) for change in step.changes]
 
@@ -107,7 +109,7 @@ def _change(change: str, names: dict[str, Any]) -> str | None:
     return None
 
 
-def check(program: programs.Program) -> str:
+def check(program: Program) -> str:
     """:func:`run`. Rounding may push a value over an edge of an activation, but not with every input."""
     try:
         return run(program)
@@ -126,7 +128,7 @@ def check(program: programs.Program) -> str:
         raise
 
 
-def report(program: programs.Program, mismatch: BaseException) -> str:
+def report(program: Program, mismatch: BaseException) -> str:
     """All that is needed to run a program again."""
     return f"{program.text}\n{program.steps}\n{program.options} float32={program.float32} shown={program.shown}\n{mismatch!r}"
 
@@ -139,7 +141,7 @@ def try_programs(examples: int, seed: int, on_mismatch: Any = None) -> Counter[s
     @settings(max_examples=examples, deadline=None, database=None, suppress_health_check=list(HealthCheck), print_blob=False)
     @given(st.randoms(use_true_random=False))
     def trial(rng: random.Random) -> None:
-        program = programs.write(rng)
+        program = write(rng)
         try:
             with warnings.catch_warnings():
                 warnings.simplefilter("ignore")
@@ -162,7 +164,7 @@ def test_random_programs_do_what_their_stock_twins_do():
 
 def _no_activation(monkeypatch):
     run_block = blocks.run_block
-    monkeypatch.setattr(blocks, "run_block", lambda *args, **kwargs: run_block(*args[:10], None, *args[11:], **kwargs))
+    monkeypatch.setattr(blocks, "run_block", lambda *args, **kwargs: run_block(*(*args[:10], None, *args[11:]), **kwargs))
 
 
 def _no_guards(monkeypatch):
@@ -185,7 +187,7 @@ def main() -> None:
     torch.set_num_threads(1)
     mismatches = 0
 
-    def on_mismatch(program: programs.Program, error: BaseException) -> None:
+    def on_mismatch(program: Program, error: BaseException) -> None:
         print("=" * 100 + "\n" + report(program, error), flush=True)
 
     for k, start in enumerate(range(0, EXAMPLES, 500)):

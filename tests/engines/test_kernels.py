@@ -29,7 +29,9 @@ def _job(launch: Launch) -> host_layer.Job:
 def host_results(request: pytest.FixtureRequest) -> dict[str, host_layer.Result]:
     """The results of every launch that this session asks for, from two processes."""
     wanted = [
-        item.callspec.params["name"] for item in request.session.items if "host_results" in getattr(item, "fixturenames", ())
+        item.callspec.params["name"]
+        for item in request.session.items
+        if isinstance(item, pytest.Function) and "host_results" in item.fixturenames
     ]
     runner = host_layer.build(sanitize=True)
     jobs = [_job(LAUNCHES[name]) for name in wanted]

@@ -66,7 +66,7 @@ def seed(number: int) -> None:
 
 def generators() -> tuple[Any, ...]:
     """The state of all global generators, comparable by ``==``."""
-    kind, keys, at, has_gauss, gauss = np.random.get_state()
+    kind, keys, at, has_gauss, gauss = np.random.get_state(legacy=True)
     return random.getstate(), kind, keys.tobytes(), at, has_gauss, gauss, torch.get_rng_state().numpy().tobytes()
 
 

@@ -32,7 +32,7 @@ def build(monkeypatch):
         module = ModuleType("_C")
         about = {"cuda": cuda, "architectures": architectures, "compiler": "gcc", "host": False}
         found = {"driver": "12.6", "runtime": "12.6", "count": len(devices), "devices": list(devices), "error": error}
-        module.build_info, module.device_info = lambda: about, lambda: found
+        vars(module).update(build_info=lambda: about, device_info=lambda: found)
         monkeypatch.setattr(extension, "_extension_reason", lambda: None)
         monkeypatch.setattr(extension, "load", lambda: module)
         monkeypatch.setattr(torch.cuda, "is_available", lambda: torch_has_cuda)
