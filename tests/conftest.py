@@ -22,11 +22,6 @@ def pytest_addoption(parser):
     parser.addoption("--every", type=int, default=1, metavar="N", help="every N-th case of each test, for emulated machines")
 
 
-def pytest_configure(config):
-    config.addinivalue_line("markers", "other_python: starts another Python, which an emulated machine cannot")
-    config.addinivalue_line("markers", "timed: bounds seconds, which an emulated machine exceeds")
-
-
 def pytest_collection_modifyitems(config, items):
     every, cases = config.getoption("--every"), Counter()
     if every == 1:
