@@ -1,4 +1,4 @@
-"""Shared fixtures. Data sets and optional libraries are found once; what is skipped is named at the end of the run (-rs)."""
+"""Shared fixtures and the options of the test run. Skipped tests are named with their reason at the end of the run (-rs)."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from pathlib import Path
 import pytest
 import torch
 
-pytest.register_assert_rewrite("helpers")  # before they are imported: failing asserts in them show their values
+pytest.register_assert_rewrite("helpers")  # before helpers are imported, so that failing asserts in them show their values
 from helpers.builds import ROOT, python  # noqa: E402
 
 SPSW = Path(__file__).resolve().parents[2] / "shared" / "data" / "har_spsw_1s.npz"
@@ -61,7 +61,7 @@ def spsw_path():
 
 @pytest.fixture(scope="session")
 def poison(tmp_path_factory) -> Path:
-    """A folder for PYTHONPATH with a torch that raises when a build imports it."""
+    """A folder for PYTHONPATH with a torch that raises where a build imports it."""
     folder = tmp_path_factory.mktemp("poison")
     (folder / "torch.py").write_text("raise RuntimeError('the build has imported torch')\n")
     return folder

@@ -1,4 +1,4 @@
-"""Forwards whose classes answer by themselves, or change between the steps."""
+"""Forwards whose classes have operators of their own, or change between the steps."""
 
 from __future__ import annotations
 
@@ -209,7 +209,7 @@ def test_classes_that_are_patched_later(patch, opaque):
     run(Patched)
 
 
-def test_a_class_that_registers_its_subclasses_sees_none_of_ours():
+def test_a_class_that_registers_its_subclasses_does_not_see_ours():
     names = []
 
     class Registered(Case):

@@ -1,4 +1,4 @@
-"""A fused model is collected with its last reference, and copies of it work on."""
+"""Fusing holds no strong reference, so that models and classes can be collected; copies of a fused model keep working."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ from lora_edge.nn.blocks import LeanModule
 
 
 class Twice(Case):
-    """Two modes, and a plan that an exception ends."""
+    """Behaves differently in the two modes, and leaves a generator unfinished."""
 
     def forward(self, x):
         values = (v for v in (1, 2) if v)
@@ -37,7 +37,7 @@ class OpaqueTwice(Twice):
 
 
 @pytest.mark.parametrize("make", [Twice, OpaqueTwice, lambda: nn.Sequential(nn.Conv2d(8, 8, 1), nn.ReLU(), OpaqueTwice())])
-def test_a_model_goes_with_its_last_reference(make):
+def test_a_model_can_be_collected(make):
     gc.collect()
     gc.disable()
     try:
@@ -54,7 +54,7 @@ def test_a_model_goes_with_its_last_reference(make):
         gc.enable()
 
 
-def test_a_class_goes_with_its_models():
+def test_a_class_can_be_collected_with_its_models():
     def adapted() -> weakref.ref:
         class Local(Twice):
             pass

@@ -1,4 +1,4 @@
-"""Forwards on which a fuser goes wrong that follows Python's values, order and scopes only nearly."""
+"""Forwards that a fuser gets wrong if it only approximates Python's values, evaluation order and scopes."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ from torch import nn
 import lora_edge
 from helpers.forward_cases import Case, Opaque, case, every_case, every_option, run
 
-# numbers and sizes are values, not places
+# numbers and sizes are immutable values
 
 
 @case
@@ -50,7 +50,7 @@ class Calculates(Case):
         return self.block(x) * k, j, n // 4, -n, round(n / 4), int(k), float(n), max(n, 3), [n] * 2, divmod(n, 4), "%d" % n  # noqa: UP031
 
 
-# a symbol is no key, no text, and no known type
+# a symbol cannot be a key or a text, and its type is unknown
 
 
 @case
@@ -97,7 +97,7 @@ class AsksForDimensions(Case):
         return self.parts(x)
 
 
-# Python's own order and scopes
+# Python's evaluation order and scopes
 
 
 @case
@@ -161,7 +161,7 @@ class CountsSets(Case):
 class ShadowsInComprehension(Case):
     def forward(self, x):
         y = (1, 2)
-        return self.block(x) * len([y for _ in (1,) for y in y])  # unbound, as Python has it
+        return self.block(x) * len([y for _ in (1,) for y in y])  # unbound, as in Python
 
 
 @case

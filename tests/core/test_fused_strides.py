@@ -1,4 +1,4 @@
-"""Inputs that lie in memory in every way: a fused block gives the strides that stock layers give."""
+"""Inputs in every memory layout: a fused block returns the strides that stock layers return."""
 
 from __future__ import annotations
 

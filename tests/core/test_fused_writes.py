@@ -1,4 +1,4 @@
-"""Forwards that write in place: what a block reads may be written before its place, and what it writes may be aliased."""
+"""Forwards that write in place: a block's inputs may be overwritten before it runs, and what it writes may be aliased."""
 
 from __future__ import annotations
 

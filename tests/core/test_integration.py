@@ -70,7 +70,7 @@ def test_compile_with_inductor():
     torch.testing.assert_close(compiled(x), model(x))
     compiled(x).square().sum().backward()
     assert model[0].core.grad is not None
-    lora_edge.merge(compiled)  # the wrapper is looked through
+    lora_edge.merge(compiled)  # adapt finds the model inside the wrapper
     assert type(model[0]) is nn.Conv1d
 
 

@@ -49,14 +49,14 @@ _numbers = itertools.count()
 
 
 def run(program: Program, rounded: float = ROUNDED) -> str:
-    """Run a program's twins; how much was fused: "all", "part" or "none".
+    """Run a program's twins; return how much was fused: "all", "part" or "none".
 
     Raises:
         Mismatch: they differ.
     """
     name = str(next(_numbers))
     if not program.shown:
-        source.source_of.cache_clear()  # it finds a text by its code
+        source.source_of.cache_clear()  # it looks a text up by its code
     made = [Made(program, f"{name} {side}") for side in ("ours", "stock")]
     try:
         pair = twins_of.twins(made[0].model, made[1].model, **program.options)
@@ -101,7 +101,7 @@ def _take(program: Program, step: Step, pair: Twins, made: list[Made], rounded: 
 
 
 def _change(change: str, names: dict[str, Any]) -> str | None:
-    """Carry out a change; the type of what it raised, since an earlier one may have removed what it changes."""
+    """Carry out a change; return the type of what it raised, since an earlier change may have removed its target."""
     try:
         exec(change, names)
     except Exception as error:
@@ -110,7 +110,7 @@ def _change(change: str, names: dict[str, Any]) -> str | None:
 
 
 def check(program: Program) -> str:
-    """:func:`run`. Rounding may push a value over an edge of an activation, but not with every input."""
+    """Call :func:`run` on several inputs: rounding may push a value over an edge of an activation, but not on all of them."""
     try:
         return run(program)
     except Mismatch as mismatch:
@@ -129,12 +129,12 @@ def check(program: Program) -> str:
 
 
 def report(program: Program, mismatch: BaseException) -> str:
-    """All that is needed to run a program again."""
+    """Everything that is needed to run a program again."""
     return f"{program.text}\n{program.steps}\n{program.options} float32={program.float32} shown={program.shown}\n{mismatch!r}"
 
 
 def try_programs(examples: int, seed: int, on_mismatch: Any = None) -> Counter[str]:
-    """Try programs; how many of each kind there were. The first mismatch is raised unless it is taken by ``on_mismatch``."""
+    """Try programs and count the outcomes. The first mismatch is raised unless ``on_mismatch`` handles it."""
     found: Counter[str] = Counter()
 
     @hypothesis.seed(seed)
@@ -177,13 +177,13 @@ def _no_doors(monkeypatch):
 
 @pytest.mark.parametrize("fault", [_no_activation, _no_guards, _no_doors])
 def test_faults_are_noticed(fault, monkeypatch):
-    """The comparison shows nothing if it lets a fault through."""
+    """The comparison would be worthless if it did not find planted faults."""
     fault(monkeypatch)
     assert try_programs(40, 1, lambda program, error: None)["mismatch"] > 0
 
 
 def main() -> None:
-    """Write a row for each 500 programs: when, on what, from which seed, and what came out."""
+    """Write a row for each 500 programs: date, machine, versions, seed and outcomes."""
     torch.set_num_threads(1)
     mismatches = 0
 

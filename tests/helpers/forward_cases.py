@@ -1,4 +1,4 @@
-"""Cases of a forward, each a module that takes four steps beside its stock twin, and the runner that compares the two."""
+"""The base class of forward cases: a module that is trained for four steps beside its stock twin, and compared with it."""
 
 from __future__ import annotations
 
@@ -41,7 +41,7 @@ class Case(nn.Module):
         """What happens before a step."""
 
     def layout(self, x):
-        """How an input lies in memory."""
+        """An input in the memory layout of the case."""
         return x
 
 

@@ -1,4 +1,4 @@
-"""The wheel in a fresh environment with torch, numpy and safetensors alone: every command runs, or names the extra it needs."""
+"""The wheel in an environment with only torch, numpy and safetensors: every command runs or names the extra it needs."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ from torch import nn
 import lora_edge
 from helpers.builds import python
 
-# not by find_spec: asked for pip, setuptools' finder takes its own distutils away for the rest of the process
+# not by find_spec: when asked for pip, the finder of setuptools disables its own distutils for the rest of the process
 INSTALLED = {distribution.name for distribution in importlib.metadata.distributions()}
 MISSING = sorted({"setuptools", "pybind11", "build", "pip"} - INSTALLED)
 pytestmark = pytest.mark.skipif(bool(MISSING), reason=f'{MISSING} not installed: pip install "lora_edge[test]"')
@@ -27,7 +27,7 @@ HAR = 'needs scikit-learn, matplotlib, rich; run pip install "lora_edge[har]"'
 
 
 def _with_requirements(names: tuple[str, ...]) -> dict[str, importlib.metadata.Distribution]:
-    """The installed distributions of these names and what they need, but for extras and triton, which a Jetson lacks."""
+    """These installed distributions and their requirements, without extras and triton, which a Jetson lacks."""
     found: dict[str, importlib.metadata.Distribution] = {}
     wanted = list(names)
     while wanted:
@@ -37,7 +37,7 @@ def _with_requirements(names: tuple[str, ...]) -> dict[str, importlib.metadata.D
         try:
             found[name] = importlib.metadata.distribution(name)
         except importlib.metadata.PackageNotFoundError:
-            continue  # of another platform
+            continue  # for another platform
         requires = [line for line in found[name].requires or [] if "extra ==" not in line]
         wanted += [re.match(r"[\w.-]+", line)[0] for line in requires]
     return found
@@ -45,7 +45,7 @@ def _with_requirements(names: tuple[str, ...]) -> dict[str, importlib.metadata.D
 
 @pytest.fixture(scope="module")
 def environment(wheel, tmp_path_factory) -> Path:
-    """A new virtual environment with links to what torch, numpy and safetensors need, and the wheel installed by pip."""
+    """A new virtual environment with links to torch, numpy, safetensors and their requirements; pip installs the wheel."""
     venv = tmp_path_factory.mktemp("plain") / "venv"
     subprocess.run([sys.executable, "-m", "venv", "--without-pip", str(venv)], check=True)
     site = next(venv.glob("lib*/python*/site-packages"))
@@ -77,14 +77,14 @@ def folder(tmp_path_factory) -> Path:
 
 
 def run(environment: Path, folder: Path, *arguments: str) -> subprocess.CompletedProcess[str]:
-    """One command of the installed package."""
+    """Run a command of the installed package."""
     clean = {key: value for key, value in os.environ.items() if not key.startswith("PYTHON")}
     return subprocess.run(
         [str(environment / "bin" / "lora-edge"), *arguments], cwd=folder, env=clean, capture_output=True, text=True, check=False
     )
 
 
-def test_the_extras_are_not_there(environment, folder):
+def test_the_extras_are_not_installed(environment, folder):
     code = f"import importlib.util as u, lora_edge; print([n for n in {EXTRAS} if u.find_spec(n)], lora_edge.__file__)"
     done = subprocess.run([environment / "bin" / "python", "-I", "-c", code], cwd=folder, capture_output=True, text=True)
     assert done.stdout.startswith(f"[] {environment}"), done
@@ -105,7 +105,7 @@ def test_the_extras_are_not_there(environment, folder):
     ],
     ids=lambda v: v[0] if isinstance(v, list) else "",
 )
-def test_what_needs_no_extra(environment, folder, arguments, text):
+def test_commands_that_need_no_extra_run(environment, folder, arguments, text):
     done = run(environment, folder, *arguments)
     assert done.returncode == 0, done
     assert text in done.stdout
@@ -126,7 +126,7 @@ def test_triton_says_why_it_is_off(environment, folder):
     assert "triton missing" in done.stdout
 
 
-def test_modules_that_are_run_name_their_extra(environment, folder):
+def test_modules_run_as_scripts_name_their_extra(environment, folder):
     done = subprocess.run(
         [environment / "bin" / "python", "-m", "benchmarks.study", "--data", "own.npz"],
         cwd=folder, capture_output=True, text=True,

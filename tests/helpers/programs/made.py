@@ -39,12 +39,12 @@ class Made:
 
 
 def once(module: nn.Module) -> None:
-    """A hook that removes itself."""
+    """Register a hook that removes itself when it runs."""
     handle: Any = module.register_forward_hook(lambda s, a, out: (handle.remove(), out * 3)[1])
 
 
 def flips(module: nn.Module, root: Any) -> None:
-    """A hook on one module that flips a flag of another."""
+    """Register a hook on one module that flips a flag of another."""
 
     def hook(s: nn.Module, a: Any, out: Any) -> None:
         root.flag = not root.flag

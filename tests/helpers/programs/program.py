@@ -17,12 +17,13 @@ class Program:
     """A program.
 
     Attributes:
-        text: of a module with a class ``Program``.
-        dims: of its convolutions.
+        text: the source of a module with a class ``Program``.
+        dims: the dimensions of its convolutions.
         shown: whether the source can be read.
-        options: of ``adapt``.
-        steps: what happens before each step to a twin (code on ``m``, ``ns``), and how it is called.
-        float32: the arithmetic, else float64.
+        options: the options of ``adapt``.
+        steps: what happens to a twin before each step (code on ``m``, ``ns``), and how it is called.
+        float32: whether it computes in float32 instead of float64.
+        generator: whether it holds a ``torch.Generator``, which cannot be copied.
     """
 
     text: str
@@ -36,7 +37,7 @@ class Program:
 
 @dataclass
 class Step:
-    """One step: code that runs before it, the inputs' make and the call."""
+    """One step: code that runs before it, how the input is made, and the call."""
 
     changes: list[str] = field(default_factory=list)
     layout: str = "contiguous"

@@ -221,7 +221,7 @@ class Statements(Layers):
         )  # fmt: skip
 
     def s_python(self) -> list[str]:
-        """What trips those who follow Python only nearly."""
+        """Python semantics that an approximate evaluator gets wrong."""
         conv = self.conv()
         return self.pick(
             ["g = (k for k in (0.5, 1.5))", "x = x * sum(g)", "x = x + sum(g)"],

@@ -35,7 +35,7 @@ class Writer(Statements):
             self.generator = before[3]
 
     def drop_unused(self, lines: list[str], init: int, changes: int) -> None:
-        """Take back the layers of the choices that were not taken."""
+        """Remove the layers that were made for alternatives that were not chosen."""
         used = {*re.findall(r"self\.(\w+)", "\n".join(lines))}
         made = {line: re.match(r"self\.(\w+) =", line) for line in self.init[init:]}
         unused = {found[1] for found in made.values() if found and found[1] not in used}
