@@ -90,7 +90,7 @@ def test_wheel_without_cuda(wheel):
     )
     done = python("-c", code, cwd=wheel)
     lines = done.stdout.splitlines()
-    assert lines[0] == str(wheel / "lora_edge" / "_extension.py"), done.stdout
+    assert lines[0] == str(wheel / "lora_edge" / "environment" / "extension.py"), done.stdout
     assert "'cuda': None" in lines[1]
     assert "built without CUDA" in lines[1]
     assert [line.split(": ")[0] for line in lines[2:]] == list(LAUNCHES)
@@ -262,9 +262,9 @@ def project(request, setup_py, monkeypatch, tmp_path) -> Path:
         monkeypatch.setattr(setup_py.importlib.util, "find_spec", lambda _: None)
         monkeypatch.setattr(setup_py.shutil, "which", lambda _: None)
     monkeypatch.chdir(tmp_path)
-    Path("csrc").mkdir()
+    Path("csrc/cuda").mkdir(parents=True)
     for name in ("a.cu", "b.cu", "c.cu", "a.h"):
-        Path("csrc", name).touch()
+        Path("csrc" if name == "a.h" else "csrc/cuda", name).touch()
     return tmp_path
 
 

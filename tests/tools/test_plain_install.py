@@ -15,7 +15,7 @@ import torch
 from torch import nn
 
 import lora_edge
-from helpers.builds import python
+from helpers.builds import ROOT, python
 
 # not by find_spec: when asked for pip, the finder of setuptools disables its own distutils for the rest of the process
 INSTALLED = {distribution.name for distribution in importlib.metadata.distributions()}
@@ -128,8 +128,8 @@ def test_triton_says_why_it_is_off(environment, folder):
 
 def test_modules_run_as_scripts_name_their_extra(environment, folder):
     done = subprocess.run(
-        [environment / "bin" / "python", "-m", "benchmarks.study", "--data", "own.npz"],
-        cwd=folder, capture_output=True, text=True,
+        [environment / "bin" / "python", "-m", "benchmarks.study", "--data", folder / "own.npz"],
+        cwd=ROOT, capture_output=True, text=True,
     )  # fmt: skip
     assert done.returncode == 2
     assert done.stderr == f"study: error: the study {HAR}\n"

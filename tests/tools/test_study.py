@@ -167,7 +167,7 @@ def test_bad_input(small):
         replace(small, methods=("nothing",)).chosen()
     with small.rows.open("w") as file:
         csv.DictWriter(file, study.FIELDS).writeheader()
-    with pytest.raises(ValueError, match=r"no rows of the stage study; run lora_edge\.har\.study first"):
+    with pytest.raises(ValueError, match=r"no rows of the stage study; run benchmarks\.study first"):
         study_report.report([small.rows])
     search = {"stage": "search", "method": "lora_edge", "rank": "2", "lr": "0.02", "f1": "0.5"}
     study.append_row(small.rows, {**dict.fromkeys(study.FIELDS, ""), **search})
