@@ -15,14 +15,19 @@ import torch
 pytest.register_assert_rewrite("helpers")  # before helpers are imported, so that failing asserts in them show their values
 from helpers.builds import ROOT, python  # noqa: E402
 
+SLOW_FIXTURES = {"unpacked", "wheel"}  # they build the package
 SPSW = Path(__file__).resolve().parents[2] / "shared" / "data" / "har_spsw_1s.npz"
 
 
 def pytest_addoption(parser):
-    parser.addoption("--every", type=int, default=1, metavar="N", help="every N-th case of each test, for emulated machines")
+    parser.addoption("--every", type=int, default=1, metavar="N", help="run every N-th case of each test (emulated machines)")
 
 
+@pytest.hookimpl(tryfirst=True)  # before -m deselects
 def pytest_collection_modifyitems(config, items):
+    for item in items:
+        if SLOW_FIXTURES & set(item.fixturenames):
+            item.add_marker(pytest.mark.slow)
     every, cases = config.getoption("--every"), Counter()
     if every == 1:
         return

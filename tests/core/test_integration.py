@@ -1,4 +1,4 @@
-"""The rest of torch: autocast, torch.compile, DistributedDataParallel, export, ONNX, memory formats, CUDA if there is one."""
+"""The rest of torch: autocast, torch.compile, DistributedDataParallel, export, ONNX, memory formats, CUDA. About 30 s."""
 
 from __future__ import annotations
 
@@ -89,6 +89,7 @@ def _ddp(rank: int, port: str, results) -> None:
     torch.distributed.destroy_process_group()
 
 
+@pytest.mark.slow
 def test_distributed_data_parallel():
     import socket
 

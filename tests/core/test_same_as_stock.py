@@ -1,7 +1,7 @@
 """Random small programs: an adapted model with fused blocks does at every step what its ``lean=False`` twin does.
 
 ``LORA_EDGE_EXAMPLES=20000`` tries more programs than the default, ``LORA_EDGE_SEED`` others. As a script it writes the outcome
-to ``benchmarks/results/cpu/same_as_stock.csv``: ``PYTHONPATH=tests:. python tests/core/test_same_as_stock.py``.
+to ``benchmarks/results/cpu/same_as_stock.csv``: ``PYTHONPATH=tests:. python tests/core/test_same_as_stock.py``. About 20 s.
 """
 
 from __future__ import annotations
@@ -156,6 +156,7 @@ def try_programs(examples: int, seed: int, on_mismatch: Any = None) -> Counter[s
     return found
 
 
+@pytest.mark.slow
 def test_random_programs_do_what_their_stock_twins_do():
     found = try_programs(EXAMPLES, SEED)
     assert found["mismatch"] == 0

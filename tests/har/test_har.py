@@ -1,4 +1,4 @@
-"""The data sets, the protocols and the splits: counts, no leak, and every bad file refused in one line."""
+"""The data sets, the protocols and the splits: counts, no leak, and every bad file refused in one line. About 30 s."""
 
 from __future__ import annotations
 
@@ -229,6 +229,7 @@ def test_training_learns_and_evaluation_keeps_the_flags(tmp_path):
     assert 5 == curve.seconds[0] < curve.seconds[1] < curve.seconds[2] < 6
 
 
+@pytest.mark.slow
 def test_lean_on_and_off_adapt_a_real_person_alike(watch):
     """Fifty steps on real windows with one seed and frozen BatchNorm; rounding may change one window's class at most."""
     import copy

@@ -1,4 +1,4 @@
-"""The package builds wherever it should, and says why where it cannot.
+"""The package builds wherever it should, and says why where it cannot. About 40 s; with nvcc, minutes at first.
 
 What users of compiled extensions complain about, and what prevents it here:
 
@@ -369,6 +369,7 @@ def test_extension_says_why_it_does_not_load(monkeypatch):
         _extension._find.cache_clear()
 
 
+@pytest.mark.slow
 def test_cuda_build(setup_py, monkeypatch, tmp_path):
     """The kernels for Orin compile (minutes; later only what has changed), link and import; a launch names what is missing."""
     monkeypatch.delenv("LORA_EDGE_CUDA", raising=False)

@@ -1,4 +1,4 @@
-"""``lora-edge check``: what it prints, and that a wrong op or a failing launch gives exit code 1."""
+"""``lora-edge check``: what it prints, and that a wrong op or a failing launch gives exit code 1. About 40 s."""
 
 from __future__ import annotations
 
@@ -33,6 +33,7 @@ def test_all_checks_pass_on_torch(capsys):
     assert lines[-1].endswith("checks passed")
 
 
+@pytest.mark.slow  # builds the emulator
 def test_all_checks_pass_on_the_kernels(kernels):
     outcomes = list(check.check_backend("cuda"))
     assert len(outcomes) == 4 * 3 * len(check.CASES)
