@@ -7,7 +7,7 @@ import torch
 from torch import nn
 
 import lora_edge
-from helpers.forward_cases import Case, Opaque, case, every_case, every_option, run
+from helpers.forward_cases import Case, Opaque, case, every_case, every_option, overwrite_maps_of_every_size, run
 from lora_edge.nn.blocks import LeanModule
 
 
@@ -128,7 +128,7 @@ class TrainsWeights(Case):
 @every_option
 @every_case(__name__)
 def test_the_twins_agree(cls, options, monkeypatch):
-    monkeypatch.setattr(lora_edge.nn.blocks, "OVERWRITE_BYTES", 0)
+    overwrite_maps_of_every_size(monkeypatch)
     run(cls, **options)
 
 

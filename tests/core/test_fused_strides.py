@@ -5,8 +5,7 @@ from __future__ import annotations
 import torch
 import torch.nn.functional as F
 
-import lora_edge
-from helpers.forward_cases import Case, case, every_case, every_option, run
+from helpers.forward_cases import Case, case, every_case, every_option, overwrite_maps_of_every_size, run
 
 
 class Strided(Case):
@@ -58,5 +57,5 @@ class Sliced(Strided):
 @every_option
 @every_case(__name__)
 def test_the_twins_agree(cls, options, monkeypatch):
-    monkeypatch.setattr(lora_edge.nn.blocks, "OVERWRITE_BYTES", 0)
+    overwrite_maps_of_every_size(monkeypatch)
     run(cls, **options)

@@ -6,8 +6,7 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
-import lora_edge
-from helpers.forward_cases import Case, case, every_case, every_option, run
+from helpers.forward_cases import Case, case, every_case, every_option, overwrite_maps_of_every_size, run
 
 
 @case
@@ -152,5 +151,5 @@ class WritesTransposed(Case):
 @every_option
 @every_case(__name__)
 def test_the_twins_agree(cls, options, monkeypatch):
-    monkeypatch.setattr(lora_edge.nn.blocks, "OVERWRITE_BYTES", 0)
+    overwrite_maps_of_every_size(monkeypatch)
     run(cls, **options)

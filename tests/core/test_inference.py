@@ -207,7 +207,7 @@ def test_frozen_tensors_of_a_wide_layer_written_under_data(write, tensor, layout
     with torch.no_grad():
         before = layer(x)
         assert inference._kept.get(layer) is not None
-        WRITES[write](layer._parameters[tensor].data)  # in a way that does not hand out the layer's weight
+        WRITES[write](layer._parameters[tensor].data)  # by no way that hands out the layer's weight
         after = layer(x)
         inference.drop(layer)
         assert torch.equal(after, layer(x))

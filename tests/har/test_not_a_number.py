@@ -135,7 +135,7 @@ def test_spoilt_weights(folder, capsys, spoil, text):
 
 @pytest.mark.parametrize("steps", [1, 2, 9])
 def test_training_that_diverges_says_where(task, steps):
-    """A rate at which the weights overflow: noticed at the next loss, at the next evaluation, or at the end."""
+    """A rate at which the weights overflow: seen by the next loss, by the windows that are looked at, or at the end."""
     text = r"step \d of training: .*|the model gives NaN for \d+ of \d+ windows"
     for train in (
         lambda model: train_target(model, list(model.parameters()), task.adapt, task.test, steps=steps, lr=1e30),

@@ -6,6 +6,7 @@ import copy
 import pickle
 import threading
 from types import ModuleType
+from typing import Any
 
 import pytest
 import torch
@@ -29,10 +30,10 @@ def build(monkeypatch):
     """Put an extension of this build on a machine with these devices; torch has CUDA."""
 
     def put(cuda="12.6", architectures="8.7+PTX", devices=(ORIN,), error=None, torch_has_cuda=True):
-        module = ModuleType("_C")
+        module: Any = ModuleType("_C")
         about = {"cuda": cuda, "architectures": architectures, "compiler": "gcc", "host": False}
         found = {"driver": "12.6", "runtime": "12.6", "count": len(devices), "devices": list(devices), "error": error}
-        vars(module).update(build_info=lambda: about, device_info=lambda: found)
+        module.build_info, module.device_info = lambda: about, lambda: found
         monkeypatch.setattr(extension, "_extension_reason", lambda: None)
         monkeypatch.setattr(extension, "load", lambda: module)
         monkeypatch.setattr(torch.cuda, "is_available", lambda: torch_has_cuda)
