@@ -1,4 +1,4 @@
-"""Shared fixtures. Data sets and optional libraries are found once; what is skipped is named at the end of the run (-rs)."""
+"""Shared fixtures and the options of the test run. Skipped tests are named with their reason at the end of the run (-rs)."""
 
 from __future__ import annotations
 
@@ -12,22 +12,22 @@ from pathlib import Path
 import pytest
 import torch
 
-pytest.register_assert_rewrite("helpers")  # before they are imported: failing asserts in them show their values
+pytest.register_assert_rewrite("helpers")  # before helpers are imported, so that failing asserts in them show their values
 from helpers.builds import ROOT, python  # noqa: E402
 
+SLOW_FIXTURES = {"unpacked", "wheel"}  # they build the package
 SPSW = Path(__file__).resolve().parents[2] / "shared" / "data" / "har_spsw_1s.npz"
 
 
 def pytest_addoption(parser):
-    parser.addoption("--every", type=int, default=1, metavar="N", help="every N-th case of each test, for emulated machines")
+    parser.addoption("--every", type=int, default=1, metavar="N", help="run every N-th case of each test (emulated machines)")
 
 
-def pytest_configure(config):
-    config.addinivalue_line("markers", "other_python: starts another Python, which an emulated machine cannot")
-    config.addinivalue_line("markers", "timed: bounds seconds, which an emulated machine exceeds")
-
-
+@pytest.hookimpl(tryfirst=True)  # before -m deselects
 def pytest_collection_modifyitems(config, items):
+    for item in items:
+        if SLOW_FIXTURES & set(item.fixturenames):
+            item.add_marker(pytest.mark.slow)
     every, cases = config.getoption("--every"), Counter()
     if every == 1:
         return
@@ -66,7 +66,7 @@ def spsw_path():
 
 @pytest.fixture(scope="session")
 def poison(tmp_path_factory) -> Path:
-    """A folder for PYTHONPATH with a torch that raises when a build imports it."""
+    """A folder for PYTHONPATH with a torch that raises where a build imports it."""
     folder = tmp_path_factory.mktemp("poison")
     (folder / "torch.py").write_text("raise RuntimeError('the build has imported torch')\n")
     return folder

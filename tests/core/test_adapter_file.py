@@ -46,7 +46,7 @@ def test_round_trip_is_exact(tmp_path, name, options):
     torch.testing.assert_close(lora_edge.merge(into_plain)(x), y, rtol=1e-5, atol=1e-5)
 
 
-def test_calibrated_statistics_travel(tmp_path):
+def test_calibrated_statistics_are_saved(tmp_path):
     base, x = network("1-D")
     model = copy.deepcopy(base)
     lora_edge.calibrate_bn(model, [torch.randn(32, 6, 50) * 2 + 1])
@@ -61,7 +61,7 @@ def test_calibrated_statistics_travel(tmp_path):
         assert torch.equal(output(loaded, x), output(base, x))
 
 
-def test_a_suffix_that_did_not_come_as_cores_travels(tmp_path):
+def test_a_suffix_that_is_not_given_as_cores_is_saved(tmp_path):
     model, base, x = adapted()
     with torch.no_grad():
         model[0].suffix.mul_(1.5)
@@ -132,7 +132,7 @@ def test_another_base_shape_rank_or_layers_are_refused(tmp_path):
     assert "the model has no convolution '0'" in refused(network("2-D")[0], path)
 
 
-def test_not_an_adapter(tmp_path):
+def test_other_files_are_not_adapters(tmp_path):
     _, base, _ = adapted()
     refused(base, tmp_path / "missing", FileNotFoundError)
     refused(base, tmp_path, FileNotFoundError)
@@ -184,7 +184,7 @@ def test_every_truncation_is_refused(tmp_path):
     refused(base, path)
 
 
-def test_unwritable_places(tmp_path):
+def test_paths_that_cannot_be_written(tmp_path):
     model, _, _ = adapted()
     with pytest.raises(OSError, match="cannot write there"):
         lora_edge.save_adapter(model, tmp_path / "no" / "such" / "folder")
@@ -193,7 +193,7 @@ def test_unwritable_places(tmp_path):
     assert os.listdir(tmp_path) == []
 
 
-def test_saving_what_is_not_adapted_or_belongs_to_no_base(tmp_path):
+def test_saving_a_model_that_is_not_adapted_or_has_no_base_is_refused(tmp_path):
     model, base, _ = adapted()
     with pytest.raises(RuntimeError, match="the model is not adapted"):
         lora_edge.save_adapter(base, tmp_path / "a")
@@ -204,7 +204,7 @@ def test_saving_what_is_not_adapted_or_belongs_to_no_base(tmp_path):
     assert os.listdir(tmp_path) == []
 
 
-def test_an_adapter_names_the_base_that_was_loaded_after_adapt(tmp_path):
+def test_an_adapter_belongs_to_the_base_that_was_loaded_after_adapt(tmp_path):
     model, _ = network("1-D")
     other, x = network("1-D", seed=1)
     lora_edge.adapt(model, 2).load_state_dict(other.state_dict())

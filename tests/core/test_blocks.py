@@ -47,7 +47,7 @@ def pair(model: nn.Module, **options) -> tuple[nn.Module, nn.Module]:
 
 
 def compare(model: nn.Module, reference: nn.Module, x: torch.Tensor, tolerance: float) -> None:
-    """Output, the gradient of every core and of the input."""
+    """Compare the output, the gradient of every core and that of the input."""
     x = x.clone().requires_grad_()
     inputs, wanted = ([x, *lora_edge.trainable_parameters(m)] for m in (model, reference))
     torch.manual_seed(0)  # dropout draws the same masks
@@ -64,8 +64,8 @@ def compare(model: nn.Module, reference: nn.Module, x: torch.Tensor, tolerance: 
 
 
 @pytest.mark.parametrize("name", list(WORKLOADS))
-def test_workloads(name):
-    """Float64 shows that the arithmetic is the same; in float32 single ReLU signs flip at zero, which a looser bound allows."""
+def test_gradients_of_the_workloads_are_those_of_the_unfused_model(name):
+    """float64 shows that the arithmetic is the same; in float32 single ReLU signs flip at zero, which needs a looser bound."""
     work = WORKLOADS[name]
     x, _ = work.batch(4)
     model = settle(work.model(), work.batch(16)[0])
@@ -189,7 +189,7 @@ def test_random_networks(steps, seed, shared, hook):
     assert ours._lora_edge.blocks
     try:
         reference(x.clone().requires_grad_()).sum().backward()
-    except RuntimeError as error:  # such as an in-place ReLU on the output of a ReLU: no valid network in stock torch either
+    except RuntimeError as error:  # such as an in-place ReLU on the output of a ReLU, which stock torch refuses too
         assume("modified by an inplace operation" not in str(error))
         raise
     calls: dict[int, list] = {0: [], 1: []}
@@ -268,7 +268,7 @@ FORMS["in-place add"] = (_iadd, "conv + bn + add + relu")
 
 
 @pytest.mark.parametrize("form", list(FORMS))
-def test_functional_and_module_forms_alike(form):
+def test_functional_and_module_forms_are_fused_alike(form):
     function, what = FORMS[form]
     x = torch.randn(5, 4, 8, 7, dtype=torch.float64)
     model = settle(Functional(function).double(), x)
@@ -337,7 +337,7 @@ class Awkward(nn.Module):
 
 
 @pytest.mark.parametrize("kind", ["control flow", "writes", "random", "torch random"])
-def test_a_model_that_cannot_be_traced_safely_has_its_children_fused(kind):
+def test_in_a_model_that_cannot_be_traced_safely_the_children_are_fused(kind):
     x = torch.randn(4, 3, 20, dtype=torch.float64)
     ours, reference = pair(settle(Awkward(kind).double(), x))
     assert ours._lora_edge.blocks == {"block.0": "conv + bn + relu"}
@@ -424,7 +424,7 @@ def test_every_change_between_training_steps_is_followed(change):
     x = torch.randn(5, 4, 8, 7, dtype=torch.float64)
     ours, reference = pair(settle(Flagged().double(), x))
     assert ours._lora_edge.blocks["inner.0"] == "conv + bn + relu"
-    for _ in range(2):  # the second run is on what the first one kept
+    for _ in range(2):  # the second run uses what the first one cached
         compare(ours, reference, x, 1e-10)
     with torch.no_grad():
         for model in (ours, reference):
@@ -475,7 +475,7 @@ def test_fused_models_survive_pickle_deepcopy_and_merge(name):
     assert not any(key.startswith("_lean_") for key in ours.__dict__)
 
 
-def test_no_gradient_work_below_the_first_adapted_layer():
+def test_nothing_is_computed_backward_below_the_first_adapted_layer():
     """The first convolutions are frozen: nothing is saved for them and none of their input gradients is computed."""
     model = nn.Sequential(
         nn.Conv2d(3, 8, 3), nn.BatchNorm2d(8), nn.ReLU(), nn.Conv2d(8, 8, 3), nn.BatchNorm2d(8), nn.ReLU(),
@@ -517,7 +517,7 @@ def test_bn_in_batch_mode_is_correct():
 
 
 @pytest.mark.parametrize("saved_dtype", ["float16", "bfloat16", torch.float16])
-def test_half_precision_h(saved_dtype):
+def test_h_is_saved_in_half_precision(saved_dtype):
     model, x = network("2-D")
     exact = lora_edge.adapt(copy.deepcopy(model), 2)
     lora_edge.adapt(model, 2, saved_dtype=saved_dtype)
@@ -531,7 +531,7 @@ def test_half_precision_h(saved_dtype):
 
 
 def test_training_is_the_same_with_lean_on_and_off():
-    """Fifty steps under one seed and frozen BatchNorm: the same parameters to the rounding of float64."""
+    """Fifty steps with one seed and frozen BatchNorm: the same parameters up to rounding in float64."""
     model, x = network("1-D")
     ours, reference = pair(model.double())
     for m in (ours, reference):
@@ -541,7 +541,7 @@ def test_training_is_the_same_with_lean_on_and_off():
         torch.testing.assert_close(a, b, rtol=1e-7, atol=1e-9)
 
 
-def test_second_backward_through_a_freed_graph():
+def test_a_second_backward_through_a_freed_graph_is_refused():
     model, x = network("1-D")
     loss = lora_edge.adapt(model, 2)(x).sum()
     loss.backward()

@@ -1,4 +1,4 @@
-"""A budget of parameters: read, never exceeded, well used, and spread where the energy is."""
+"""A budget of parameters is parsed, never exceeded, almost used up, and spread where the energy is."""
 
 from __future__ import annotations
 
@@ -25,7 +25,7 @@ MODEL = nn.Sequential(nn.Conv1d(10, 80, 1, bias=False), nn.Conv1d(80, 15, 1, bia
         (2000, 2000),
     ],
 )  # fmt: skip
-def test_forms(params, count):
+def test_the_forms_of_a_budget(params, count):
     assert parse_budget(params, MODEL) == count
 
 
@@ -77,14 +77,14 @@ def energies(**rows):
     return {name: torch.tensor(row) for name, row in rows.items()}
 
 
-def test_spread_takes_the_best_gain_a_parameter():
+def test_spread_takes_the_best_gain_per_parameter():
     gains = energies(a=[9.0, 4.0, 1.0], b=[8.0, 6.0, 5.0])
     assert spread_ranks(gains, {"a": 10, "b": 10}, 40) == {"a": 1, "b": 3}
     assert spread_ranks(gains, {"a": 10, "b": 20}, 60) == {"a": 2, "b": 2}, "4 for 10 before 6 for 20"
     assert spread_ranks(gains, {"a": 10, "b": 10}, 1000) == {"a": 3, "b": 3}
 
 
-def test_spread_gives_every_layer_one_rank_where_it_can_and_leaves_the_least_out_where_not():
+def test_spread_gives_every_layer_a_rank_or_leaves_out_those_of_least_energy():
     gains = energies(a=[9.0, 8.0], b=[0.1, 0.1], c=[1.0, 0.5])
     assert spread_ranks(gains, dict.fromkeys("abc", 10), 30) == {"a": 1, "b": 1, "c": 1}
     assert spread_ranks(gains, dict.fromkeys("abc", 10), 29) == {"a": 2}
@@ -94,7 +94,7 @@ def test_spread_gives_every_layer_one_rank_where_it_can_and_leaves_the_least_out
         spread_ranks(energies(a=[0.0]), {"a": 1}, 5)
 
 
-def test_spread_never_exceeds_and_leaves_less_than_a_column():
+def test_spread_never_exceeds_the_budget_and_leaves_less_than_a_column_unused():
     generator = torch.Generator().manual_seed(0)
     for _ in range(200):
         names = [f"l{k}" for k in range(int(torch.randint(1, 9, (), generator=generator)))]

@@ -1,4 +1,4 @@
-"""calibrate_bn pools the sums of all samples: the same for any cut of the data; what a batch may be."""
+"""calibrate_bn pools the sums of all samples, so that the size of the batches does not matter; the forms of a batch."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ def statistics(model: nn.Module) -> dict[str, Tensor]:
 @pytest.mark.parametrize("adapted", [False, True])
 @pytest.mark.parametrize("cut", CUTS, ids=lambda cut: "1" if len(cut) > 9 else str(cut))
 @pytest.mark.parametrize("name", list(BUILD))
-def test_the_same_for_any_cut(name, cut, adapted):
+def test_statistics_do_not_depend_on_the_size_of_the_batches(name, cut, adapted):
     base, _ = network(name)
     scale = torch.linspace(0.5, 4, 65).reshape(-1, *[1] * len(INPUTS[name]))  # the batches differ among each other
     x = (torch.randn(65, *INPUTS[name]) + scale) * scale
@@ -78,7 +78,7 @@ class Named(nn.Module):
 
 
 class Anything(Named):
-    def forward(self, **inputs: Tensor) -> Tensor:
+    def forward(self, **inputs: Tensor) -> Tensor:  # type: ignore[override]
         return super().forward(inputs["signal"])
 
 
@@ -94,7 +94,7 @@ Y = torch.arange(12)
     ],
     ids=["x", "(x,)", "(x, y)", "[x, y, meta]", "dict", "dict with labels", "dict with a number", "(dict, y)"],
 )  # fmt: skip
-def test_batches_of_every_usual_form(batch):
+def test_batches_in_every_usual_form(batch):
     torch.manual_seed(0)
     want, got = Named(), Named()
     got.load_state_dict(want.state_dict())
@@ -122,7 +122,7 @@ def test_batches_of_every_usual_form(batch):
         ([X, X * float("inf")], ValueError, "the statistics of n came out as NaN or Inf"),
     ],
 )
-def test_odd_batches_are_one_line_and_leave_the_model_as_it_was(batches, error, text):
+def test_odd_batches_are_refused_in_one_line_and_leave_the_model_as_it_was(batches, error, text):
     model = Named().train()
     before = snapshot(model)
     with pytest.raises(error, match=text) as caught:

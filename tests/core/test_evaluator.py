@@ -1,4 +1,4 @@
-"""What the evaluator proves pure, what it refuses with which reason, and which changes a plan's guards see."""
+"""What the evaluator proves pure, what it refuses and why, and which changes a plan's guards notice."""
 
 from __future__ import annotations
 
@@ -163,6 +163,9 @@ def _clears(m, x):
     return m.block(x)
 
 
+FOUND = None
+
+
 def _writes_a_global(m, x):
     global FOUND
     FOUND = x
@@ -196,7 +199,7 @@ IMPURE = {
 
 
 @pytest.mark.parametrize("name", list(IMPURE))
-def test_what_is_not_proven_pure_is_refused_by_name_and_runs_as_it_is(name):
+def test_what_is_not_proven_pure_is_refused_by_name_and_runs_unchanged(name):
     function, why = IMPURE[name]
     model = adapted(function)
     plan = plan_of(model)
@@ -242,7 +245,7 @@ CHANGES = {
 
 
 @pytest.mark.parametrize("name", list(CHANGES))
-def test_a_change_of_what_was_read_is_seen(name):
+def test_a_change_of_what_was_read_is_noticed(name):
     form, change = CHANGES[name]
     saved = (
         dict(SETTINGS),
@@ -271,7 +274,7 @@ def test_a_change_of_what_was_read_is_seen(name):
         saved[5].__code__, saved[5].__defaults__ = saved[6:]
 
 
-def test_closures_and_their_changes():
+def test_changes_of_closures_are_noticed():
     gain = 2.0
 
     def function(m, x):
@@ -307,16 +310,16 @@ def made(filename: str, text: str, shown: str | None) -> type[nn.Module]:
     return scope["Made"]
 
 
-def test_a_source_counts_only_if_it_is_that_of_the_code():
+def test_a_source_is_used_only_if_it_is_that_of_the_code():
     x = torch.randn(2, 3, 8)
     cases = ((SOURCE, True), (None, False), (SOURCE.replace("* FACTOR", "* 3.0"), False), ("x =", False))
     for k, (shown, fused) in enumerate(cases):
-        own = SOURCE.replace("FACTOR", f"FACTOR + {k}")  # another code each time, or the first one's source would be its
+        own = SOURCE.replace("FACTOR", f"FACTOR + {k}")  # other code each time, or the first one's source would be found for it
         shown = own if shown is SOURCE else shown
         torch.manual_seed(0)
         model = lora_edge.adapt(made(f"<made {k}>", own, shown)(), 2)
         assert isinstance(model, LeanModule) == fused
-        torch.testing.assert_close(model(x), base_of(type(model)).forward(model, x), rtol=1e-4, atol=1e-5)
+        torch.testing.assert_close(model(x), base_of(type(model)).forward(model, x), rtol=1e-4, atol=1e-5)  # type: ignore[attr-defined]
         if not fused:
             assert "source" in model._lora_edge.not_fused["c"]
 
@@ -342,7 +345,7 @@ def test_a_sequence_runs_its_pure_children_together():
     torch.testing.assert_close(model(x), reference(x), rtol=1e-4, atol=1e-5)
 
 
-def test_what_changes_at_every_step_is_given_up():
+def test_no_plan_is_made_for_what_changes_at_every_step():
     model = adapted(lambda m, x: m.block(x) * m.gain)
     x = torch.randn(2, 3, 8)
     with pytest.raises(AttributeError):

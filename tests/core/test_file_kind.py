@@ -1,4 +1,4 @@
-"""A file's kind is told from its bytes, and a state dict is read whatever the file is called."""
+"""A file's kind is told by its bytes, and a state dict is read whatever the file is called."""
 
 from __future__ import annotations
 
@@ -85,7 +85,7 @@ def test_the_name_does_not_matter(tmp_path, kind):
 
 
 @pytest.mark.parametrize("kind", [kind for kind in WRITE if kind != file_kind.NPZ])
-def test_data_of_another_kind(tmp_path, kind):
+def test_data_files_of_another_kind_are_refused(tmp_path, kind):
     WRITE[kind](tmp_path / "data.npz")
     with pytest.raises((ValueError, OSError)) as caught:
         load_npz(tmp_path / "data.npz")
@@ -94,7 +94,7 @@ def test_data_of_another_kind(tmp_path, kind):
 
 
 @pytest.mark.parametrize("kind", [kind for kind in WRITE if kind != file_kind.ADAPTER])
-def test_an_adapter_of_another_kind(tmp_path, kind):
+def test_adapter_files_of_another_kind_are_refused(tmp_path, kind):
     WRITE[kind](tmp_path / "a.safetensors")
     with pytest.raises((ValueError, OSError)) as caught:
         read_adapter(tmp_path / "a.safetensors")
@@ -137,7 +137,7 @@ def test_other_content_of_torch_save(tmp_path, content, text):
     assert "\n" not in str(caught.value)
 
 
-def test_a_tensor_that_save_model_wrote_once_comes_under_each_name(tmp_path):
+def test_a_tensor_that_save_model_wrote_once_is_read_under_each_name(tmp_path):
     model = nn.Sequential(nn.Conv1d(2, 2, 1), nn.Conv1d(2, 2, 1))
     model[1].weight = model[0].weight
     save_model(model, str(tmp_path / "a.safetensors"))

@@ -1,4 +1,4 @@
-"""Checks that weights are numbers."""
+"""The checks that weights are finite and variances not negative."""
 
 import pytest
 import torch

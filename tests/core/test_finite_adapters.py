@@ -67,7 +67,7 @@ def test_save_and_merge_refuse(tmp_path, kind):
 
 
 def rewritten(source, target, change) -> None:
-    """A sound file of a bad adapter, with its checksum right."""
+    """Write a bad adapter as a valid file, with the right checksum."""
     adapter = read_adapter(source)
     change(adapter.tensors)
     metadata = {"format": "lora_edge adapter 2", "base": adapter.base}

@@ -1,4 +1,4 @@
-"""``bn="frozen"`` holds for the stock BatchNorms and for subclasses of them; what cannot be frozen is refused."""
+"""``bn="frozen"`` works for the stock BatchNorms and for subclasses of them; what cannot be frozen is refused."""
 
 from __future__ import annotations
 
@@ -55,7 +55,7 @@ class Renorm(nn.BatchNorm2d):
 
 
 class Ghost(nn.BatchNorm2d):
-    """Ghost BatchNorm: each part of the batch by its own statistics."""
+    """Ghost BatchNorm: normalises each part of the batch by its own statistics."""
 
     def forward(self, x: Tensor) -> Tensor:
         if not self.training:
@@ -78,7 +78,7 @@ class Split(nn.BatchNorm2d):
 
 
 class Replacing(nn.BatchNorm2d):
-    """Puts new tensors in the place of its statistics, which counts no version."""
+    """Replaces its statistics by new tensors, which no version counter shows."""
 
     def forward(self, x: Tensor) -> Tensor:
         if self.training:
@@ -119,7 +119,7 @@ class OfTheBatch(nn.BatchNorm2d):
 
 
 class Conditional(nn.BatchNorm2d):
-    """Takes more than one tensor, so it cannot be tried."""
+    """Needs more than one tensor, so it cannot be tried."""
 
     def forward(self, x: Tensor, labels: Tensor) -> Tensor:  # type: ignore[override]
         return super().forward(x) * labels[:, None, None, None]
@@ -187,7 +187,7 @@ def test_a_subclass_is_frozen_through_train(kind, lean):
 
 
 @pytest.mark.parametrize("kind", SUBCLASSES)
-def test_merge_gives_class_and_flags_back(kind):
+def test_merge_restores_class_and_flags(kind):
     model = net(kind)
     if kind is NormAct:
         model.norm.drop.eval()
@@ -257,7 +257,7 @@ def test_torch_generator_and_hooks_are_left_alone_by_the_trial():
     assert torch.equal(torch.get_rng_state(), random)
 
 
-def test_a_frozen_batchnorm_of_buffers_alone_is_left_as_it_is():
+def test_a_frozen_batchnorm_that_has_only_buffers_is_left_as_it_is():
     class Buffers(nn.Module):  # as torchvision.ops.FrozenBatchNorm2d
         def __init__(self, channels: int) -> None:
             super().__init__()
@@ -273,7 +273,7 @@ def test_a_frozen_batchnorm_of_buffers_alone_is_left_as_it_is():
     assert "norm" not in lora_edge.summary(model).left_alone
 
 
-def test_plain_arithmetic_and_own_forwards_are_told_apart():
+def test_plain_arithmetic_is_told_from_own_forwards():
     assert issubclass(frozen_class(nn.BatchNorm2d), FrozenBatchNorm)
     for kind in SUBCLASSES:
         frozen = frozen_class(kind)
@@ -295,7 +295,7 @@ def test_a_forward_that_is_known_saves_nothing_for_its_batchnorm(monkeypatch):
 
 
 @pytest.mark.parametrize("shape", [(3, 4), (3, 4, 7), (3, 4, 1)], ids=str)
-def test_no_view_comes_out_so_that_the_next_layer_may_write_in_place(shape):
+def test_the_output_is_no_view_so_that_the_next_layer_may_write_in_place(shape):
     frozen = nn.Sequential(nn.BatchNorm1d(4))
     lora_edge.nn.frozen_bn.freeze_bn(frozen[0], lean=True)
     x = torch.randn(shape, requires_grad=True)

@@ -1,4 +1,4 @@
-"""The frozen part: buffers that move are saved and restored, what can't be saved is refused by name, disabled is the base."""
+"""The frozen part: buffers that change are saved and restored, others are refused by name, and disabled gives the base."""
 
 from __future__ import annotations
 
@@ -67,7 +67,7 @@ MOVING = {
 
 
 @pytest.mark.parametrize("name", list(MOVING))
-def test_buffers_that_move_travel_and_come_back(tmp_path, name):
+def test_buffers_that_change_are_saved_and_restored(tmp_path, name):
     base, x = MOVING[name]().eval(), torch.randn(X) + 2
     if "old" in name:
         output(base, x)  # its weight is a plain tensor that the first forward makes
@@ -107,7 +107,7 @@ def test_what_runs_inside_disabled_leaves_no_trace():
     assert model.late is None
 
 
-def test_another_adapter_replaces_what_the_first_one_moved(tmp_path):
+def test_another_adapter_replaces_what_the_first_one_changed(tmp_path):
     base, x = Counts().eval(), torch.randn(X)
     lora_edge.save_adapter(lora_edge.adapt(copy.deepcopy(base), 2), tmp_path / "fresh")
     model = lora_edge.adapt(copy.deepcopy(base), 2)
@@ -180,7 +180,7 @@ def test_batch_norm_affine_unfrozen_by_hand(tmp_path):
 
 
 class Ema(nn.Module):
-    """timm's ModelEmaV2: the mean is not exact, so frozen weights move by rounding and counters of batches by one."""
+    """timm's ModelEmaV2: its mean is not exact, so frozen weights change by rounding and batch counters by one."""
 
     def __init__(self, model: nn.Module, decay: float) -> None:
         super().__init__()

@@ -1,4 +1,4 @@
-"""train_head: by name, or found by following the forward; what it names is checked before anything changes."""
+"""train_head: the head is given by name or found by following the forward, and checked before anything changes."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ X = torch.randn(6, 3, 20)
 
 
 class Gated(nn.Module):
-    """A gate registered behind the classifier, that runs before it."""
+    """A gate that is registered after the classifier and runs before it."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -64,7 +64,7 @@ class Attention(nn.Module):
 
 
 @pytest.mark.parametrize(("make", "head"), [(Gated, "fc"), (GateLast, "fc"), (Reversed, "head"), (Attention, "out")])
-def test_the_classifier_is_found_by_the_forward(make, head):
+def test_the_classifier_is_found_by_following_the_forward(make, head):
     torch.manual_seed(0)
     model = make()
     before, state = output(model.eval(), X), torch.get_rng_state()
@@ -145,13 +145,13 @@ def test_odd_heads_leave_the_model_as_it_was(head, options, error, text):
     assert adapt_state(model) is None
 
 
-def test_without_batches_it_is_the_last_one_registered():
+def test_without_batches_the_head_is_the_last_layer_registered():
     assert lora_edge.summary(lora_edge.adapt(network("2-D")[0], 2, train_head=True)).heads == ["fc"]
     assert lora_edge.summary(lora_edge.adapt(network("2-D")[0], 2)).heads == []
 
 
 class GatedBehind(nn.Module):
-    """A classifier and a gate that is registered behind it."""
+    """A classifier and a gate that is registered after it."""
 
     def __init__(self, form: str) -> None:
         super().__init__()
@@ -166,7 +166,7 @@ class GatedBehind(nn.Module):
 
 
 @pytest.mark.parametrize("form", ["before", "right", "left"])
-def test_a_gate_registered_behind_the_classifier_is_passed_by(form):
+def test_a_gate_registered_after_the_classifier_is_not_the_head(form):
     model = lora_edge.adapt(GatedBehind(form), 2, train_head=True)
     assert model.fc.weight.requires_grad
     assert not model.gate.weight.requires_grad

@@ -22,17 +22,17 @@ def test_import_is_light():
 
 
 @pytest.mark.parametrize("version", ["2.4.0", "2.5.0a0+872d972e41.nv24.08", "2.13.0+cpu", "3.0"])
-def test_new_enough(version):
+def test_torch_that_is_new_enough(version):
     check_torch_version(version)
 
 
 @pytest.mark.parametrize("version", ["1.13.1", "2.3.1+cu121", "unknown"])
-def test_too_old(version):
+def test_torch_that_is_too_old(version):
     with pytest.raises(ImportError, match=f"needs torch 2.4 or newer, found {version.split('+')[0]}"):
         check_torch_version(version)
 
 
-def test_backends_say_why():
+def test_backends_say_why_they_are_not_available():
     import lora_edge
 
     assert lora_edge.backends()["torch"] == "available"

@@ -1,4 +1,4 @@
-"""The kept fused kernels: made once while nothing changes, and never stale, whatever changes and by whichever way."""
+"""The cached fused kernels: made once while nothing changes, and never stale, whatever changes them."""
 
 from __future__ import annotations
 
@@ -34,7 +34,7 @@ def expected(layer: nn.Module, x: Tensor) -> Tensor:
 
 
 def check(layer: nn.Module) -> None:
-    """The layer's output without gradients, twice, is that of the kernel fused anew, bit by bit."""
+    """Check that the layer's output without gradients, twice, is bit for bit that of a newly fused kernel."""
     x = torch.randn(2, layer.weight.shape[1], 6, 5, dtype=layer.weight.dtype)
     for context in (torch.no_grad, torch.no_grad, torch.inference_mode):
         with context():
@@ -59,7 +59,7 @@ def in_inference_mode(name: str):
 
 def other_data(name: str):
     def change(layer: nn.Module) -> None:
-        for _ in range(4):  # the allocator gives addresses again
+        for _ in range(4):  # the allocator reuses addresses
             parameter = layer.get_parameter(name)
             parameter.data = parameter.data * 1.5
             check(layer)
@@ -215,7 +215,7 @@ def test_frozen_tensors_of_a_wide_layer_written_under_data(write, tensor, layout
 
 
 @pytest.mark.parametrize("part", [(7, 3, 1, 2), (3,), (slice(None), 5)], ids=["value", "filter", "input channel"])
-def test_who_reads_the_weight_may_write_a_part_of_it(part):
+def test_a_weight_that_was_read_may_be_written_in_part(part):
     layer = LoRAEdgeConv2d(16, 64, 3, rank=4).requires_grad_(False)
     x = torch.randn(2, 16, 5, 5)
     with torch.no_grad():
@@ -275,7 +275,7 @@ def test_named_backends_run_the_op(monkeypatch):
     assert len(made) == 1
 
 
-def test_autocast_casts_the_kept_kernel_and_does_not_make_it():
+def test_autocast_casts_the_cached_kernel_and_does_not_make_it():
     layer, x = trained_layer(), torch.randn(2, 8, 6, 5)
     with torch.no_grad():
         fused = reference.tt_fuse(layer.weight, layer.core, layer.suffix)

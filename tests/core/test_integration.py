@@ -1,4 +1,4 @@
-"""The rest of torch: autocast, torch.compile, DistributedDataParallel, export, ONNX, memory formats, CUDA if there is one."""
+"""The rest of torch: autocast, torch.compile, DistributedDataParallel, export, ONNX, memory formats, CUDA. About 30 s."""
 
 from __future__ import annotations
 
@@ -70,7 +70,7 @@ def test_compile_with_inductor():
     torch.testing.assert_close(compiled(x), model(x))
     compiled(x).square().sum().backward()
     assert model[0].core.grad is not None
-    lora_edge.merge(compiled)  # the wrapper is looked through
+    lora_edge.merge(compiled)  # adapt finds the model inside the wrapper
     assert type(model[0]) is nn.Conv1d
 
 
@@ -89,6 +89,7 @@ def _ddp(rank: int, port: str, results) -> None:
     torch.distributed.destroy_process_group()
 
 
+@pytest.mark.slow
 def test_distributed_data_parallel():
     import socket
 

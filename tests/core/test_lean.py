@@ -1,4 +1,4 @@
-"""The lean layers against the stock ones: the same values bit for bit, the same gradients, the bytes they are meant to save."""
+"""Lean layers against stock layers: the same values bit for bit, the same gradients, and the saved bytes they promise."""
 
 from __future__ import annotations
 
@@ -46,7 +46,7 @@ def run(layer: nn.Module, x: torch.Tensor):
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64, torch.bfloat16], ids=str)
 @pytest.mark.parametrize(("stock", "dims"), LAYERS, ids=str)
-def test_values_and_gradients_are_the_stock_layers(stock, dims, dtype):
+def test_values_and_gradients_are_those_of_the_stock_layers(stock, dims, dtype):
     lean = nn.Sequential(copy.deepcopy(stock))
     assert make_lean(lean) == {}
     assert type(lean[0]) is LEAN_CLASS[type(stock)]
@@ -65,7 +65,7 @@ def test_values_and_gradients_are_the_stock_layers(stock, dims, dtype):
     assert type(lean[0]) is type(stock)
 
 
-def test_activations_pass_nan_on_as_torch_does():
+def test_activations_propagate_nan_as_torch_does():
     x = torch.tensor([float("nan"), -1.0, 0.0, 1.0, 6.0, 7.0, float("inf")])
     for stock in (nn.ReLU(), nn.ReLU6()):
         lean = nn.Sequential(copy.deepcopy(stock))
@@ -77,9 +77,9 @@ def test_activations_pass_nan_on_as_torch_does():
 @pytest.mark.parametrize(
     ("layer", "shape", "saved"),
     [
-        (nn.ReLU(), (4, 8, 10), 40),  # one bit an element
+        (nn.ReLU(), (4, 8, 10), 40),  # one bit per element
         (nn.Hardsigmoid(), (3, 3, 3), 4),  # 27 bits
-        (nn.MaxPool2d(2), (4, 8, 6, 6), 288),  # one byte an element of the output
+        (nn.MaxPool2d(2), (4, 8, 6, 6), 288),  # one byte per element of the output
         (nn.Dropout(0.5), (4, 8, 10), 4 * 8 * 10 // 8),
     ],
     ids=str,
@@ -104,7 +104,7 @@ def test_frozen_bn_is_exact_and_saves_nothing(dims, affine):
     assert saved_bytes(frozen, x.requires_grad_()) == 0
 
 
-def test_a_frozen_bn_whose_scale_somebody_trains_gets_its_gradient():
+def test_a_frozen_bn_whose_scale_is_trained_gets_its_gradient():
     bn = nn.BatchNorm1d(4).eval()
     freeze_bn(bn, lean=True)
     bn(torch.randn(3, 4, 5)).square().sum().backward()
@@ -112,7 +112,7 @@ def test_a_frozen_bn_whose_scale_somebody_trains_gets_its_gradient():
 
 
 @pytest.mark.parametrize("p", [0.0, 0.3, 0.9, 1.0])
-def test_dropout_draws_the_stock_mask_and_leaves_the_generator_where_stock_does(p):
+def test_dropout_draws_the_stock_mask_and_advances_the_generator_alike(p):
     lean, stock = nn.Sequential(nn.Dropout(p)), nn.Dropout(p)
     make_lean(lean)
     for x in (
@@ -133,7 +133,7 @@ def test_dropout_draws_the_stock_mask_and_leaves_the_generator_where_stock_does(
     assert torch.equal(lean.eval()(x), x)
 
 
-def test_what_has_no_lean_form_is_left_stock_and_named():
+def test_layers_without_a_lean_form_stay_stock_and_are_named():
     model = nn.Sequential(
         nn.Conv2d(3, 4, 3),
         nn.GELU(),

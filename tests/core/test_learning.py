@@ -1,4 +1,4 @@
-"""Every core can learn: zero and rank-deficient kernels have directions, and a core without a gradient is named once."""
+"""Every core can learn: zero and rank-deficient weights get directions, and a core without a gradient is named once."""
 
 from __future__ import annotations
 
@@ -37,7 +37,7 @@ def kernel(shape: tuple[int, ...], kind: str) -> Tensor:
 @pytest.mark.parametrize("scaling", ["balanced", "paper"])
 @pytest.mark.parametrize("kind", ["zero", "rank 1", "one filter", "tiny"])
 @pytest.mark.parametrize("shape", SHAPES, ids=str)
-def test_no_row_is_zero_and_the_kernels_own_rows_stay(shape, kind, scaling):
+def test_no_row_of_a_suffix_is_zero_and_the_rows_of_the_weight_stay(shape, kind, scaling):
     weight = kernel(shape, kind)
     for rank in (1, 2, 5):
         cores = weight_suffix(weight, rank, scaling)
@@ -90,7 +90,7 @@ def test_a_convolution_of_zeros_learns(dims, groups, dtype, options):
 
 
 class Mamba(nn.Module):
-    """Reads its depthwise kernel and never calls the module."""
+    """Reads its depthwise weight and never calls the module."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -120,7 +120,7 @@ IDLE = {"weight read directly": (Mamba, "conv1d"), "not called": (Unused, "auxil
 
 
 def steps(model: nn.Module, count: int) -> list[str]:
-    """Train so many steps; the warnings that came."""
+    """Train so many steps and return the warnings."""
     with warnings.catch_warnings(record=True) as said:
         warnings.simplefilter("always")
         train(model, torch.randn(6, 3, 20), [p for p in model.parameters() if p.requires_grad], steps=count)
@@ -146,7 +146,7 @@ def test_a_core_without_a_gradient_is_named_once(tmp_path, name, head):
 
 
 @pytest.mark.parametrize("call", ["save", "merge"])
-def test_after_one_step_it_is_said_when_the_model_is_saved_or_merged(tmp_path, call):
+def test_after_a_single_step_saving_and_merging_warn(tmp_path, call):
     model = lora_edge.adapt(Mamba(), 2)
     assert steps(model, 1) == []
     twin = copy.deepcopy(model)
@@ -155,7 +155,7 @@ def test_after_one_step_it_is_said_when_the_model_is_saved_or_merged(tmp_path, c
             lora_edge.save_adapter(one, tmp_path / "a") if call == "save" else lora_edge.merge(one)
 
 
-def test_nothing_is_said_of_a_model_that_learns_or_was_not_trained(tmp_path):
+def test_no_warning_for_a_model_that_learns_or_was_not_trained(tmp_path):
     model, x = network("2-D")
     lora_edge.adapt(model, 2, train_head=True)
     with warnings.catch_warnings():

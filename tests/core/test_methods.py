@@ -1,4 +1,4 @@
-"""Every method of lora_edge.methods: its start, what it trains, its end, its file; the LoRA family against peft and loralib."""
+"""Every method of lora_edge.methods: its start, what it trains, its result, its file; LoRA methods against peft and loralib."""
 
 from __future__ import annotations
 
@@ -59,7 +59,7 @@ REPARAMETRISED = [name for name in NAMES if not name.endswith(TURNED) and _repar
 
 
 def _elements(out, into, kernel, groups):
-    """Elements of what each reparametrisation trains in one convolution, from the papers' shapes."""
+    """The number of elements that each reparametrisation trains in one convolution, from the papers' shapes."""
     *leading, last = kernel
     lora = RANK * (into // groups * math.prod(kernel) + out)
     return {
@@ -74,7 +74,7 @@ def _elements(out, into, kernel, groups):
 
 
 def expected_trainable(model, name):
-    """Trained elements of a method at rank 2, for a model whose kernels attain that rank."""
+    """The number of elements that a method trains at rank 2, for a model whose weights attain that rank."""
     maps = sum(m.num_features for m in model.modules() if isinstance(m, _BatchNorm))
     head = [m for m in model.modules() if isinstance(m, nn.Linear)][-1]
     counts = {
@@ -150,7 +150,7 @@ def test_starting_weight_is_the_base_weight(name, base, x):
 
 
 @pytest.mark.parametrize("name", NAMES)
-def test_training_changes_what_is_returned_and_nothing_else(name, base, x):
+def test_training_changes_the_returned_parameters_and_nothing_else(name, base, x):
     model, parameters = prepared(base, name, x)
     before = {key: value.clone() for key, value in model.state_dict().items()}
     train(model, x, parameters, steps=3)
@@ -161,7 +161,7 @@ def test_training_changes_what_is_returned_and_nothing_else(name, base, x):
 
 
 @pytest.mark.parametrize("name", NAMES)
-def test_a_training_step_descends(name, base, x):
+def test_a_training_step_lowers_the_loss(name, base, x):
     model, parameters = prepared(base, name, x)
     model.train()
     labels = torch.arange(8) % 3
@@ -193,7 +193,7 @@ def test_finish_gives_the_plain_model_with_the_adapted_output(name, base, x):
 
 @pytest.mark.parametrize("name", REPARAMETRISED)
 @pytest.mark.parametrize("kind", list(BUILD))
-def test_every_kernel_dimension_groups_and_shared_modules(kind, name):
+def test_networks_of_every_dimension_with_groups_and_shared_modules(kind, name):
     """Networks with 1-D, 2-D and 3-D kernels, groups, a depthwise layer, a module used twice, and conv biases."""
     base, x = network(kind)
     base.get_parameter(next(n for n, _ in base.named_parameters())).requires_grad_(False)
@@ -221,7 +221,7 @@ def test_every_kernel_dimension_groups_and_shared_modules(kind, name):
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.float64], ids=str)
 @pytest.mark.parametrize("name", REPARAMETRISED)
 def test_merged_in_float32_with_one_cast(name, dtype):
-    """A half-precision weight is merged with the update of its float32 factors, rounded once."""
+    """A half-precision weight and the update of its float32 factors are added in float32 and rounded once."""
     conv = nn.Conv2d(4, 6, 3, dtype=dtype)
     weight = conv.weight.detach().clone()
     for parameter in METHODS[name].prepare(conv, RANK, torch.empty(0), LABELS):
@@ -248,7 +248,7 @@ def test_copies_are_finished_one_by_one(name, base, x):
         assert_near(output(lora_edge.merge(either), x), want, *BASE)
 
 
-def test_layers_that_share_a_weight_merge_into_a_weight_each():
+def test_layers_that_share_a_weight_get_a_merged_weight_each():
     model = nn.Sequential(nn.Conv1d(4, 4, 3, padding=1), nn.ReLU(), nn.Conv1d(4, 4, 3, padding=1))
     model[2].weight = model[0].weight
     x = torch.randn(2, 4, 9)
@@ -309,7 +309,7 @@ def test_dora_keeps_a_dead_channel_dead():
     assert bool(torch.isfinite(conv.weight).all())
 
 
-def test_pissas_rank_is_at_most_the_weights():
+def test_pissas_rank_is_at_most_the_rank_of_the_weight():
     conv = nn.Conv1d(2, 6, 2)
     made = PiSSA(conv, 50)
     assert made.lora_B.shape == (6, 4)
@@ -347,7 +347,7 @@ def test_an_adapted_model_is_refused(base, x):
 
 
 @pytest.mark.parametrize("name", NAMES)
-def test_what_was_trained_is_saved_and_loaded(name, base, x, tmp_path):
+def test_trained_tensors_are_saved_and_loaded(name, base, x, tmp_path):
     path = tmp_path / "trained.safetensors"
     model, parameters = prepared(base, name, x)
     train(model, x, parameters, steps=2)
@@ -395,7 +395,7 @@ def test_a_wrong_file_is_refused_and_changes_nothing(base, x, tmp_path):
 
 
 @pytest.mark.parametrize("name", NAMES)
-def test_the_main_job_takes_every_method(name, tmp_path):
+def test_the_main_job_runs_every_method(name, tmp_path):
     task = split(load_npz(own(tmp_path / "own.npz")), 1)
     settings = Settings(data="own.npz", target_subject=1, out=tmp_path, steps=2)
     base = TResNet(4, 3)
@@ -414,7 +414,7 @@ CONVS = {
 
 
 def peft_layer(layer, **options):
-    """The layer inside peft's LoRA at rank 2 and alpha 3, and that LoRA."""
+    """Wrap the layer in peft's LoRA at rank 2 and alpha 3; return both."""
     peft = pytest.importorskip("peft")
     config = peft.LoraConfig(r=RANK, lora_alpha=3, target_modules=["layer"], lora_dropout=0.0, **options)
     model = nn.Sequential()
@@ -424,7 +424,7 @@ def peft_layer(layer, **options):
 
 
 def ours(conv, kind):
-    """The convolution reparametrised at rank 2 and alpha 3, trained a little, as all starts at zero."""
+    """Reparametrise the convolution at rank 2 and alpha 3 and train it a little, since every update starts at zero."""
     conv = copy.deepcopy(conv).requires_grad_(False)
     reparametrise(conv, kind(conv, RANK, alpha=3.0))
     made = conv.parametrizations.weight[0]
@@ -435,7 +435,7 @@ def ours(conv, kind):
 
 
 def assert_same(layer, oracle, x, pairs):
-    """Output, input gradient and the gradients of ``pairs`` of parameters agree; ``oracle`` takes ``x`` too."""
+    """Assert that outputs, input gradients and the gradients of ``pairs`` of parameters agree with those of ``oracle(x)``."""
     x_ours, x_theirs = (x.clone().requires_grad_() for _ in range(2))
     y, want = layer(x_ours), oracle(x_theirs)
     dy = torch.randn_like(y)
@@ -448,7 +448,7 @@ def assert_same(layer, oracle, x, pairs):
 
 
 def assert_pefts_conv_lora(name, kind):
-    """The same layer as PEFT's with the same factors; ``lora_A`` is trained or frozen in both."""
+    """Assert that the layer agrees with PEFT's at the same factors; ``lora_A`` is trained or frozen in both."""
     make, shape = CONVS[name]
     conv = make()
     oracle, theirs = peft_layer(conv)
@@ -464,13 +464,13 @@ def assert_pefts_conv_lora(name, kind):
 
 
 @pytest.mark.parametrize("name", list(CONVS))
-def test_conv_lora_is_pefts(name):
+def test_conv_lora_agrees_with_peft(name):
     assert assert_pefts_conv_lora(name, ConvLoRA).lora_A.grad is not None
 
 
 @pytest.mark.parametrize("name", list(CONVS))
-def test_conv_lora_starts_as_pefts(name):
-    """Under one seed: the same random ``A``."""
+def test_conv_lora_starts_as_in_peft(name):
+    """With the same seed, both draw the same random ``A``."""
     conv = CONVS[name][0]()
     _, theirs = peft_layer(conv)
     torch.manual_seed(3)
@@ -480,12 +480,12 @@ def test_conv_lora_starts_as_pefts(name):
 
 
 @pytest.mark.parametrize("name", list(CONVS))
-def test_lora_fa_is_pefts_with_a_frozen(name):
+def test_lora_fa_agrees_with_peft_where_a_is_frozen(name):
     assert assert_pefts_conv_lora(name, LoRAFA).lora_A.grad is None
 
 
 @pytest.mark.parametrize("name", list(CONVS))
-def test_dora_is_pefts(name):
+def test_dora_agrees_with_peft(name):
     make, shape = CONVS[name]
     conv = make()
     oracle, theirs = peft_layer(conv, use_dora=True)
@@ -503,8 +503,8 @@ def test_dora_is_pefts(name):
 
 
 @pytest.mark.parametrize("name", ["1-D", "2-D", "2-D stride"])
-def test_pissa_is_pefts_on_the_unfolded_convolution(name):
-    """peft has PiSSA for linear layers only; a convolution is one over its unfolded input."""
+def test_pissa_agrees_with_peft_on_the_unfolded_convolution(name):
+    """peft has PiSSA only for linear layers; a convolution is a linear layer on its unfolded input."""
     make, shape = CONVS[name]
     conv = make()
     linear = nn.Linear(conv.weight[0].numel(), conv.out_channels, bias=conv.bias is not None)
@@ -516,7 +516,7 @@ def test_pissa_is_pefts_on_the_unfolded_convolution(name):
     start = PiSSA(conv, RANK, alpha=3.0)
     values = torch.linalg.svdvals(conv.weight.detach().flatten(1).double())
     turned = torch.finfo(a.dtype).eps * linear.in_features**0.5 * float(values[0] / (values[RANK - 1] - values[RANK]))
-    rounding = 4 * turned * float(values[0])  # rounding turns singular vectors by itself over the gap between their values
+    rounding = 4 * turned * float(values[0])  # rounding turns singular vectors by its size over the gap between their values
     torch.testing.assert_close(start.lora_B @ start.lora_A.flatten(1), b @ a, rtol=0, atol=rounding)
     torch.testing.assert_close(start.lora_A.square().sum(), a.square().sum())  # halves of equal weight
     layer, mine = ours(conv, PiSSA)
@@ -538,7 +538,7 @@ def test_pissa_is_pefts_on_the_unfolded_convolution(name):
 
 @pytest.mark.parametrize("groups", [1, 2])
 @pytest.mark.parametrize("kernel", [1, 3])
-def test_lora_c_is_loralibs(kernel, groups):
+def test_lora_c_agrees_with_loralib(kernel, groups):
     loralib = pytest.importorskip("loralib")
     oracle = loralib.Conv2d(6, 8, kernel, r=RANK, lora_alpha=3, merge_weights=False, padding=1, groups=groups)
     start = LoRAC(oracle.conv, RANK)

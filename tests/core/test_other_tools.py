@@ -1,4 +1,4 @@
-"""Other tools on an adapted model: each works, or raises an error that says to merge first; none finds the base in silence."""
+"""Other tools on an adapted model: each works or raises an error that says to merge first; none silently uses the base."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ X = torch.randn(4, 3, 12, generator=torch.Generator().manual_seed(0))
 
 
 class Branches(nn.Module):
-    """Two convolutions in parallel that can be made one, as RepVGG and MobileOne have them."""
+    """Two parallel convolutions that can be fused into one, as in RepVGG and MobileOne."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -91,7 +91,7 @@ def fuse(model: Net) -> None:
 
 
 def exchange(model: nn.Module) -> None:
-    """The recursion that many conversion scripts write."""
+    """Replace modules recursively, as many conversion scripts do."""
     for name, child in model._modules.items():
         if isinstance(child, nn.Conv1d):
             model._modules[name] = nn.Conv1d(child.in_channels, child.out_channels, child.kernel_size)
@@ -163,7 +163,7 @@ def test_convert_sync_batchnorm_keeps_it_frozen(lean, copied, tmp_path):
     assert all(type(norm) is nn.SyncBatchNorm and norm.training for norm in norms)
 
 
-def test_what_keeps_the_adapted_layers_is_allowed():
+def test_changes_that_keep_the_adapted_layers_are_allowed():
     model = trained()
     want = model(X).detach()
     model.last = nn.Sequential(model.last, nn.Identity())  # a wrapper
@@ -219,7 +219,7 @@ COMPUTED = {
 
 @pytest.mark.filterwarnings("ignore::FutureWarning")
 @pytest.mark.parametrize("kind", COMPUTED)
-def test_merge_names_what_computes_a_weight_and_works_when_it_is_removed(kind):
+def test_merge_names_what_computes_a_weight_and_works_after_its_removal(kind):
     compute, remove, remedy = COMPUTED[kind]
     model = trained()
     compute(model.last)

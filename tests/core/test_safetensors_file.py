@@ -1,4 +1,4 @@
-"""Whatever a state dict holds is written so that it loads strictly into the same architecture, or refused by name."""
+"""A state dict is written so that it loads strictly into the same architecture, or refused by name."""
 
 from __future__ import annotations
 
@@ -89,7 +89,7 @@ def test_what_cannot_be_written_is_named(tmp_path, value, text):
     assert os.listdir(tmp_path) == ["a.safetensors"]
 
 
-def test_a_folder_in_the_way(tmp_path):
+def test_a_folder_at_the_path_of_the_file(tmp_path):
     (tmp_path / "a.safetensors").mkdir()
     with pytest.raises(OSError, match="is a directory"):
         write_safetensors({"a": torch.zeros(2)}, tmp_path / "a.safetensors")

@@ -1,9 +1,11 @@
 """Random small programs: an adapted model with fused blocks does at every step what its ``lean=False`` twin does.
 
 ``LORA_EDGE_EXAMPLES=20000`` tries more programs than the default, ``LORA_EDGE_SEED`` others. As a script it writes the outcome
-to ``benchmarks/results/cpu/same_as_stock.csv``: ``PYTHONPATH=tests:. python tests/core/test_same_as_stock.py``.
+to ``benchmarks/results/cpu/same_as_stock.csv``: ``PYTHONPATH=tests:. python tests/core/test_same_as_stock.py``. About 20 s.
 """
 
+# An argument list is spliced into a call, and mypy does not know its length.
+# mypy: disable-error-code="call-arg"
 from __future__ import annotations
 
 import contextlib
@@ -31,8 +33,10 @@ from hypothesis import strategies as st
 from torch import nn
 
 import lora_edge
-from helpers import programs
 from helpers import twins as twins_of
+from helpers.programs.made import Made, flips, once
+from helpers.programs.program import Program, Step, input_of
+from helpers.programs.writer import write
 from helpers.twins import Mismatch, Twins, compare_steps, same, take_step
 from lora_edge.nn import fused_block
 from lora_edge.nn.fuser import source
@@ -46,16 +50,16 @@ HALF = 0.1  # under autocast to bfloat16: some roundings of 4e-3
 _numbers = itertools.count()
 
 
-def run(program: programs.Program, rounded: float = ROUNDED) -> str:
-    """Run a program's twins; how much was fused: "all", "part" or "none".
+def run(program: Program, rounded: float = ROUNDED) -> str:
+    """Run a program's twins; return how much was fused: "all", "part" or "none".
 
     Raises:
         Mismatch: they differ.
     """
     name = str(next(_numbers))
     if not program.shown:
-        source.source_of.cache_clear()  # it finds a text by its code
-    made = [programs.Made(program, f"{name} {side}") for side in ("ours", "stock")]
+        source.source_of.cache_clear()  # it looks a text up by its code
+    made = [Made(program, f"{name} {side}") for side in ("ours", "stock")]
     try:
         pair = twins_of.twins(made[0].model, made[1].model, **program.options)
         for step in program.steps:
@@ -68,16 +72,16 @@ def run(program: programs.Program, rounded: float = ROUNDED) -> str:
             one.forget()
 
 
-def _take(program: programs.Program, step: programs.Step, pair: Twins, made: list[programs.Made], rounded: float) -> None:
+def _take(program: Program, step: Step, pair: Twins, made: list[Made], rounded: float) -> None:
     with contextlib.suppress(RuntimeError):  # a map that a model kept cannot be copied
         if step.copies:
             pair.ours, pair.stock = copy.deepcopy(pair.ours), copy.deepcopy(pair.stock)
     outcomes = []
     for model, one in zip(pair, made, strict=True):
-        x = programs.input_of(program, step)
+        x = input_of(program, step)
         names = {
             "m": model, "ns": one.scope, "x": x, "nn": nn, "F": nn.functional, "torch": torch, "types": types,
-            "once": programs.once, "flips": programs.flips, "lora_edge": lora_edge, "contextlib": contextlib,
+            "once": once, "flips": flips, "lora_edge": lora_edge, "contextlib": contextlib,
         }  # fmt: skip
         raised = [_change(change, names) for change in step.changes]
 
@@ -99,7 +103,7 @@ def _take(program: programs.Program, step: programs.Step, pair: Twins, made: lis
 
 
 def _change(change: str, names: dict[str, Any]) -> str | None:
-    """Carry out a change; the type of what it raised, since an earlier one may have removed what it changes."""
+    """Carry out a change; return the type of what it raised, since an earlier change may have removed its target."""
     try:
         exec(change, names)
     except Exception as error:
@@ -107,8 +111,8 @@ def _change(change: str, names: dict[str, Any]) -> str | None:
     return None
 
 
-def check(program: programs.Program) -> str:
-    """:func:`run`. Rounding may push a value over an edge of an activation, but not with every input."""
+def check(program: Program) -> str:
+    """Call :func:`run` on several inputs: rounding may push a value over an edge of an activation, but not on all of them."""
     try:
         return run(program)
     except Mismatch as mismatch:
@@ -126,20 +130,20 @@ def check(program: programs.Program) -> str:
         raise
 
 
-def report(program: programs.Program, mismatch: BaseException) -> str:
-    """All that is needed to run a program again."""
+def report(program: Program, mismatch: BaseException) -> str:
+    """Everything that is needed to run a program again."""
     return f"{program.text}\n{program.steps}\n{program.options} float32={program.float32} shown={program.shown}\n{mismatch!r}"
 
 
 def try_programs(examples: int, seed: int, on_mismatch: Any = None) -> Counter[str]:
-    """Try programs; how many of each kind there were. The first mismatch is raised unless it is taken by ``on_mismatch``."""
+    """Try programs and count the outcomes. The first mismatch is raised unless ``on_mismatch`` handles it."""
     found: Counter[str] = Counter()
 
     @hypothesis.seed(seed)
     @settings(max_examples=examples, deadline=None, database=None, suppress_health_check=list(HealthCheck), print_blob=False)
     @given(st.randoms(use_true_random=False))
     def trial(rng: random.Random) -> None:
-        program = programs.write(rng)
+        program = write(rng)
         try:
             with warnings.catch_warnings():
                 warnings.simplefilter("ignore")
@@ -154,6 +158,7 @@ def try_programs(examples: int, seed: int, on_mismatch: Any = None) -> Counter[s
     return found
 
 
+@pytest.mark.slow
 def test_random_programs_do_what_their_stock_twins_do():
     found = try_programs(EXAMPLES, SEED)
     assert found["mismatch"] == 0
@@ -175,17 +180,17 @@ def _no_doors(monkeypatch):
 
 @pytest.mark.parametrize("fault", [_no_activation, _no_guards, _no_doors])
 def test_faults_are_noticed(fault, monkeypatch):
-    """The comparison shows nothing if it lets a fault through."""
+    """The comparison would be worthless if it did not find planted faults."""
     fault(monkeypatch)
     assert try_programs(40, 1, lambda program, error: None)["mismatch"] > 0
 
 
 def main() -> None:
-    """Write a row for each 500 programs: when, on what, from which seed, and what came out."""
+    """Write a row for each 500 programs: date, machine, versions, seed and outcomes."""
     torch.set_num_threads(1)
     mismatches = 0
 
-    def on_mismatch(program: programs.Program, error: BaseException) -> None:
+    def on_mismatch(program: Program, error: BaseException) -> None:
         print("=" * 100 + "\n" + report(program, error), flush=True)
 
     for k, start in enumerate(range(0, EXAMPLES, 500)):

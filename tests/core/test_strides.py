@@ -1,4 +1,4 @@
-"""What other people's code gets from us: maps in stock strides, gradients too, and never a view from a custom function."""
+"""What the model's own code gets: maps and gradients in stock strides, and never a view from a custom function."""
 
 from __future__ import annotations
 
@@ -25,7 +25,7 @@ from lora_edge.ops.tt_fuse import _TTFuse
 
 
 class Flat(nn.Module):
-    """A map is handed to code that needs its strides."""
+    """Passes a map to code that depends on its strides."""
 
     def __init__(self, dims: int, use: str, opaque: bool) -> None:
         super().__init__()
@@ -184,8 +184,8 @@ def _functions():
                 yield value
 
 
-def test_every_function_is_called_here():
-    pytest.importorskip("triton")  # its kernels' files are imported too
+def test_every_autograd_function_is_tested_here():
+    pytest.importorskip("triton")  # its modules are imported too
     assert set(_functions()) == {*CALLS, *ELSEWHERE}
 
 
@@ -194,7 +194,7 @@ def test_no_function_returns_a_view(function):
     y = CALLS[function]()
     assert y.grad_fn is not None
     assert not y._is_view()
-    y.mul_(2.0).relu_()  # in place behind it, as a model's activation does
+    y.mul_(2.0).relu_()  # in place, as an activation of the model does
     if function is not _NotTwice:
         y.sum().backward()
 

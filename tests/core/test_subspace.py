@@ -1,4 +1,4 @@
-"""Other subspaces than the weight's: the inputs' and the gradient's own directions, and nothing touched on the way."""
+"""Subspaces of the inputs and of the gradient: the right directions, and a model that is left untouched."""
 
 from __future__ import annotations
 
@@ -70,7 +70,7 @@ def test_directions_are_those_of_the_dense_gradient(name, rank):
 
 
 def test_a_wide_layer_whose_gradient_has_a_low_rank():
-    """The sketch has 48 rows and the layer 96 channels; behind the mean and five classes the gradient's rank is 4."""
+    """The sketch has 48 rows and the layer 96 channels; after the mean, with five classes, the gradient's rank is 4."""
     torch.manual_seed(0)
     model = nn.Sequential(nn.Conv1d(40, 96, 5), nn.AdaptiveAvgPool1d(1), nn.Flatten(), nn.Linear(96, 5)).double()
     x, y = torch.randn(32, 40, 20).double(), torch.randint(5, (32,))
@@ -81,7 +81,7 @@ def test_a_wide_layer_whose_gradient_has_a_low_rank():
 
 
 @pytest.mark.parametrize("rank", [1, 2, 4, 16])
-def test_the_sketch_of_a_wide_layer_catches_the_gradients_energy(rank):
+def test_the_sketch_of_a_wide_layer_captures_the_energy_of_the_gradient(rank):
     """T-ResNet's layers have up to 128 channels and the sketch 48 rows. Random inputs: the spectra fall slowly."""
     torch.manual_seed(0)
     model = TResNet(20, 7).double()
@@ -124,7 +124,7 @@ def test_few_samples_takes_equal_parts_of_the_first_batches():
     assert [len(a) for a, _ in few_samples([(x, y)], CPU)] == [10]
 
 
-def test_captured_energy_is_the_gradients_on_orthonormal_rows():
+def test_captured_energy_is_that_of_the_gradient_on_orthonormal_rows():
     model, x, y, dense = task("2-D")
     suffixes = {name: weight_suffix(model.get_submodule(name).weight, 3) for name in dense}
     found = captured_energies(model, suffixes, few_samples([(x, y)], CPU))
@@ -134,7 +134,7 @@ def test_captured_energy_is_the_gradients_on_orthonormal_rows():
 
 
 def covariances(model: nn.Module, x: Tensor) -> dict[str, Tensor]:
-    """``M (D, D)`` of each convolution by unfolding what it reads, over all its calls and groups."""
+    """``M (D, D)`` of each convolution by unfolding its inputs, over all its calls and groups."""
     patches: dict[str, list[Tensor]] = {}
 
     def keep(name: str, conv: nn.modules.conv._ConvNd, inputs: tuple[Tensor, ...]) -> None:
@@ -174,7 +174,7 @@ def test_directions_are_those_of_the_inputs_covariance(name, rank):
 
 
 def test_a_wide_layer_whose_inputs_have_a_low_rank():
-    """The sketch has 15 rows and a patch 200 elements; three directions and a mean are in it."""
+    """The sketch has 15 rows and a patch 200 elements; the inputs consist of three directions and a mean."""
     torch.manual_seed(0)
     x = torch.randn(32, 3, 20).double() * torch.tensor([3.0, 2.0, 1.0]).double()[:, None]
     mixed = torch.einsum("dc,ncl->ndl", torch.linalg.qr(torch.randn(40, 3).double())[0], x) + 7.0
@@ -190,7 +190,7 @@ def test_a_wide_layer_whose_inputs_have_a_low_rank():
     assert float(found[3:].norm(dim=1).max()) <= noise / (eps * float(values.sum())) ** 0.5
 
 
-def test_a_layer_whose_input_does_not_vary_keeps_the_weights_directions():
+def test_a_layer_whose_input_does_not_vary_keeps_the_directions_of_the_weight():
     class Model(nn.Module):
         def __init__(self) -> None:
             super().__init__()
@@ -207,7 +207,7 @@ def test_a_layer_whose_input_does_not_vary_keeps_the_weights_directions():
         assert torch.equal(model.get_submodule(name).suffix, suffix)
 
 
-def test_inputs_that_the_model_does_not_take():
+def test_inputs_that_the_model_does_not_accept():
     model, _ = network("2-D")
     before = snapshot(model)
     for batches, text in (
@@ -226,7 +226,7 @@ def test_inputs_that_the_model_does_not_take():
 
 @pytest.mark.parametrize("scaling", ["balanced", "paper"])
 @pytest.mark.parametrize("make", [gradient_suffix, suffix_along])
-def test_another_suffix_has_the_norm_of_the_weights(make, scaling):
+def test_another_suffix_has_the_norm_of_the_suffix_of_the_weight(make, scaling):
     torch.manual_seed(0)
     weight = torch.randn(8, 4, 3, 3)
     for rows in (1e-9 * torch.randn(8, 4, 3, 3), torch.randn(5, 4, 3, 3)):
@@ -250,8 +250,8 @@ def test_rows_beyond_the_gradients_rank_come_from_the_weight():
 
 
 @pytest.mark.parametrize("subspace", ["input", "gradient"])
-def test_the_models_state_is_its_own(monkeypatch, subspace):
-    """Nothing of the model is written while the directions are found, the output stays, and torch's generator is as it was."""
+def test_the_state_of_the_model_is_left_alone(monkeypatch, subspace):
+    """Finding the directions writes nothing of the model, and leaves its output and torch's generator as they were."""
     model, x, y, _ = task("2-D", torch.float32)
     model.train()
     model.bn.eval()
@@ -279,7 +279,7 @@ def test_the_models_state_is_its_own(monkeypatch, subspace):
     assert torch.equal(output(model.eval(), x), output(base, x))
 
 
-def test_deterministic_and_different_from_the_weights():
+def test_directions_are_deterministic_and_not_those_of_the_weight():
     suffixes = []
     for seed in (0, 1):
         model, x, y, _ = task("1-D", torch.float32)
@@ -291,7 +291,7 @@ def test_deterministic_and_different_from_the_weights():
     assert not torch.allclose(suffixes[0], weights)
 
 
-def test_auto_and_the_default_are_the_weights_subspace():
+def test_auto_and_the_default_are_the_subspace_of_the_weight():
     model, x, y, _ = task("1-D", torch.float32)
     want = lora_edge.adapt(copy.deepcopy(model), 2, subspace="weight")[0]
     for options in ({}, {"subspace": "auto"}, {"subspace": "auto", "batches": [(x, y)]}):
@@ -300,7 +300,7 @@ def test_auto_and_the_default_are_the_weights_subspace():
         assert layer.subspace == "weight"
 
 
-def test_calibration_first_moves_the_gradient():
+def test_calibration_before_adapting_changes_the_gradient():
     model, x, y, _ = task("1-D", torch.float32)
     source = lora_edge.adapt(copy.deepcopy(model), 2, subspace="gradient", batches=[(x, y)])
     calibrated = lora_edge.adapt(lora_edge.calibrate_bn(model, [3 * x + 1]), 2, subspace="gradient", batches=[(3 * x + 1, y)])
@@ -309,7 +309,7 @@ def test_calibration_first_moves_the_gradient():
 
 @pytest.mark.parametrize("subspace", ["input", "gradient"])
 @pytest.mark.parametrize("name", NAMES)
-def test_life_with_another_suffix_than_the_weights(tmp_path, name, subspace):
+def test_life_of_a_model_with_another_suffix_than_that_of_the_weight(tmp_path, name, subspace):
     model, x, y, _ = task(name, torch.float32)
     base = copy.deepcopy(model)
     lora_edge.adapt(model, 2, subspace=subspace, batches=[(x, y)])
@@ -364,7 +364,7 @@ def test_a_computed_weight_and_a_forward_that_draws():
         old = nn.utils.weight_norm(nn.Conv1d(3, 3, 3))
     model = nn.Sequential(old, Noisy(), nn.Conv1d(3, 4, 3), nn.AdaptiveAvgPool1d(1), nn.Flatten())
     x = torch.randn(8, 3, 9)
-    model(x)  # leaves a weight that is no leaf, which deepcopy does not take
+    model(x)  # leaves a weight that is no leaf, which deepcopy refuses
     state = torch.get_rng_state()
     lora_edge.adapt(model, 2, subspace="gradient", batches=[(x, torch.randint(4, (8,)))])
     assert list(adapted_layers(model)) == ["2"]
@@ -413,7 +413,7 @@ def test_bad_arguments_leave_the_model_as_it_was(arguments, error, text):
     assert all(p.grad is None for p in model.parameters())
 
 
-def test_an_iterator_that_breaks_off_leaves_the_model_as_it_was():
+def test_an_iterator_that_raises_leaves_the_model_as_it_was():
     def broken():
         yield X, Y
         torch.rand(3)
@@ -450,8 +450,8 @@ def test_zero_loss_and_nan_gradients():
 
 
 @pytest.mark.parametrize("subspace", ["input", "gradient"])
-def test_peak_memory_on_w1_is_below_twice_a_training_steps(subspace):
-    pytest.importorskip("rich")  # of the extra har
+def test_peak_memory_on_w1_is_below_twice_that_of_a_training_step(subspace):
+    pytest.importorskip("rich")  # in the extra har
     from benchmarks.subspace_pass import MOST_PEAK, actions, peak_bytes
 
     named, known = actions("W1", 64, 4)

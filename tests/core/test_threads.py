@@ -1,6 +1,6 @@
-"""Many threads at once: each adapts, trains, infers, saves and merges models of its own, and one serves others meanwhile.
+"""Many threads at once: each adapts, trains, infers, saves and merges models of its own, while another one serves a model.
 
-``LORA_EDGE_THREADS_SECONDS=60`` runs for a minute in the place of some seconds.
+``LORA_EDGE_THREADS_SECONDS=60`` runs for a minute instead of a few seconds.
 """
 
 from __future__ import annotations
@@ -59,7 +59,7 @@ class Net(nn.Module):
 
 
 def base(number: int) -> nn.Module:
-    """One of several models, always the same for a number; the caller holds the lock on torch's generator."""
+    """The model of a number, always the same; the caller holds the lock on torch's generator."""
     torch.manual_seed(number)
     model = Net(4 + 2 * (number % 3), 1 + number % 4, number % 2 == 0, number % 5 == 3)
     with torch.no_grad():
@@ -71,7 +71,7 @@ def base(number: int) -> nn.Module:
 
 
 def life(model: nn.Module, x: Tensor, target: Tensor, path: Path) -> list[Tensor]:
-    """Adapt, train, infer, save, load, flip modes and merge; the outputs on the way."""
+    """Adapt, train, infer, save, load, flip modes and merge; return the outputs on the way."""
     copied = copy.deepcopy(model)
     outputs = []
     lora_edge.adapt(model, 2)
@@ -97,7 +97,7 @@ def life(model: nn.Module, x: Tensor, target: Tensor, path: Path) -> list[Tensor
 
 
 def start(work: Callable[[int], None], count: int) -> list[BaseException]:
-    """Run ``work(k)`` in threads until all are done; what they raised."""
+    """Run ``work(k)`` in threads until all are done; return what they raised."""
     raised: list[BaseException] = []
 
     def guarded(k: int) -> None:
@@ -116,7 +116,7 @@ def start(work: Callable[[int], None], count: int) -> list[BaseException]:
 
 @pytest.fixture
 def one_thread_each():
-    """Eight threads of torch's own pool each would only wait for each other; sums are then in one order too."""
+    """Limit torch to one thread: pools of eight threads would only wait for each other, and sums keep one order."""
     before = torch.get_num_threads()
     torch.set_num_threads(1)
     yield

@@ -1,4 +1,4 @@
-"""Convolutions that share a weight share their core; what cannot share it is refused; one module under two names is one."""
+"""Convolutions that share a weight share their core, or are refused; a module under two names is adapted once."""
 
 from __future__ import annotations
 
@@ -30,7 +30,7 @@ class Tied(nn.Module):
 
 
 class Siamese(nn.Module):
-    """One memory under two Parameters, and three uses of one weight."""
+    """Two Parameters that share memory, and three uses of one weight."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -63,7 +63,7 @@ OPTIONS = [{}, {"params": 40}, {"subspace": "input"}, {"subspace": "gradient"}, 
 
 
 def twin(make, base: nn.Module) -> nn.Module:
-    """The same model again; a deepcopy would part two Parameters on one memory."""
+    """The same model again; a deepcopy would separate two Parameters that share memory."""
     model = make()
     model.load_state_dict(base.state_dict())
     return model
@@ -71,7 +71,7 @@ def twin(make, base: nn.Module) -> nn.Module:
 
 @pytest.mark.parametrize("options", OPTIONS, ids=str)
 @pytest.mark.parametrize("name", list(NETS))
-def test_one_update_of_one_weight(tmp_path, name, options):
+def test_a_shared_weight_has_one_update(tmp_path, name, options):
     make, shape = NETS[name]
     base, x = make(), torch.randn(shape)
     batches = [(x, torch.arange(5) % 3)] if "subspace" in options else None

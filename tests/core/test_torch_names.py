@@ -21,7 +21,7 @@ from lora_edge.ops import dispatch as kernels
 PACKAGE = Path(lora_edge.__file__).parent
 BENCHMARKS = PACKAGE.parent / "benchmarks"
 # Private names in use outside of torch_private.py, with the version since which they exist, so that none needs a fallback;
-# "2.0" stands for 2.0 or older. A name that is newer than 2.4 belongs into torch_private.py.
+# "2.0" stands for 2.0 or older. A name that is newer than 2.4 belongs in torch_private.py.
 SINCE = {
     # modules
     "torch._subclasses.fake_tensor.FakeTensorMode": "2.0",
@@ -75,7 +75,7 @@ def test_private_names_are_listed_with_their_age():
 
 @pytest.mark.parametrize("name", SINCE)
 def test_listed_name_exists_in_this_torch(name):
-    """``make compat`` asks the oldest and the newest torch."""
+    """``make compat`` runs this on the oldest and the newest torch."""
     if name.startswith("torch."):
         place, _, last = name.rpartition(".")
         assert hasattr(nn.Module if place == "torch.nn.Module" else importlib.import_module(place), last)
@@ -105,7 +105,7 @@ def test_nothing_is_newer_than_torch_2_4():
         ("class C(nn.Module):\n    def _call_impl(self): ...", "._call_impl"),
     ],
 )
-def test_finds_what_is_private(source, name):
+def test_private_names_are_found(source, name):
     assert name in [found for _, found in Names(ast.parse(source)).private()]
 
 
@@ -123,7 +123,7 @@ def test_finds_what_is_private(source, name):
         ("from torch.library import custom_op\ncustom_op('a::b', mutates_args=(), tags=())", "torch.library.custom_op(tags)"),
     ],
 )
-def test_finds_what_is_newer(source, name):
+def test_newer_names_are_found(source, name):
     assert name in [found for _, found in Names(ast.parse(source)).newer(newer_names())]
 
 
@@ -138,7 +138,7 @@ def test_finds_what_is_newer(source, name):
         "import torch\nwith torch.no_grad(): torch.is_autocast_enabled('cpu')",
     ],
 )
-def test_leaves_the_rest_alone(source):
+def test_other_names_are_left_alone(source):
     names = Names(ast.parse(source))
     assert not [*names.private(), *names.newer(newer_names())]
 
@@ -154,13 +154,13 @@ GLOBAL_HOOKS = {
 
 @pytest.fixture(params=["torch's function", "without it"])
 def old_or_new(request, monkeypatch):
-    """The names of this torch, and what stands in for them in an older one."""
+    """The names of this torch, or the fallbacks for an older one."""
     if request.param == "without it":
         monkeypatch.setattr(torch_private, "_has_any_global_hook", None)
 
 
 @pytest.mark.parametrize("kind", GLOBAL_HOOKS)
-def test_global_hooks_are_seen(kind, old_or_new):
+def test_global_hooks_are_noticed(kind, old_or_new):
     assert torch_private.has_any_global_hook() is False
     handle = GLOBAL_HOOKS[kind]()
     try:
@@ -172,7 +172,7 @@ def test_global_hooks_are_seen(kind, old_or_new):
 
 @pytest.mark.parametrize("name", ["1-D", "2-D", "3-D"])
 def test_a_lean_model_trains_with_gradients(name, old_or_new):
-    """As on JetPack 6, where every lean forward with gradients raised AttributeError; a global hook sees each module's call."""
+    """As on JetPack 6, where every lean forward with gradients once raised AttributeError; a global hook sees each call."""
     model, x = network(name)
     lora_edge.adapt(model, 2)
     model.train()(x).square().mean().backward()
@@ -208,13 +208,13 @@ def test_tf32_follows_the_newer_setting():
         conv.fp32_precision = before
 
 
-def test_the_stream_is_asked_for_publicly_without_the_private_function(monkeypatch):
+def test_without_the_private_function_the_stream_comes_from_the_public_one(monkeypatch):
     monkeypatch.delattr(torch._C, "_cuda_getCurrentRawStream", raising=False)
     monkeypatch.setattr(torch.cuda, "current_stream", lambda index: type("Stream", (), {"cuda_stream": 7 + index}))
     assert torch_private.current_stream_reader()(1) == 8
 
 
-def test_transforms_are_seen():
+def test_transforms_are_noticed():
     def f(x):
         seen.append(torch_private.is_transformed())
         return x * x
@@ -249,7 +249,7 @@ MARKED = [
 
 @pytest.mark.parametrize("backend", ["auto", "torch", "cpu"])
 def test_compiling_overwrites_no_global_name(backend):
-    """Neither of the user's module nor of the library's, where torch 2.4 put a function's result in the function's place."""
+    """Neither the user's nor the library's: torch 2.4 replaced a global function by its result."""
     mine = dict.fromkeys((name for _, name in MARKED), "mine")
     tensors = [torch.randn(shape) for shape in ((2, 4, 9), (4, 4, 3), (4, 2), (2, 4, 3))]
     scope = {**mine, "ops": lora_edge.ops, "tensors": tensors}

@@ -76,7 +76,7 @@ def test_an_ensemble_by_vmap(model):
 
 
 @pytest.mark.parametrize("derivative", [jacrev, hessian], ids=["jacrev", "hessian"])
-def test_derivatives_by_the_input(model, plain, derivative):
+def test_derivatives_with_respect_to_the_input(model, plain, derivative):
     x = X[:1, :, :16]
     torch.testing.assert_close(
         derivative(lambda x: model(x).square().sum())(x), derivative(lambda x: plain(x).square().sum())(x)
@@ -113,7 +113,7 @@ def test_jit_trace_can_be_saved(model, plain, grad_enabled):
 
 
 @pytest.mark.filterwarnings("ignore")
-def test_jit_script_is_one_line(model):
+def test_jit_script_is_refused_in_one_line(model):
     for scripted in (model, model[0]):
         with pytest.raises(RuntimeError, match=r"^torch.jit.script cannot compile .* lora_edge.merge\(model\) first$"):
             torch.jit.script(scripted)
@@ -141,13 +141,13 @@ def second_derivative_of_a_core(model: nn.Module) -> Tensor:
 
 
 @pytest.mark.parametrize("second", [penalty_on_the_input, penalty_on_a_core, second_derivative_of_a_core])
-def test_a_second_derivative_is_an_error_also_beside_other_terms(model, second):
+def test_a_second_derivative_is_an_error_even_among_other_terms(model, second):
     loss = model(X).sum() + second(model)
     with pytest.raises(RuntimeError, match=r"cannot be differentiated again .*merge\(model\) first"):
         loss.backward()
 
 
-def test_a_graph_that_nobody_differentiates_changes_no_gradient(model):
+def test_a_graph_that_is_not_differentiated_changes_no_gradient(model):
     twin = copy.deepcopy(model)
     model(X).square().sum().backward(create_graph=True)
     twin(X).square().sum().backward()
@@ -160,7 +160,7 @@ LAYERS = [nn.Conv1d(3, 4, 3), nn.BatchNorm1d(3), nn.ReLU(), nn.MaxPool1d(2), nn.
 
 @pytest.mark.parametrize("adapt_it", [True, False], ids=["adapted", "beside an adapted one"])
 @pytest.mark.parametrize("layer", LAYERS, ids=lambda layer: type(layer).__name__)
-def test_layers_take_their_input_by_name(layer, adapt_it):
+def test_layers_accept_their_input_by_name(layer, adapt_it):
     model = nn.Sequential(copy.deepcopy(layer), nn.Conv1d(3, 3, 3)).eval()
     x = X.float().requires_grad_()
     want = layer.eval()(input=x)

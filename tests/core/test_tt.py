@@ -1,4 +1,4 @@
-"""TT-SVD and contraction against tensorly and against the error bound."""
+"""TT-SVD and contraction, compared with tensorly and with the error bound."""
 
 from __future__ import annotations
 
@@ -48,7 +48,7 @@ def test_error_is_within_the_tt_svd_bound(shape, rank):
 @pytest.mark.parametrize("last", [1.0, 0.05, 0.02, 1e-4, 1e-9, 0.0])
 @pytest.mark.parametrize("rank", [1, 3, 6, 12])
 def test_wide_matrices_of_every_condition(rank, last):
-    """Singular values that fall to ``last`` at rank 6 and are tiny from there on: with and without squaring."""
+    """Singular values fall to ``last`` at rank 6 and are tiny from there on: with and without squaring."""
     values = torch.cat([torch.logspace(0, math.log10(max(last, 1e-12)), 6), torch.full((6,), 1e-13)]).double()
     values[5] = last
     left, right = (torch.linalg.qr(torch.randn(n, 12, dtype=torch.float64))[0] for n in (12, 60))
@@ -58,7 +58,7 @@ def test_wide_matrices_of_every_condition(rank, last):
     discarded = float(torch.linalg.svdvals(matrix)[rank:].norm())
     assert float((tt_contract(cores) - matrix).norm()) <= discarded + 1e-12
     kept = cores[1].flatten(1).norm(dim=1)
-    assert bool((kept[:-1] >= kept[1:] - 1e-13).all())  # by falling singular value
+    assert bool((kept[:-1] >= kept[1:] - 1e-13).all())  # by decreasing singular value
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float16, torch.bfloat16, torch.float64])
@@ -102,7 +102,7 @@ def test_bad_rank(rank, error):
         tt_svd(torch.randn(3, 3, 3), rank)
 
 
-def test_numpy_integer_is_a_rank():
+def test_a_numpy_integer_is_a_valid_rank():
     assert len(tt_svd(torch.randn(3, 3, 3), np.int64(2))) == 3
 
 

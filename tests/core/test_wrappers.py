@@ -58,7 +58,7 @@ def test_every_function_finds_the_adapted_model(tmp_path, name):
     rows = lora_edge.summary(wrapped, x)
     assert [row.weight_shape for row in rows.layers] == [(16, 6, 8), (8, 16, 3)]
     assert all(row.route for row in rows.layers)
-    dict(wrapped.named_modules())  # every name leads somewhere
+    dict(wrapped.named_modules())  # every name exists
     assert torch.equal(output(lora_edge.calibrate_bn(wrapped, [x]), x), output(wrapped, x))
     y = output(wrapped, x)
     lora_edge.load_adapter(wrapped, tmp_path / "a")
@@ -72,7 +72,7 @@ def test_every_function_finds_the_adapted_model(tmp_path, name):
     lora_edge.adapt(inner, 2)
 
 
-def test_trainable_parameters_of_an_outer_module_have_its_own():
+def test_trainable_parameters_of_an_outer_module_include_its_own():
     model, _ = network("1-D")
     outer = Outer(lora_edge.adapt(model, 2))
     assert {n for n, p in outer.named_parameters() if p.requires_grad} == {"temperature", "model.0.core", "model.3.core"}
@@ -141,7 +141,7 @@ def test_a_part_of_an_adapted_model_is_refused(tmp_path):
 
 
 @pytest.mark.parametrize("name", ["DataParallel", "torch.compile"])
-def test_adapt_goes_inside_a_wrapper_that_only_passes_calls_on(tmp_path, name):
+def test_adapt_enters_a_wrapper_that_only_forwards_calls(tmp_path, name):
     base, x = network("1-D")
     wrapped = WRAP[name](copy.deepcopy(base))
     output(wrapped, x)
@@ -155,14 +155,14 @@ def test_adapt_goes_inside_a_wrapper_that_only_passes_calls_on(tmp_path, name):
     assert torch.equal(output(lora_edge.load_adapter(base, tmp_path / "a").eval(), x), output(inner, x))
 
 
-def test_what_is_no_module_is_refused_in_one_line():
+def test_an_argument_that_is_no_module_is_refused_in_one_line():
     for function in (lora_edge.merge, lora_edge.summary, lora_edge.trainable_parameters, lora_edge.adapt):
         with pytest.raises(TypeError, match="model is a dict") as caught:
             function({})
         assert "\n" not in str(caught.value)
 
 
-def test_built_layers_beside_an_adapted_model():
+def test_drop_in_layers_beside_an_adapted_model():
     base, x = network("1-D")
     built = nn.Sequential(lora_edge.LoRAEdgeConv1d(6, 6, 1, rank=2), Outer(lora_edge.adapt(base, 2)))
     with torch.no_grad():

@@ -4,6 +4,8 @@ Only :func:`lora_edge.ops.engines.cuda.available.machine` is replaced. What the 
 test_kernels.py; here it is how they are called, by the tests that every backend of kernels passes and some of its own.
 """
 
+# Argument lists are spliced into calls here, and mypy does not know their lengths.
+# mypy: disable-error-code="call-arg"
 from __future__ import annotations
 
 import pytest

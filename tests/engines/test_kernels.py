@@ -4,6 +4,8 @@ On the emulator each launch runs under 20 schedules with the address and undefin
 before each; a race, an access out of bounds, a value that a schedule changes or a byte that is never written is an error.
 """
 
+# Only parametrised items have a callspec, which mypy does not see.
+# mypy: disable-error-code="attr-defined"
 from __future__ import annotations
 
 from concurrent.futures import ThreadPoolExecutor

@@ -1,4 +1,4 @@
-"""``lora-edge adapt`` on models and data that are not what it expects: done, a row with a reason, or refused first."""
+"""``lora-edge adapt`` on unexpected models and data: it works, gives a row with a reason, or refuses before any training."""
 
 from __future__ import annotations
 
@@ -119,7 +119,7 @@ def folder(tmp_path, monkeypatch):
 
 @pytest.fixture
 def no_training(monkeypatch):
-    """Training on all windows fails the test."""
+    """Make any training on the windows fail the test."""
     for module in (source, adaptation):
         monkeypatch.setattr(module, "pretrain", lambda *_: pytest.fail("trained before the check"), raising=True)
 
@@ -150,8 +150,8 @@ def test_what_safetensors_refuses_is_saved_and_loads_strictly(folder, factory):
         model.load_state_dict(state)
         assert model.state_dict().keys() == state.keys()
         for key, value in model.state_dict().items():
-            assert torch.equal(value, state[key]), key  # no name of a shared tensor has another's value
-    assert main(arguments(factory)) == 0  # the source's file is read again
+            assert torch.equal(value, state[key]), key  # all names of a shared tensor have the same value
+    assert main(arguments(factory)) == 0  # the source file is read again
 
 
 def test_weights_that_hold_a_shared_tensor_once(folder):
@@ -174,7 +174,7 @@ def test_weights_that_hold_a_shared_tensor_once(folder):
         ("bare", {"head_only": "the model has no nn.Linear", "bn_only": "no BatchNorm"}),
     ],
 )
-def test_a_comparison_that_does_not_apply_is_a_row_with_a_reason(folder, capsys, factory, refused):
+def test_a_comparison_that_does_not_apply_gives_a_row_with_a_reason(folder, capsys, factory, refused):
     assert main(arguments(factory, **{"--method": "lora_edge_source_bn"})) == 0
     found = rows()
     assert list(found)[-5:] == ["head_only", "bn_only", "full", "lora_edge", "lora_edge_source_bn"]
@@ -187,7 +187,7 @@ def test_a_comparison_that_does_not_apply_is_a_row_with_a_reason(folder, capsys,
 
 
 def _one_window(folder: Path) -> None:
-    """A recording of which one window adapts."""
+    """A recording with one window to adapt on."""
     n = 240
     own(
         folder / "own.npz",
@@ -200,7 +200,7 @@ def _one_window(folder: Path) -> None:
 
 @pytest.mark.parametrize("factory", [None, "late_norm", "conv_head"])
 def test_one_window_to_adapt_on(folder, factory):
-    """BatchNorm behind the pooling has no batch statistics then: what needs them is left out, LoRA-Edge is trained."""
+    """BatchNorm after the pooling then has no batch statistics: methods that need them are left out, LoRA-Edge is trained."""
     _one_window(folder)
     assert main(arguments(factory)) == 0
     assert json.loads(Path("out/results.json").read_text())["windows"]["adapt"] == 1
@@ -214,7 +214,7 @@ def test_one_window_to_adapt_on(folder, factory):
         assert json.loads(Path("out/results.json").read_text())["target_f1"] is None
 
 
-def test_a_comparison_that_fails_later_is_a_row_too(folder, monkeypatch):
+def test_a_comparison_that_fails_later_also_gives_a_row(folder, monkeypatch):
     train = adaptation.train_target
 
     def out_of_memory(model, *rest, steps, **options):
@@ -246,7 +246,7 @@ def test_a_model_that_cannot_be_trained_or_saved(folder, capsys, no_training, fa
 
 
 @pytest.mark.parametrize("name", adaptation.FILES)
-def test_a_folder_where_a_file_is_to_be(folder, capsys, no_training, name):
+def test_a_folder_at_the_path_of_a_file(folder, capsys, no_training, name):
     Path("out", name).mkdir(parents=True)
     assert exit_code(arguments("aliased")) == 2
     error = capsys.readouterr().err
@@ -280,14 +280,14 @@ def test_channels_that_do_not_fit(folder, capsys, no_training, change, text):
     assert not Path("out").exists()
 
 
-def test_bytes_are_names(folder):
+def test_names_may_be_bytes(folder):
     from lora_edge.har.data import load_npz
 
     own(folder / "own.npz", channels=np.array([b"ax", b"ay", b"az", b"p"]))
     assert load_npz("own.npz").channels == ["ax", "ay", "az", "p"]
 
 
-def test_files_in_each_others_place(folder, capsys):
+def test_files_of_one_kind_given_as_another(folder, capsys):
     import lora_edge
 
     model = nn.Sequential(nn.Conv1d(4, 8, 3))

@@ -1,4 +1,4 @@
-"""Turning the sensor's axes: which turns there are, that they keep the physics, and that a planted one is found again."""
+"""Turns of the sensor's axes: which there are, that they keep the physics, and that a planted one is found."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ MEAN, STD = np.array([0.5, -0.3, 0.2, 0.1, 0.0, -0.2]), np.array([0.7, 0.6, 1.0,
 
 
 def windows(count: int, seed: int, names: list[str] = NAMES) -> Windows:
-    """Raw windows of three activities, each of which pulls along an axis of its own and turns about it, always to one side."""
+    """Raw windows of three activities: each accelerates along its own axis and rotates about it, always in one direction."""
     random = np.random.default_rng(seed)
     y = np.arange(count) % 3
     phase = random.uniform(0, 6, (count, 1, 1))
@@ -31,7 +31,7 @@ def windows(count: int, seed: int, names: list[str] = NAMES) -> Windows:
 
 
 def task_of(names: list[str] = NAMES) -> Split:
-    """Normalised windows; source and target are worn alike."""
+    """Normalised windows; source and target wear the sensor alike."""
     parts = []
     for count, seed in ((240, 0), (30, 1), (30, 2)):
         part = windows(count, seed, names)
@@ -49,7 +49,7 @@ def source() -> nn.Module:
     return train_source(model, task_of().source, epochs=30, lr=1e-2)
 
 
-def test_there_are_48_turns_as_worn_first():
+def test_there_are_48_turns_and_as_worn_is_the_first():
     found = turns(NAMES)
     assert np.array_equal(found[0], np.eye(6))
     assert len({turn.tobytes() for turn in found}) == 48
@@ -60,7 +60,7 @@ def test_there_are_48_turns_as_worn_first():
 
 
 def test_a_cross_product_turns_with_its_factors():
-    """The rate of rotation is a pseudovector: of a x b there is det(R) R (a x b) for R a and R b."""
+    """The rate of rotation is a pseudovector: (R a) x (R b) = det(R) R (a x b)."""
     a, b = np.random.default_rng(0).standard_normal((2, 3))
     for turn in turns(NAMES):
         rotation = turn[:3, :3]
@@ -109,7 +109,7 @@ def test_a_planted_turn_is_found(source):
 
 
 def test_without_evidence_the_axes_stay(source):
-    """Labels that no turn explains, and windows that the model knows as they are."""
+    """Labels that no turn explains, and windows that the model already recognises."""
     task = task_of()
     assert np.array_equal(find_turn(source, task), np.eye(6))
     task.adapt.x[:] = 0
@@ -118,7 +118,7 @@ def test_without_evidence_the_axes_stay(source):
     assert np.array_equal(find_turn(source, turned(other_names, turns(NAMES)[7])), np.eye(6))
 
 
-def test_a_single_window_is_enough_to_look(source):
+def test_a_single_window_is_enough_for_the_search(source):
     task = task_of()
     first = np.arange(len(task.adapt)) == 0
     assert find_turn(source, Split(task.source, task.adapt.where(first), task.test, MEAN, STD, "B", 1)).shape == (6, 6)
@@ -129,7 +129,7 @@ def test_as_worn_is_the_same_split():
     assert turned(task, np.eye(6)) is task
 
 
-def test_the_other_wrist_is_one_of_them():
+def test_the_other_wrist_is_one_of_the_turns():
     task = task_of()
     (mirror,) = [turn for turn in turns(NAMES) if named(turn, NAMES) == ["-ax", "ay", "az", "wx", "-wy", "-wz"]]
     assert np.array_equal(turned(task, mirror).test.x, mirrored(task).test.x)

@@ -1,4 +1,4 @@
-"""The data sets, the protocols and the splits: counts, no leak, and every bad file refused in one line."""
+"""The data sets, the protocols and the splits: counts, no leak, and every bad file refused in one line. About 30 s."""
 
 from __future__ import annotations
 
@@ -54,7 +54,7 @@ def test_protocols(watch, person, protocol):
 
 
 def test_no_sample_is_on_both_sides(watch):
-    """By the values themselves: no sensor sample of an adapting window occurs in a testing one."""
+    """By the values: no sensor sample of an adaptation window occurs in a test window."""
     task = split(watch, 1, "B", "left")
     seen = {tuple(sample) for window in task.adapt.x for sample in window.T}
     assert not any(tuple(sample) in seen for window in task.test.x for sample in window.T)
@@ -155,7 +155,7 @@ def test_a_part_without_windows(tmp_path):
 
 
 def test_phone_and_watch_data_as_own_data(spsw_path, tmp_path, monkeypatch):
-    """The real phone and watch set, when it is beside the repository, in the documented format."""
+    """The real phone and watch data, where they lie beside the repository, in the documented format."""
     monkeypatch.setattr("sys.argv", ["phone_watch", str(spsw_path), str(tmp_path / "spsw.npz")])
     assert phone_watch.main() == 0
     windows = load_npz(tmp_path / "spsw.npz")
@@ -166,7 +166,7 @@ def test_phone_and_watch_data_as_own_data(spsw_path, tmp_path, monkeypatch):
 
 
 def test_sessions_are_not_cut(tmp_path):
-    """Ten sessions of unequal length: the first three adapt, the last five test, whatever their numbers are."""
+    """Ten sessions of unequal length: the first three adapt, the last five test, in any numbering."""
     lengths = np.array([7, 1, 4, 2, 3, 9, 5, 6, 8, 2])
     session = np.repeat([30, 2, 7, 1, 9, 8, 4, 0, 5, 6], lengths)
     count = len(session)
@@ -177,7 +177,7 @@ def test_sessions_are_not_cut(tmp_path):
     assert len(task.test) == lengths[5:].sum()
 
 
-def test_models_take_their_inputs():
+def test_models_accept_their_inputs():
     assert TResNet(6, 7).eval()(torch.randn(2, 6, 100)).shape == (2, 7)
     assert MobileNetV2(17).eval()(torch.randn(2, 3, 97, 60)).shape == (2, 17)
     assert ResNet18(10).eval()(torch.randn(2, 3, 32, 32)).shape == (2, 10)
@@ -209,7 +209,7 @@ def test_batches_are_full_and_repeatable():
     assert len(next(batches(3, 64, torch.Generator()))) == 3
 
 
-def test_curve():
+def test_the_curve_of_a_training():
     curve = Curve([0, 5, 10], [0.0, 1.5, 3.0], [0.1, 0.8, 0.9])
     assert curve.seconds_to(0.8) == 1.5
     assert curve.seconds_to(0.95) is None
@@ -229,8 +229,9 @@ def test_training_learns_and_evaluation_keeps_the_flags(tmp_path):
     assert 5 == curve.seconds[0] < curve.seconds[1] < curve.seconds[2] < 6
 
 
+@pytest.mark.slow
 def test_lean_on_and_off_adapt_a_real_person_alike(watch):
-    """Fifty steps on real windows under one seed and frozen BatchNorm; rounding may move one window at most."""
+    """Fifty steps on real windows with one seed and frozen BatchNorm; rounding may change one window's class at most."""
     import copy
 
     import lora_edge

@@ -63,7 +63,7 @@ def test_one_bad_window(folder, capsys, dtype, value, text):
     assert not Path("out").exists()
 
 
-def test_values_that_only_float64_holds(tmp_path):
+def test_values_that_overflow_float32(tmp_path):
     x = np.ones((240, 4, 30))
     x[3, 1, 0] = 1e60
     with pytest.raises(ValueError, match=r"window 3 holds 1e\+60 in channel 1"):
@@ -145,8 +145,8 @@ def test_training_that_diverges_says_where(task, steps):
             train(net())
 
 
-def test_a_gradient_that_is_not_finite_is_seen_at_the_end(task):
-    """The loss of the last step is finite, and only its gradient is not."""
+def test_a_gradient_that_is_not_finite_is_noticed_at_the_end(task):
+    """The loss of the last step is finite, but its gradient is not."""
 
     class Spoil(torch.autograd.Function):
         @staticmethod
@@ -170,7 +170,7 @@ def test_a_gradient_that_is_not_finite_is_seen_at_the_end(task):
 
 
 def test_a_bad_window_trains_nothing(task):
-    """It is the loss that is not finite then, and the weights stay as they were."""
+    """The loss is not finite, and the weights stay as they were."""
     task.adapt.x[2, 1, 5] = np.nan
     model = net()
     before = {name: value.clone() for name, value in model.named_parameters()}
@@ -179,7 +179,7 @@ def test_a_bad_window_trains_nothing(task):
     assert all(torch.equal(value, before[name]) for name, value in model.named_parameters())
 
 
-def test_a_prediction_of_nan_is_no_class():
+def test_a_prediction_of_nan_is_refused():
     model, x = net(), torch.randn(5, 4, 30)
     x[3] = float("nan")
     with pytest.raises(NotFiniteError, match="the model returns NaN for 1 of 5 windows, first for window 3"):

@@ -1,4 +1,4 @@
-"""Builds for tests: the sources, and a Python that is started on its own."""
+"""The root of the repository, and a Python in a process of its own."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ ROOT = Path(__file__).resolve().parents[2]
 
 
 def python(*arguments: object, cwd: Path, **environment: str) -> subprocess.CompletedProcess[str]:
-    """Run this Python; what it says on either channel comes back."""
+    """Run this Python in a clean environment; stdout holds stderr too."""
     clean = {key: value for key, value in os.environ.items() if key not in ("MAX_JOBS", "TORCH_CUDA_ARCH_LIST", "PYTHONPATH")}
     return subprocess.run(
         [sys.executable, *map(str, arguments)],

@@ -59,7 +59,7 @@ _BASE = [
     ConvCase("dilation", dilation=2),
     ConvCase("dilation, stride, padding", dilation=2, stride=2, padding=2),
     ConvCase("groups", groups=2),
-    ConvCase("groups not dividing the rank", groups=2, rank=3),  # PEFT wants r % groups == 0
+    ConvCase("groups not dividing the rank", groups=2, rank=3),  # PEFT requires r % groups == 0
     ConvCase("depthwise", inputs=8, groups=8),
     ConvCase("depthwise multiplier", inputs=4, groups=4, stride=2, padding=1),
     ConvCase("no bias", bias=False),
@@ -68,7 +68,7 @@ _BASE = [
     ConvCase("circular", padding=(2, 1), padding_mode="circular"),
     ConvCase("circular, same, even kernel", padding="same", kernel=(4, 3), padding_mode="circular"),
     ConvCase("reflect, stride, dilation", padding=3, stride=2, dilation=2, padding_mode="reflect"),
-    ConvCase("one output channel", outputs=1, rank=4),  # r1 is 1 whatever the rank
+    ConvCase("one output channel", outputs=1, rank=4),  # r1 is 1 at every rank
     ConvCase("rank above what is attainable", inputs=2, kernel=1, rank=16),
     ConvCase("one position", size=(3, 3)),
     ConvCase("one sample", batch=1),

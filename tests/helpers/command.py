@@ -1,4 +1,4 @@
-"""The ``lora-edge`` command inside the test's own process."""
+"""Run the ``lora-edge`` command inside the process of the test."""
 
 from __future__ import annotations
 

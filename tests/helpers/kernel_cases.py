@@ -448,5 +448,7 @@ CASES_OF_FUSE: list[FuseCase] = [
 
 def launches() -> Iterator[Launch]:
     """Every launch of the matrix."""
-    for case in (*CASES_OF_FUSE, *CASES_OF_BLOCKS):
-        yield from case.launches()
+    for fuse in CASES_OF_FUSE:
+        yield from fuse.launches()
+    for block in CASES_OF_BLOCKS:
+        yield from block.launches()

@@ -1,4 +1,4 @@
-"""Small networks that every surgery test runs on: 1-D, 2-D, 3-D, shared modules, hooks, odd layers."""
+"""Small networks for the tests of adapting: 1-D, 2-D and 3-D, with groups, a shared module and a depthwise layer."""
 
 from __future__ import annotations
 
@@ -48,7 +48,7 @@ BUILD = {"1-D": one_d, "2-D": Residual, "3-D": three_d}
 
 
 def network(name: str, seed: int = 0) -> tuple[nn.Module, Tensor]:
-    """A network in evaluation mode with BatchNorm statistics that are not the initial ones, and an input of 4."""
+    """A network in evaluation mode whose BatchNorm statistics are not the initial ones, and an input of batch 4."""
     torch.manual_seed(seed)
     model = BUILD[name]()
     x = torch.randn(4, *INPUTS[name])
@@ -63,7 +63,7 @@ def network(name: str, seed: int = 0) -> tuple[nn.Module, Tensor]:
 
 
 def train(model: nn.Module, x: Tensor, parameters: list[nn.Parameter], steps: int = 5) -> None:
-    """A few Adam steps on a fixed random target, in train mode."""
+    """Take a few Adam steps towards a fixed random target, in train mode."""
     optimizer = torch.optim.Adam(parameters, lr=1e-2)
     model.train()
     target = torch.randn_like(model(x).detach())
@@ -74,6 +74,6 @@ def train(model: nn.Module, x: Tensor, parameters: list[nn.Parameter], steps: in
 
 
 def output(model: nn.Module, x: Tensor) -> Tensor:
-    """The model's output without gradients: the path that is bit-identical to the base model."""
+    """The model's output without gradients, which is bit-identical to the base model's after adapt."""
     with torch.no_grad():
         return model(x)

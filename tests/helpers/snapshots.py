@@ -1,4 +1,4 @@
-"""Everything of a model that a call which fails must leave as it was."""
+"""The state of a model that a failing call must leave as it was."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ from lora_edge.surgery.adapted import adapt_state
 
 
 def snapshot(model: nn.Module):
-    """Everything that bad input must leave as it was."""
+    """Copy the values, classes, flags and identities of a model's tensors and modules, and its adapt state."""
     return (
         {k: v.clone() for k, v in model.state_dict().items()},
         [(n, type(m), m.training, id(m)) for n, m in model.named_modules(remove_duplicate=False)],

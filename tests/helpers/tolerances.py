@@ -1,7 +1,7 @@
-"""Bounds that follow from the size of the values and the arithmetic, so that they hold on every processor.
+"""Bounds that follow from the size of the values and from the arithmetic, so that they hold on every processor.
 
-A sum of n terms in any order is off by about sqrt(n) roundings of the terms' size; what comes of a network adds up its layers'
-in the same way, where BatchNorm keeps the maps at one size.
+The error of a sum of n terms in any order is about sqrt(n) roundings of the terms' size. The errors of a network's layers add
+up in the same way, where BatchNorm keeps the maps at one size.
 """
 
 from __future__ import annotations
@@ -13,7 +13,7 @@ from torch import Tensor
 
 
 def rounding(layers: int, terms: int, dtype: torch.dtype = torch.float32) -> float:
-    """Relative to the largest value, how far two networks of so many layers, each of sums of so many terms, may differ.
+    """How far two networks may differ relative to the largest value; ``terms`` is the length of the sums of each layer.
 
     Three times the standard deviation of the difference of two random walks.
     """
@@ -21,11 +21,11 @@ def rounding(layers: int, terms: int, dtype: torch.dtype = torch.float32) -> flo
 
 
 def assert_near(got: Tensor, want: Tensor, layers: int, terms: int) -> None:
-    """Assert that two outputs of the same network are equal but for rounding."""
+    """Assert that two outputs of the same network are equal up to rounding."""
     torch.testing.assert_close(got, want, rtol=0, atol=rounding(layers, terms, want.dtype) * float(want.detach().abs().max()))
 
 
-# relative error ||a - b|| / ||b||, DESIGN and the kernel issues
+# relative error ||a - b|| / ||b||, docs/design.md section 4 and the kernel issues
 TOLERANCE = {torch.float64: 1e-12, torch.float32: 1e-5, torch.float16: 1e-2, torch.bfloat16: 3e-2}
 
 

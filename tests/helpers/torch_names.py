@@ -1,4 +1,4 @@
-"""Finds in Python source what it uses of torch that is private, and what is newer than torch 2.4. By the source alone."""
+"""Find the private names of torch, and those newer than torch 2.4, that Python source uses. Nothing is imported or run."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from torch import fx, nn
 
 _NEWER = Path(__file__).with_name("newer_than_2_4.txt")
 _OF_TUPLES = {"_replace", "_asdict", "_fields", "_make"}  # named tuples of the standard library
-_COMMON = {"index"}  # a method of Tensor since 2.13, of lists and devices since ever
+_COMMON = {"index"}  # a method of Tensor since 2.13, but always one of lists and devices
 _METHODS = ("torch.Tensor.", "torch.nn.Module.", "torch.fx.Graph.", "torch.fx.Tracer.", "torch.library.CustomOpDef.")
 
 
@@ -32,7 +32,7 @@ def defined_names(trees: Iterable[ast.AST]) -> frozenset[str]:
 
 
 class Names:
-    """What one source uses. ``own`` are the names that its package defines, which are not torch's."""
+    """The names that one source uses. ``own`` are the names that its package defines, which are not torch's."""
 
     def __init__(self, tree: ast.AST, own: frozenset[str] = frozenset()) -> None:
         self.tree, self.own = tree, own
@@ -46,7 +46,7 @@ class Names:
                 self.imported.update({a.asname or a.name: f"{node.module}.{a.name}" for a in node.names})
 
     def path(self, node: ast.AST) -> str | None:
-        """``torch.nn.functional.relu`` for ``F.relu``; None for what does not begin with a module."""
+        """``torch.nn.functional.relu`` for ``F.relu``; None if it does not begin with a module."""
         if isinstance(node, ast.Name):
             return self.imported.get(node.id)
         if isinstance(node, ast.Attribute):
@@ -67,7 +67,7 @@ class Names:
                 yield from ((node.lineno, f"{node.module}.{a.name}") for a in node.names)
 
     def private(self) -> Iterator[tuple[int, str]]:
-        """Line and name: dotted from torch's modules, ``.name`` where an object that is not the package's own has it."""
+        """Line and private name: dotted for members of torch's modules, ``.name`` for attributes of other objects."""
         for line, path in self.of_torch():
             parts = path.split(".")
             first = next((k for k, part in enumerate(parts) if _is_private(part)), None)
@@ -86,7 +86,7 @@ class Names:
                     yield node.lineno, f".{name}"  # type: ignore[attr-defined]
 
     def newer(self, names: frozenset[str]) -> Iterator[tuple[int, str]]:
-        """Line and name of what is in ``names``: modules' members, methods, and keywords of both."""
+        """Line and name of each use of ``names``: members of modules, methods, and keywords of both."""
         methods = {name.removeprefix(of): name for of in _METHODS for name in names if name.startswith(of)}
         for line, path in self.of_torch():
             parts = path.split(".")

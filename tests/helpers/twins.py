@@ -22,7 +22,7 @@ from torch import Tensor, nn
 import lora_edge
 from lora_edge.nn.layers import LoRAEdgeConv
 
-# Lean layers save bits in the place of their outputs, so they do not notice what stock layers refuse to differentiate.
+# Lean layers save bits instead of their outputs, so they allow some in-place writes that stock layers refuse to differentiate.
 SAVED_WAS_WRITTEN = "has been modified by an inplace operation"
 _OURS = ("_lean_plans", "_lean_plans_made", "_lora_edge", "lean", "requested_mode", "backend")
 _OF_TORCH = ("_parameters", "_buffers", "_modules")
@@ -58,7 +58,7 @@ def twins(model: nn.Module, twin: nn.Module | None = None, **options: Any) -> Tw
 
 
 def seed(number: int) -> None:
-    """The seeds of all global generators."""
+    """Seed all global generators."""
     random.seed(number)
     np.random.seed(number)
     torch.default_generator.manual_seed(number)  # what torch.manual_seed does on a CPU, without its traceback
@@ -66,7 +66,7 @@ def seed(number: int) -> None:
 
 def generators() -> tuple[Any, ...]:
     """The state of all global generators, comparable by ``==``."""
-    kind, keys, at, has_gauss, gauss = np.random.get_state()
+    kind, keys, at, has_gauss, gauss = np.random.get_state(legacy=True)
     return random.getstate(), kind, keys.tobytes(), at, has_gauss, gauss, torch.get_rng_state().numpy().tobytes()
 
 
@@ -84,7 +84,7 @@ class Outcome:
 def take_step(
     model: nn.Module, call: Callable[[nn.Module], tuple[Any, list[Tensor]]], number: int, backward: bool = True
 ) -> Outcome:
-    """One step of one twin; ``call`` makes fresh inputs, calls the model and gives its output and the inputs."""
+    """Take one step with one twin; ``call`` makes fresh inputs, calls the model and returns its output and the inputs."""
     seed(number)
     cores = [p for p in model.parameters() if p.requires_grad]
     raised, output, inputs = None, None, []
@@ -123,7 +123,7 @@ def compare_steps(pair: Twins, ours: Outcome, stock: Outcome, tolerance: float) 
         if stock.raised is not None and SAVED_WAS_WRITTEN in str(stock.raised):
             return
         raise Mismatch(f"ours raised {ours.raised!r}, stock raised {stock.raised!r}") from (ours.raised or stock.raised)
-    # of several layers that refuse a dtype, a block stands in the place of its last one
+    # where several layers refuse a dtype, a block raises what its last layer raises
     both_refuse = all(isinstance(raised, (RuntimeError, TypeError)) for raised in (ours.raised, stock.raised))
     if ours.raised is not None and type(ours.raised) is not type(stock.raised) and not both_refuse:
         raise Mismatch(f"ours raised {ours.raised!r}, stock raised {stock.raised!r}") from ours.raised
@@ -143,13 +143,13 @@ def compare_steps(pair: Twins, ours: Outcome, stock: Outcome, tolerance: float) 
 
 
 def _scale(tensors: list[Tensor]) -> float:
-    """What values count for at least: one that is zero but for rounding is no reference for its own error."""
+    """A lower bound for the reference of relative errors: a value that is zero up to rounding is no reference."""
     largest = max([float(t.detach().abs().max()) for t in tensors if t.numel() and t.is_floating_point()], default=0.0)
     return max(0.05 * largest, 1e-3) if largest < float("inf") else 1e-3
 
 
 def compare_models(pair: Twins, tolerance: float) -> None:
-    """Parameters, buffers and plain attributes of every module."""
+    """Compare parameters, buffers and plain attributes of every module."""
     theirs = dict(pair.stock.named_modules(remove_duplicate=False))
     for name, module in pair.ours.named_modules(remove_duplicate=False):
         other = theirs[name]
@@ -168,12 +168,12 @@ def compare_models(pair: Twins, tolerance: float) -> None:
 
 
 def plain(module: nn.Module) -> dict[str, Any]:
-    """A module's own attributes, without what this library and torch keep there."""
+    """A module's own attributes, without those of this library and of torch."""
     return {key: value for key, value in module.__dict__.items() if key not in (*_OURS, *_OF_TORCH) and "hook" not in key}
 
 
 def same(ours: Any, stock: Any, tolerance: float, what: str, strides: bool = True, least: float = 0.0) -> None:
-    """The same structure with close tensors and equal values."""
+    """Raise :class:`Mismatch` unless two structures are the same, with close tensors and equal values."""
     if isinstance(stock, Tensor) and isinstance(ours, Tensor):
         if (ours.dtype, ours.shape, ours.requires_grad) != (stock.dtype, stock.shape, stock.requires_grad):
             raise Mismatch(f"{what} is {_about(ours)}, stock {_about(stock)}")
@@ -215,9 +215,9 @@ def same(ours: Any, stock: Any, tolerance: float, what: str, strides: bool = Tru
 
 
 def close(ours: Tensor, stock: Tensor, tolerance: float, what: str, least: float = 0.0) -> None:
-    """Equal where a value is an integer, not a number or infinite; else within the tolerance of the largest value.
+    """Raise :class:`Mismatch` unless integers, NaN and infinities are equal and the rest within the tolerance.
 
-    ``least`` is what the largest value counts for at least.
+    The tolerance is relative to the largest value, which counts as ``least`` where it is smaller.
     """
     ours, stock = ours.detach(), stock.detach()
     if not stock.is_floating_point():
@@ -235,7 +235,7 @@ def close(ours: Tensor, stock: Tensor, tolerance: float, what: str, least: float
 
 
 def _strides(tensor: Tensor) -> tuple[int, ...]:
-    """Strides where they mean something."""
+    """The strides of axes with more than one element."""
     if not tensor.numel():
         return ()
     return tuple(stride for stride, size in zip(tensor.stride(), tensor.shape, strict=True) if size > 1)

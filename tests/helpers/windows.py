@@ -6,7 +6,7 @@ import numpy as np
 
 
 def own(path, **change):
-    """A small valid data set of the user's own, saved to ``path``; ``change`` replaces or (None) removes keys."""
+    """Save a small valid data set to ``path``; ``change`` replaces keys or, by None, removes them."""
     rng = np.random.default_rng(0)
     n = 240
     y = np.repeat(np.tile(np.arange(3), 4), 20)

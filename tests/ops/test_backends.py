@@ -6,6 +6,7 @@ import copy
 import pickle
 import threading
 from types import ModuleType
+from typing import Any
 
 import pytest
 import torch
@@ -29,7 +30,7 @@ def build(monkeypatch):
     """Put an extension of this build on a machine with these devices; torch has CUDA."""
 
     def put(cuda="12.6", architectures="8.7+PTX", devices=(ORIN,), error=None, torch_has_cuda=True):
-        module = ModuleType("_C")
+        module: Any = ModuleType("_C")
         about = {"cuda": cuda, "architectures": architectures, "compiler": "gcc", "emulator": False}
         found = {"driver": "12.6", "runtime": "12.6", "count": len(devices), "devices": list(devices), "error": error}
         module.build_info, module.device_info = lambda: about, lambda: found

@@ -1,10 +1,10 @@
-"""The tests of numerics under every instruction set that can be forced on this processor, each on one and two threads.
+"""``make test-isa``: run the tests of numerics on every instruction set of this processor, each on one and on two threads.
 
     python tests/tools/isa.py [tests ...]
 
-torch's kernels, oneDNN's and the CPU engine's are held to the same set. A tolerance that one machine alone keeps shows here.
+torch's kernels, oneDNN's and the CPU engine's are limited to the same set: this finds tolerances that hold on one machine only.
 A set that the processor does not have is named and left out. Without arguments the files of ``NUMERICS`` run; the others build,
-emulate or read files. Exit status 1: something failed.
+emulate or read files. Exit status 1: a test failed, or no set ran.
 """
 
 from __future__ import annotations
@@ -31,36 +31,43 @@ NUMERICS = [
 ]  # fmt: skip
 ASK = """
 import torch
-from lora_edge import _extension
-print(torch.backends.cpu.get_cpu_capability().lower(), "none" if _extension.reason() else _extension.load().build_info()["cpu"])
+from lora_edge.environment import extension
+print(torch.backends.cpu.get_cpu_capability().lower(), "none" if extension.reason() else extension.load().build_info()["cpu"])
 """
 
 
 def environment(name: str, threads: int) -> dict[str, str]:
     aten, onednn, engine = SETS[name]
     chosen = {"ATEN_CPU_CAPABILITY": aten, "ONEDNN_MAX_CPU_ISA": onednn, "LORA_EDGE_CPU": engine}
-    return {**os.environ, **chosen, "OMP_NUM_THREADS": str(threads), "PYTHONPATH": str(ROOT)}
+    return {**os.environ, **chosen, "OMP_NUM_THREADS": str(threads), "PYTHONPATH": f"{ROOT}{os.pathsep}{ROOT / 'tests'}"}
 
 
 def missing(name: str) -> str | None:
-    """Why a set does not run here, None where it does."""
+    """Why a set does not run here, None where it does.
+
+    Raises:
+        SystemExit: Python raised an error, which is a fault of this file or of the installation and not of the processor.
+    """
     done = subprocess.run([sys.executable, "-c", ASK], capture_output=True, text=True, cwd=ROOT, env=environment(name, 1))
-    if done.returncode != 0:
-        return f"torch does not run with it: {done.stderr.strip().splitlines()[-1]}"
+    if done.returncode < 0:
+        return f"torch does not run with it: signal {-done.returncode}"
+    if done.returncode > 0:
+        sys.exit(f"isa: cannot ask for the instruction set of {name}:\n{done.stderr}")
     torch_has, engine_has = done.stdout.split()
     if torch_has not in (name, "no avx") and not (name == "default" and torch_has not in SETS):
-        return f"torch takes {torch_has}"
-    return None if engine_has in (SETS[name][2], "none") else f"the CPU engine takes {engine_has}"
+        return f"torch uses {torch_has}"
+    return None if engine_has in (SETS[name][2], "none") else f"the CPU engine uses {engine_has}"
 
 
 def main() -> None:
-    failed = []
+    ran, failed = 0, []
     for name in SETS:
         why = missing(name)
         if why is not None:
             print(f"{name}: left out, {why}", flush=True)
             continue
         for threads in THREADS:
+            ran += 1
             began = time.monotonic()
             command = [sys.executable, "-m", "pytest", "-p", "no:cacheprovider", *(sys.argv[1:] or NUMERICS)]
             done = subprocess.run(command, capture_output=True, text=True, cwd=ROOT, env=environment(name, threads))
@@ -69,6 +76,8 @@ def main() -> None:
             if done.returncode != 0:
                 failed.append(f"{name}, {threads} threads")
                 print(done.stdout[-6000:], done.stderr[-1000:], flush=True)
+    if not ran:
+        sys.exit("isa: none of the sets runs here")
     sys.exit(f"failed: {'; '.join(failed)}" if failed else 0)
 
 

@@ -1,12 +1,12 @@
-"""``make mutate``: would the tests notice if a barrier, a wait, a bounds check or a boundary mask were missing?
+"""``make mutate``: check that the tests notice every missing barrier, wait, bounds check and boundary mask.
 
 Every ``inside(...)``, ``sync_block()``, ``sync_warp()`` and ``async_wait<N>()`` of the kernels is a site. One copy of the
-kernels, built once with the sanitizers, can switch off any of them when it starts. For each site the emulator runs the case
-matrix (``kernel_cases.py``), cheapest cases first, until one fails: by an error of the layer, a crash, a timeout or a wrong
-result. Only the cases are run in which the site does something: where a condition is false, or a barrier is met.
+kernels, built once with the sanitizers, can switch off any of them at start. For each site the emulator runs the case matrix
+(``kernel_cases.py``), cheapest cases first, until one fails: by an error of the emulator, a crash, a timeout or a wrong result.
+Only cases in which the site has an effect are run: where its condition is false, or its barrier is reached.
 
-A site that no test can notice carries its proof on its line, ``// proven: <why>``, and is counted apart. Ends with
-``caught N of N``, or with the sites that are missing and exit code 1.
+A site that no test can notice carries its proof on its line, ``// proven: <why>``, and is counted separately. The output ends
+with ``caught N of N``, or with the sites that were not caught and exit code 1.
 """
 
 from __future__ import annotations
@@ -29,7 +29,7 @@ from helpers.emulator import CSRC, Job
 PATTERN = re.compile(r"\binside\(|\bsync_block\(\)|\bsync_warp\(\)|\basync_wait<\d+>\(\)")
 COPY = emulator.ROOT / "build" / "mutants"
 SEEDS = 2  # the happens-before record does not depend on the schedule, nor does a wrong index
-TIMEOUT = 60.0  # seconds of one batch of cases
+TIMEOUT = 60.0  # seconds per batch of cases
 WORKERS = 2
 
 _SWITCHES = """
@@ -83,7 +83,7 @@ class Site:
 
 
 def find_and_switch(text: str, file: str, first: int) -> tuple[str, list[Site]]:
-    """The text with a switch at every site, and the sites, numbered from `first`. Lines keep their numbers."""
+    """Return the text with a switch at every site, and the sites, numbered from `first`. Lines keep their numbers."""
     lines: list[str] = []
     sites: list[Site] = []
     for number, line in enumerate(text.split("\n"), 1):
@@ -102,7 +102,7 @@ def find_and_switch(text: str, file: str, first: int) -> tuple[str, list[Site]]:
 
 
 def _whole(code: str, at: int) -> str:
-    """The call that begins at `at`, as far as the line has it."""
+    """The call that begins at `at`, up to the end of the line."""
     depth = 0
     for end in range(at, len(code)):
         depth += (code[end] == "(") - (code[end] == ")")
@@ -112,7 +112,7 @@ def _whole(code: str, at: int) -> str:
 
 
 def switched_copy() -> list[Site]:
-    """Writes the copy of csrc under build/mutants and returns its sites."""
+    """Write the copy of csrc under build/mutants and return its sites."""
     shutil.rmtree(COPY, ignore_errors=True)
     shutil.copytree(CSRC, COPY)
     sites: list[Site] = []
@@ -150,7 +150,7 @@ def all_cases() -> list[Case]:
 
 
 def measure(cases: Sequence[Case], runner: Path) -> None:
-    """Runs every case with nothing switched off; notes its time and the sites that did something in it."""
+    """Run every case with nothing switched off; record its time and the sites that had an effect in it."""
     question = Job("sites", "sites", {})
     results = emulator.run([job for case in cases for job in (case.job, question)], runner)
     before = 0.0
@@ -166,7 +166,7 @@ def measure(cases: Sequence[Case], runner: Path) -> None:
 
 
 def catch(site: Site, cases: Sequence[Case], runner: Path) -> str | None:
-    """The first case that notices, and how; None if all of them pass. The cases are tried in batches of growing size."""
+    """Return the first case that notices, and how; None if all pass. The cases run in batches of growing size."""
     able = sorted((case for case in cases if site.number in case.sites), key=lambda case: case.seconds)
     begin, size = 0, 2
     while begin < len(able):

@@ -1,9 +1,10 @@
-"""Asserts that this build of the extension is instrumented and that planted faults are found; run by ``make sanitize``.
+"""Check that this build of the extension is instrumented and that planted faults are found; ``make sanitize`` runs it first.
 
 1. The library holds the symbols of the address and the undefined-behaviour sanitizer.
-2. A launch that is told more bytes than a weight has reads past its end, in the engine's own loops: the address sanitizer must
-   end the process, and name the overflow.
-3. ``planted.cpp`` beside this file, compiled with the library's own flags, adds one to the largest int: the same of the other.
+2. A launch that is given a weight shorter than its fields say reads past its end in the engine's own loops: the address
+   sanitizer must end the process and name the overflow.
+3. ``planted.cpp``, compiled with the library's own flags, adds one to the largest int: the undefined-behaviour sanitizer must
+   end the process and name it.
 """
 
 from __future__ import annotations
@@ -16,6 +17,7 @@ import sys
 from pathlib import Path
 
 HERE = Path(__file__).resolve().parent
+TESTS, ROOT = HERE.parent, HERE.parents[1]
 
 
 def check_symbols(library: Path) -> None:
@@ -33,27 +35,25 @@ def check_found(name: str, wanted: str) -> None:
 
 
 def overflow() -> None:
-    """A weight of 8 of the 24 floats that its launch says."""
+    """Launch with a weight of 8 floats whose fields promise more."""
     import random
 
     from helpers.fuzz_calls import Call, Launch
 
-    launch = next(
-        launch for launch in (Launch(Call(random.Random(n)), False) for n in range(99)) if launch.numbers["weight_bytes"] > 32
-    )
+    launches = (Launch(Call(random.Random(seed)), False) for seed in range(99))
+    launch = next(launch for launch in launches if launch.numbers["weight_bytes"] > 32)
     short = launch.held["weight"].flatten()[:8].clone()
     launch.numbers["weight"] = short.data_ptr()
     launch.run()
 
 
 def wrap() -> None:
-    """INT_MAX + 1, in C++."""
+    """Add one to INT_MAX in C++."""
     ctypes.CDLL(str(HERE / "planted.so")).planted_wrap(2**31 - 1)
 
 
 def main() -> None:
-    sys.path[:0] = [str(HERE.parents[1])]
-    library = next((HERE.parents[1] / "lora_edge").glob("_C*.so"))
+    library = next((ROOT / "lora_edge").glob("_C*.so"))
     check_symbols(library)
     flags = shlex.split(os.environ["CXXFLAGS"])
     clean = {key: value for key, value in os.environ.items() if key != "LD_PRELOAD"}
@@ -67,5 +67,5 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    sys.path[:0] = [str(HERE.parent), str(HERE.parents[1])]
+    sys.path[:0] = [str(TESTS), str(ROOT)]
     {"overflow": overflow, "wrap": wrap}.get(sys.argv[1] if len(sys.argv) > 1 else "", main)()

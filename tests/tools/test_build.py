@@ -1,14 +1,14 @@
-"""The package builds wherever it should, and says why where it cannot.
+"""The package builds wherever it should, and says why where it cannot. About 40 s; with nvcc, minutes at first.
 
-What users of compiled extensions complain about, and what rules it out here:
+What users of compiled extensions complain about, and what prevents it here:
 
     undefined symbols after a torch upgrade  no symbol of torch in the module        test_links_nothing_of_torch_or_cuda
     "No module named torch" in a build       neither setup.py nor its needs have it  test_wheel_without_cuda, torch poisoned
-    TORCH_CUDA_ARCH_LIST ignored             setup.py makes nvcc's flags of it       test_architectures, test_max_jobs
-    an sdist without csrc                    MANIFEST.in                             test_sdist_is_whole; it is what is built
+    TORCH_CUDA_ARCH_LIST ignored             setup.py turns it into nvcc's flags       test_architectures, test_max_jobs
+    an sdist without csrc                    MANIFEST.in                             test_sdist_is_whole; wheels are built of it
     a silently wrong cubin                   flags and headers count as changes      test_a_change_compiles_again
     "no kernel image" on sm_87               8.7 with PTX in every default           test_default_architectures, test_cuda_build
-    -j6 runs an 8 GB Orin out of memory      2 GB a job, MAX_JOBS; benchmarks.build  test_jobs, test_max_jobs
+    -j6 runs an 8 GB Orin out of memory      2 GB per job, MAX_JOBS; benchmarks.build  test_jobs, test_max_jobs
     a torch bound that replaced the wheel    "torch" without a version               test_metadata
     triton missing, or without a driver      an extra that no import needs           test_metadata, test_import.py
     builds that swallow their errors         the compiler's words, then one line     test_compile_errors_show
@@ -60,7 +60,7 @@ def setup_py():
 
 @pytest.fixture(scope="session")
 def module(wheel):
-    """The extension of the wheel, beside the one that may be installed."""
+    """The extension of the wheel, imported beside the installed one."""
     return load_from(next((wheel / "lora_edge").glob("_C*.so")), "_C")
 
 
@@ -97,8 +97,8 @@ def test_wheel_without_cuda(wheel):
     assert all("built without CUDA; put nvcc on PATH" in line for line in lines[2:])
 
 
-def test_benchmarks_come_with_the_wheel(wheel):
-    names = ("memory", "workloads")  # the others work on the sources, in a clone
+def test_benchmarks_are_part_of_the_wheel(wheel):
+    names = ("memory", "workloads")  # the others need the sources of a clone
     code = (
         "import importlib.util, lora_edge.benchmarks\n"
         "print(lora_edge.benchmarks.RESULTS, importlib.util.find_spec('benchmarks'))\n"
@@ -216,7 +216,7 @@ def test_cuda_demanded_but_absent_ends_the_build(copy, tmp_path):
 
 
 def fake_nvcc(folder: Path, body: str) -> str:
-    """An nvcc written in Python, in a toolkit of its own under `folder`."""
+    """Write an nvcc in Python, in a toolkit of its own under `folder`."""
     nvcc = folder / "bin" / "nvcc"
     nvcc.parent.mkdir(parents=True)
     nvcc.write_text(f"#!{sys.executable}\nimport sys, time\nfrom pathlib import Path\n{body}\n")
@@ -374,8 +374,9 @@ def test_extension_says_why_it_does_not_load(monkeypatch):
         _extension._find.cache_clear()
 
 
+@pytest.mark.slow
 def test_cuda_build(setup_py, monkeypatch, tmp_path):
-    """The kernels for Orin compile (minutes; later only what has changed), link and import; a launch says what is missing."""
+    """The kernels for Orin compile (minutes; later only what has changed), link and import; a launch names what is missing."""
     monkeypatch.delenv("LORA_EDGE_CUDA", raising=False)
     if setup_py.cuda_toolkit() is None:
         pytest.skip("nvcc is not installed")
@@ -401,7 +402,7 @@ def test_cuda_build(setup_py, monkeypatch, tmp_path):
 
 
 def _cuobjdump() -> str | None:
-    """A cuobjdump: the toolkit's, or the one that the triton wheel brings."""
+    """The path of a cuobjdump: the toolkit's, or the one in the triton wheel."""
     triton = importlib.util.find_spec("triton")
     folders = [f"{folder}/backends/nvidia/bin" for folder in triton.submodule_search_locations] if triton else []
     return shutil.which("cuobjdump") or shutil.which("cuobjdump", path=os.pathsep.join(folders))

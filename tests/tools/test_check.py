@@ -1,4 +1,4 @@
-"""``lora-edge check``: what it prints, and that a wrong op or a failing launch gives exit code 1."""
+"""``lora-edge check``: what it prints, and that a wrong op or a failing launch gives exit code 1. About 40 s."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ def short(monkeypatch):
     monkeypatch.setattr(check, "CASES", check.CASES[:1])
 
 
-def test_all_of_it_on_torch(capsys):
+def test_all_checks_pass_on_torch(capsys):
     assert main(["check"]) == 0
     lines = capsys.readouterr().out.splitlines()
     assert lines[0].startswith("lora_edge ")
@@ -33,7 +33,8 @@ def test_all_of_it_on_torch(capsys):
     assert lines[-1].endswith("checks passed")
 
 
-def test_all_of_it_on_the_kernels(kernels):
+@pytest.mark.slow  # builds the emulator
+def test_all_checks_pass_on_the_kernels(kernels):
     outcomes = list(check.check_backend("cuda"))
     assert len(outcomes) == 4 * 3 * len(check.CASES)
     assert [outcome for outcome in outcomes if not outcome.passed] == []
@@ -57,7 +58,7 @@ def test_a_failing_launch_is_named(short, monkeypatch, capsys):
     assert "FAIL  tt_conv 1-D, float32: tt_conv: no kernel image\n" in capsys.readouterr().out
 
 
-def test_driver_older_than_the_build(monkeypatch):
+def test_a_driver_older_than_the_build_gives_a_hint(monkeypatch):
     module = SimpleNamespace(
         build_info=lambda: {
             "cuda": "13.0",
@@ -76,7 +77,7 @@ def test_driver_older_than_the_build(monkeypatch):
     assert lines[-1].startswith("hint: the driver supports CUDA 12.6, the extension was built with 13.0; reinstall")
 
 
-def test_as_a_module():
+def test_check_runs_as_a_module():
     done = subprocess.run([sys.executable, "-m", "lora_edge", "check"], capture_output=True, text=True)
     assert done.returncode == 0, done.stderr
     assert "backend cuda: " in done.stdout

@@ -1,4 +1,4 @@
-"""The command line: the whole job on small data of one's own, and every bad input as one line and exit code 2."""
+"""The command line: the whole job on small data of the user's own; every bad input gives one line and exit code 2."""
 
 from __future__ import annotations
 
@@ -70,7 +70,7 @@ def test_adapt_merge_info(folder, capsys):
 
 
 def test_turned_axes_are_in_the_results(folder, capsys, monkeypatch):
-    """By what results.json says of them the merged model takes raw windows and has the F1 of its row."""
+    """With the axes named in results.json, the merged model reaches the F1 of its row on raw windows."""
     own("own.npz", channels=np.array(["ax", "ay", "az", "pulse"]))
     turn = np.array([[0, -1, 0, 0], [1, 0, 0, 0], [0, 0, 1, 0], [0, 0, 0, 1.0]])
     monkeypatch.setattr(adaptation, "find_turn", lambda model, task: turn)
@@ -100,7 +100,7 @@ def test_turned_axes_are_in_the_results(folder, capsys, monkeypatch):
 
 @pytest.mark.parametrize("method", ["lora_edge_budget", "lora_edge_target_bn"])
 def test_another_form_of_lora_edge(folder, method):
-    """Its adapter holds calibrated statistics, so the base and it give the merged model."""
+    """Its adapter holds calibrated statistics, so the base and the adapter give the merged model."""
     assert main(adapt_arguments(**{"--method": method})) == 0
     rows = {row["name"]: row for row in json.loads(Path("out/results.json").read_text())["rows"]}
     assert rows[method]["trainable"] == rows["lora_edge"]["trainable"]
@@ -151,7 +151,7 @@ BAD_ADAPT = [
     ({"--lr": "nan"}, "--lr is nan; give a number above 0"),
     ({"--out": "own.npz"}, "own.npz: cannot be created"),
     ({"--out": "own.npz/deeper"}, "cannot be created"),
-    ({"--out": "/proc"}, "/proc: cannot be written"),  # no file can be made there, not even by root
+    ({"--out": "/proc"}, "/proc: cannot be written"),  # no file can be created there, not even by root
 ]
 
 

@@ -1,12 +1,13 @@
 #!/usr/bin/env bash
-# An emulated Jetson: Python 3.11 and torch 2.4.1 (JetPack 6's oldest) of aarch64 on another Linux machine.
+# An emulated Jetson: Python 3.11 and torch 2.4.1 (the oldest of JetPack 6) for aarch64 on another Linux machine.
 #
-#   tests/tools/compat/aarch64.sh FOLDER [TORCH]    makes FOLDER/python (minutes, 1 GB; apt-get, as root, on Debian or Ubuntu), and
-#                                             compiles lora_edge/_C of this checkout for it
+#   tests/tools/compat/aarch64.sh FOLDER [TORCH]
 #
-# The processor is a Cortex-A76, next of kin of Orin's A78AE: no SVE and no bfloat16. On qemu's own, which has both, torch 2.4
-# multiplies float32 matrices in bfloat16. Python and its libraries are Debian's packages of arm64, unpacked and not installed;
-# torch and the rest are wheels from PyPI.
+# makes FOLDER/python (minutes, 1 GB; apt-get, as root, on Debian or Ubuntu) and compiles lora_edge/_C of this checkout for it.
+#
+# The processor is a Cortex-A76, close to Orin's A78AE: no SVE and no bfloat16. On qemu's default, which has both, torch 2.4
+# multiplies float32 matrices in bfloat16. Python and its libraries are Debian's arm64 packages, unpacked but not installed; torch
+# and the rest are wheels from PyPI.
 set -euo pipefail
 checkout=$(cd "$(dirname "$0")/../../.." && pwd)
 folder=$(mkdir -p "$1" && cd "$1" && pwd)
@@ -35,7 +36,7 @@ unpack_python() {
 
 install_wheels() {
   local platforms=(manylinux2014_aarch64 manylinux_2_17_aarch64 manylinux_2_27_aarch64 manylinux_2_28_aarch64)
-  # pip does not look up what a wheel for another machine needs, so all of it is named
+  # pip does not resolve dependencies for another machine, so all of them are named
   "${PYTHON:-python3}" -m pip install -q --disable-pip-version-check --no-deps --only-binary=:all: --upgrade \
     --target "$folder/site" --python-version 3.11 --implementation cp --abi cp311 --abi abi3 --abi none \
     "${platforms[@]/#/--platform=}" "$@"

@@ -1,11 +1,11 @@
-"""``make compat``: the core tests on the oldest torch, as a Jetson has it, and on the newest, beside the pinned one.
+"""``make compat``: run the core tests on the oldest torch, as on a Jetson, on the newest, and on the pinned one.
 
-    aarch64    torch 2.4.1 on an emulated aarch64 (``aarch64.sh``), every 5th case of each test: some 15 times slower
-    newest     the newest torch that pip installs here, in a virtual environment of its own (a CUDA build takes 5.5 GB)
+    aarch64    torch 2.4.1 on an emulated aarch64 (``aarch64.sh``), every 5th case of each test: about 15 times slower
+    newest     the newest torch that pip installs here, in a virtual environment of its own (a CUDA build needs 5.5 GB)
     pinned     the torch of .venv, with the same tests
 
-What is installed lies in build/compat and is kept. The extension is compiled once per Python: it does not link torch. Writes a
-row each to benchmarks/results/compat.csv, in place of the last one of its name, and fails where a test does.
+Installations are kept in build/compat. The extension is compiled once per Python: it does not link torch. Each run writes a row
+to benchmarks/results/compat.csv, which replaces the last one of the same name, and fails if a test fails.
 """
 
 from __future__ import annotations
@@ -39,12 +39,14 @@ FIELDS = (
     "date",
 )
 NEEDED = ["numpy", "safetensors", "pytest", "hypothesis", "tensorly", "pybind11>=2.11", "setuptools>=77", "ninja"]
-# Not the core: they need extras, a compiler, a device or minutes; torch's version is nothing to them or tested by what is left.
-LEFT_OUT = {
-    "build", "check", "cli", "cuda_backend", "frame", "har", "emulator", "kernel_benchmark", "kernels", "methods", "peft",
-    "orin", "study", "triton", "finds_out_early", "not_a_number", "plain_install",
+# Paths under tests/. The other folders need extras, a compiler or minutes, and torch's version matters little to them.
+FOLDERS = ("core", "ops", "engines")
+ALSO = {"tools/test_models_benchmark.py"}
+LEFT_OUT = {  # they need extras, a compiler or a device
+    "core/test_methods.py", "core/test_peft.py", "engines/test_cuda_backend.py", "engines/test_emulator.py",
+    "engines/test_kernels.py", "engines/test_triton.py",
 }  # fmt: skip
-ONLY_NATIVE = {"integration"}  # torch.compile and DistributedDataParallel: a compiler and processes of the emulated machine
+ONLY_NATIVE = {"core/test_integration.py"}  # torch.compile and DistributedDataParallel need a compiler and several processes
 ABOUT = "import json, platform, torch; print(json.dumps([platform.machine(), torch.__version__, platform.python_version()]))"
 
 
@@ -58,8 +60,16 @@ class Machine(NamedTuple):
 
 
 def core(left_out: set[str]) -> list[Path]:
-    """The core's test files; a new file belongs to it unless it is named above."""
-    return [path for path in sorted((ROOT / "tests").glob("*/test_*.py")) if path.stem.removeprefix("test_") not in left_out]
+    """The core's test files. A new file in one of ``FOLDERS`` belongs to it unless it is named above.
+
+    Raises:
+        SystemExit: a name above has no file.
+    """
+    tests = ROOT / "tests"
+    if stale := sorted(name for name in ALSO | LEFT_OUT | ONLY_NATIVE if not (tests / name).is_file()):
+        raise SystemExit(f"make compat: run.py names tests that do not exist: {', '.join(stale)}")
+    found = {path.relative_to(tests).as_posix() for folder in FOLDERS for path in (tests / folder).glob("test_*.py")}
+    return [tests / name for name in sorted((found | ALSO) - left_out)]
 
 
 def aarch64(every: int) -> Machine:
@@ -94,6 +104,7 @@ def examine(name: str, machine: Machine) -> dict[str, object]:
     process = subprocess.Popen(
         [*map(str, [*command, *machine.options]), *(str(path.relative_to(ROOT)) for path in machine.tests)],
         cwd=ROOT, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True,
+        env={**os.environ, "PYTHONPATH": f"{ROOT}{os.pathsep}{ROOT / 'tests'}"},
     )  # fmt: skip
     assert process.stdout is not None
     last = ""
@@ -120,7 +131,7 @@ def examine(name: str, machine: Machine) -> dict[str, object]:
 
 
 def keep(row: dict[str, object]) -> None:
-    """Write a row in the place of the last one of its machine."""
+    """Write a row, replacing the last one of the same machine."""
     rows: dict[str, dict[str, object]] = {}
     if ROWS.is_file():
         with ROWS.open(newline="") as file:
@@ -141,8 +152,8 @@ MACHINES = {"aarch64": (aarch64, 5), "newest": (newest, 1), "pinned": (pinned, 1
 
 def main() -> int:
     parser = argparse.ArgumentParser(prog="make compat", description=__doc__, formatter_class=argparse.RawTextHelpFormatter)
-    parser.add_argument("machines", nargs="*", metavar="machine", help=f"{', '.join(MACHINES)}; all where none is named")
-    parser.add_argument("--every", type=int, help="every N-th case of each test, on all of them")
+    parser.add_argument("machines", nargs="*", metavar="machine", help=f"{', '.join(MACHINES)}; all by default")
+    parser.add_argument("--every", type=int, help="run every N-th case of each test, on all machines")
     options = parser.parse_args()
     if unknown := [name for name in options.machines if name not in MACHINES]:
         parser.error(f"unknown: {', '.join(unknown)}; there are {', '.join(MACHINES)}")
