@@ -24,11 +24,11 @@ from lora_edge.har.models import MobileNetV2, ResNet18, TResNet, pointwise
 from lora_edge.ops import backends, reference, use_backend
 from lora_edge.ops.activation import Activation
 from lora_edge.ops.conv_args import ConvArgs
-from lora_edge.ops.engines.cpu import available as cpu_machine
+from lora_edge.ops.engines.cpu import available
 from lora_edge.ops.route import choose_route
 from lora_edge.ops.tt_block import run_block
 
-pytestmark = pytest.mark.skipif(isinstance(cpu_machine.machine(), str), reason=f"the CPU engine is {cpu_machine.machine()}")
+pytestmark = pytest.mark.skipif(isinstance(available.runtime(), str), reason=f"the CPU engine is {available.runtime()}")
 
 _LAST = {"channels_last": True}
 _SHAPES = [  # what the other kernels' cases are too small for: whole panels, several chunks of k and units, odd rests
@@ -279,10 +279,10 @@ def test_what_it_leaves_to_torch():
         ({"stride": 5}, "a stride over 4"),
     ):
         call = {"x": x, "weight": weight, "core": core, "suffix": suffix, "padding": 1, **change}
-        with pytest.raises(RuntimeError, match=f"tt_block: backend 'cpu' does not take this call: .*{why}"):
+        with pytest.raises(RuntimeError, match=f"tt_block: backend 'cpu' does not support this call: .*{why}"):
             ops.tt_block(**call, backend="cpu")
         assert ops.tt_block(**call).shape[0] == 2
-    with pytest.raises(RuntimeError, match="tt_fuse: backend 'cpu' does not take this call: tt_fuse by itself"):
+    with pytest.raises(RuntimeError, match="tt_fuse: backend 'cpu' does not support this call: tt_fuse by itself"):
         ops.tt_fuse(weight, core, suffix, backend="cpu")
     assert torch.equal(ops.tt_conv(x, weight, 0 * core, suffix), nn.functional.conv1d(x, weight))  # "auto": bit-identical
     with pytest.raises(RuntimeError, match=r"traced by torch.compile; the CPU engine runs in eager mode"):
@@ -290,7 +290,7 @@ def test_what_it_leaves_to_torch():
 
 
 def test_named_where_it_is_missing(monkeypatch):
-    monkeypatch.setattr(cpu_machine, "machine", lambda: "not built; do this")
+    monkeypatch.setattr(available, "runtime", lambda: "not built; do this")
     assert backends()["cpu"] == "not built; do this"
     with pytest.raises(RuntimeError, match="backend 'cpu' is not built; do this"):
         ops.tt_block(torch.randn(1, 2, 3), torch.randn(2, 2, 1), None, None, backend="cpu")
@@ -330,13 +330,13 @@ def test_one_copy_at_the_door():
     """Maps and gradients stay channels-last from block to block, in 1-D too."""
     model = lora_edge.adapt(TResNet(6, 3), 2)
     seen = []
-    from lora_edge.ops.engines.cpu import launch as cpu_launch
+    from lora_edge.ops.engines.cpu import launch
 
-    original = cpu_launch.channels_last
-    cpu_launch.channels_last = lambda x: (seen.append(original(x) is x), original(x))[1]
+    original = launch.channels_last
+    launch.channels_last = lambda x: (seen.append(original(x) is x), original(x))[1]
     try:
         model(torch.randn(4, 6, 20)).sum().backward()
     finally:
-        cpu_launch.channels_last = original
+        launch.channels_last = original
     assert seen.count(False) == 1  # the gradient that comes in by the other door, from the mean
     assert len(seen) > 10

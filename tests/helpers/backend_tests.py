@@ -66,7 +66,9 @@ def takes_factor_route(case):
 def test_matrix(case, epilogue, adapted, kernels):
     positional, options = arguments(case, EPILOGUES[epilogue], torch.float32, adapted)
     if adapted and not takes_factor_route(case):
-        with pytest.raises(RuntimeError, match=f"tt_block: backend '{kernels.name}' does not take this call: the dense route"):
+        with pytest.raises(
+            RuntimeError, match=f"tt_block: backend '{kernels.name}' does not support this call: the dense route"
+        ):
             tt_block(*positional, **options, backend=kernels.name)
         return
     compare(positional, options, 1e-5, kernels)
@@ -115,7 +117,7 @@ def test_frozen_cores_and_routes(case, kernels):
     expected = torch.autograd.grad(want, [*(exact[0][i] for i in (0, 2)), exact[1]], dy.double())
     for g, w in zip(torch.autograd.grad(got, [x, core, bias], dy), expected, strict=True):
         assert relative_error(g, w) <= 1e-5
-    with pytest.raises(RuntimeError, match=f"tt_conv: backend '{kernels.name}' does not take this call: the dense route"):
+    with pytest.raises(RuntimeError, match=f"tt_conv: backend '{kernels.name}' does not support this call: the dense route"):
         tt_conv(*positional, route="dense", backend=kernels.name)
     assert kernels.count == 2
 

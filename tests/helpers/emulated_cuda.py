@@ -8,8 +8,8 @@ import shutil
 import pytest
 import torch
 
-from helpers import emulator as host_layer
-from lora_edge.ops.engines.cuda import available as extension
+from helpers import emulator
+from lora_edge.ops.engines.cuda import available
 
 
 class Launches:
@@ -25,11 +25,11 @@ class Launches:
 
 @pytest.fixture
 def kernels(monkeypatch):
-    """The kernels take CPU tensors, in full float32; counts their launches."""
-    if importlib.util.find_spec("pybind11") is None or shutil.which(host_layer.CXX) is None:
-        pytest.skip("pybind11 or a C++ compiler is missing: the host layer is not built")
+    """The CUDA engine on CPU tensors, in full float32; counts its launches."""
+    if importlib.util.find_spec("pybind11") is None or shutil.which(emulator.CXX) is None:
+        pytest.skip("pybind11 or a C++ compiler is missing: the emulator is not built")
     launches = Launches()
-    machine = extension.Machine(host_layer.extension(), "cpu", launches.stream)
-    monkeypatch.setattr(extension, "machine", lambda: machine)
+    runtime = available.Runtime(emulator.extension(), "cpu", launches.stream)
+    monkeypatch.setattr(available, "runtime", lambda: runtime)
     monkeypatch.setattr(torch.backends.cudnn, "allow_tf32", False)
     return launches

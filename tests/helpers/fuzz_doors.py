@@ -1,4 +1,4 @@
-"""Random calls at the three doors to compiled code: Python's ops and layers, the extension ``_C``, and the operators of torch.
+"""Random calls at the three doors to compiled code: Python's ops and layers, the extension ``_C``, torch's custom operators.
 
     python tests/helpers/fuzz_doors.py ops 150 --seed 0
 

@@ -14,7 +14,7 @@ from torch import nn
 import lora_edge
 from lora_edge.ops import backends, tt_conv, tt_fuse, use_backend
 from lora_edge.ops.backends import VARIABLE, choose_backend
-from lora_edge.ops.engines.cuda import available as extension
+from lora_edge.ops.engines.cuda import available
 
 ORIN = {"name": "Orin", "capability": "8.7", "multiprocessors": 8, "memory": 8 << 30, "l2": 2 << 20}
 
@@ -33,14 +33,14 @@ def build(monkeypatch):
         about = {"cuda": cuda, "architectures": architectures, "compiler": "gcc", "host": False}
         found = {"driver": "12.6", "runtime": "12.6", "count": len(devices), "devices": list(devices), "error": error}
         module.build_info, module.device_info = lambda: about, lambda: found
-        monkeypatch.setattr(extension, "_extension_reason", lambda: None)
-        monkeypatch.setattr(extension, "load", lambda: module)
+        monkeypatch.setattr(available, "_extension_reason", lambda: None)
+        monkeypatch.setattr(available, "load", lambda: module)
         monkeypatch.setattr(torch.cuda, "is_available", lambda: torch_has_cuda)
-        extension.machine.cache_clear()
+        available.runtime.cache_clear()
 
     yield put
     monkeypatch.undo()
-    extension.machine.cache_clear()
+    available.runtime.cache_clear()
 
 
 def arguments():
@@ -128,23 +128,23 @@ def test_reasons(build, how, reason):
 
 
 def test_not_built(monkeypatch):
-    monkeypatch.setattr(extension, "_extension_reason", lambda: "not built; do this")
-    extension.machine.cache_clear()
+    monkeypatch.setattr(available, "_extension_reason", lambda: "not built; do this")
+    available.runtime.cache_clear()
     try:
         assert backends()["cuda"] == "not built; do this"
     finally:
-        extension.machine.cache_clear()
+        available.runtime.cache_clear()
 
 
 def test_a_second_device_that_the_build_does_not_cover(build):
     build(architectures="9.0", devices=[ORIN, {**ORIN, "capability": "9.0"}])
-    assert "Orin has capability 8.7" in extension.reason(torch.device("cuda", 0))
-    assert extension.reason(torch.device("cuda", 1)) is None
+    assert "Orin has capability 8.7" in available.reason(torch.device("cuda", 0))
+    assert available.reason(torch.device("cuda", 1)) is None
 
 
 def test_tensors_elsewhere(build):
     build()
-    with pytest.raises(RuntimeError, match="backend 'cuda' does not take this call: its tensors are on cpu"):
+    with pytest.raises(RuntimeError, match="backend 'cuda' does not support this call: its tensors are on cpu"):
         tt_conv(*arguments(), backend="cuda")
     assert tt_conv(*arguments()).shape == (2, 8, 6, 6)  # "auto" gives it to torch, by the same rule
 
@@ -167,7 +167,7 @@ def test_tensors_elsewhere(build):
     ],
 )
 def test_covers(capability, architectures, covered):
-    assert extension.covers(capability, architectures) is covered
+    assert available.covers(capability, architectures) is covered
 
 
 def test_layers_keep_their_backend():

@@ -43,7 +43,7 @@ def test_matrix(case, epilogue, adapted):
 @pytest.mark.parametrize("case", BLOCK_CASES, ids=lambda c: c.name)
 def test_a_suffix_alone_gets_its_gradient(case, monkeypatch):
     """From ``B^T dz``, without the dense weight gradient; in slices."""
-    monkeypatch.setattr(sys.modules["lora_edge.ops.tt_block"], "SLICE_BYTES", 1)
+    monkeypatch.setattr(sys.modules["lora_edge.ops.engines.torch.tt_block"], "SLICE_BYTES", 1)
     (x, weight, core, suffix, *rest), options = arguments(case, EPILOGUES["affine, residual with affine, relu6"])
     suffix.requires_grad_()
     y = tt_block(x, weight, core.detach(), suffix, *rest, **options)
@@ -73,7 +73,7 @@ def test_other_dtypes(case, dtype):
 @pytest.mark.parametrize("outputs", [1, 4, 8], ids=lambda o: f"{o} outputs")  # 1 x 9 x 7 bits: only 8 samples fill whole bytes
 @pytest.mark.parametrize("channels_last", [False, True])
 def test_slices_of_the_batch(batch, outputs, channels_last, monkeypatch):
-    monkeypatch.setattr(sys.modules["lora_edge.ops.tt_block"], "SLICE_BYTES", 1)
+    monkeypatch.setattr(sys.modules["lora_edge.ops.engines.torch.tt_block"], "SLICE_BYTES", 1)
     case = ConvCase("sliced", batch=batch, size=(9, 7), outputs=outputs, padding=1, channels_last=channels_last)
     positional, options = arguments(case, EPILOGUES["affine, residual with affine, relu6"])
     inputs = leaves(positional, options)
@@ -87,7 +87,7 @@ def test_slices_of_the_batch(batch, outputs, channels_last, monkeypatch):
 @pytest.mark.parametrize("batch", [1, 9])
 @pytest.mark.parametrize("channels_last", [False, True])
 def test_overwriting_the_input(batch, channels_last, adapted, monkeypatch):
-    monkeypatch.setattr(sys.modules["lora_edge.ops.tt_block"], "SLICE_BYTES", 1)
+    monkeypatch.setattr(sys.modules["lora_edge.ops.engines.torch.tt_block"], "SLICE_BYTES", 1)
     case = ConvCase("square", outputs=6, padding=1, batch=batch, channels_last=channels_last)
     positional, options = arguments(case, EPILOGUES["affine, residual with affine, relu6"], adapted=adapted)
     leaf, weight, core, suffix, bias, *_ = positional

@@ -1,6 +1,6 @@
 """The whole Python side of the Triton backend in the interpreter, on CPU tensors: the tests of the compiled extension's.
 
-Only what :mod:`lora_edge.ops.engines.triton.available` says of the machine is replaced.
+Only the runtime of :mod:`lora_edge.ops.engines.triton.available` is replaced.
 """
 
 from __future__ import annotations
@@ -37,7 +37,7 @@ from helpers.cases import ConvCase
 from lora_edge import check
 from lora_edge.ops import tt_block, tt_conv
 from lora_edge.ops.activation import Activation
-from lora_edge.ops.engines.triton import available as triton_machine
+from lora_edge.ops.engines.triton import available
 from lora_edge.ops.engines.triton.kernels import tt_block as block_launches
 from lora_edge.ops.engines.triton.kernels import tt_fuse as fuse_launches
 
@@ -58,13 +58,13 @@ class Launches:
 
 @pytest.fixture
 def kernels(monkeypatch):
-    """The kernels take CPU tensors, in full float32; counts their launches."""
+    """The Triton engine on CPU tensors, in full float32; counts its launches."""
     launches = Launches()
     for module in (block_launches, fuse_launches):
         for name in ("forward", "backward"):
             monkeypatch.setattr(module, name, launches.counted(getattr(module, name)))
-    monkeypatch.setattr(triton_machine, "machine", lambda: None)
-    monkeypatch.setattr(triton_machine, "DEVICE_TYPE", "cpu")
+    monkeypatch.setattr(available, "runtime", lambda: available.Runtime("cpu"))
+    monkeypatch.setattr(available, "DEVICE_TYPE", "cpu")
     monkeypatch.setattr(torch.backends.cudnn, "allow_tf32", False)
     return launches
 
@@ -72,15 +72,18 @@ def kernels(monkeypatch):
 @pytest.mark.parametrize(
     ("change", "why"),
     [
-        ({"activation": Activation("leaky_relu", (0.1,))}, "activation leaky_relu; the kernels take relu, relu6 and hardtanh"),
-        ({"saved_dtype": torch.float64}, "saved_dtype is torch.float64; the kernels take float32, float16 and bfloat16"),
-        ({"core": torch.randn(8, 17), "suffix": torch.randn(17, 6, 3, 3)}, "rank 17: the kernels take up to 16"),
+        (
+            {"activation": Activation("leaky_relu", (0.1,))},
+            "activation leaky_relu; the kernels support relu, relu6 and hardtanh",
+        ),
+        ({"saved_dtype": torch.float64}, "saved_dtype is torch.float64; the kernels support float32, float16 and bfloat16"),
+        ({"core": torch.randn(8, 17), "suffix": torch.randn(17, 6, 3, 3)}, "rank 17: the kernels support up to 16"),
         (
             {"suffix": [torch.randn(2, 6, 65), torch.randn(65, 3, 2), torch.randn(2, 3, 1)]},
-            "a bond of 65 between the frozen cores: the kernels take up to 64",
+            "a bond of 65 between the frozen cores: the kernels support up to 64",
         ),
-        ({"x": torch.zeros(1).expand(5_000_000, 6, 9, 8)}, "x has 2160000000 elements; the kernels take fewer than 2..31"),
-        ({"x": torch.zeros(1).expand(4_971_026, 6, 9, 8)}, "2147483232 elements: the kernels take up to 2147479552"),
+        ({"x": torch.zeros(1).expand(5_000_000, 6, 9, 8)}, "x has 2160000000 elements; the kernels support fewer than 2..31"),
+        ({"x": torch.zeros(1).expand(4_971_026, 6, 9, 8)}, "2147483232 elements: the kernels support up to 2147479552"),
     ],
     ids=lambda change: next(iter(change)) if isinstance(change, dict) else "",
 )
@@ -88,7 +91,7 @@ def test_what_the_kernels_do_not_take(change, why, kernels):
     positional, options = arguments(ConvCase("x"), {}, torch.float32)
     names = ("x", "weight", "core", "suffix", "bias", "stride", "padding", "dilation", "groups", "scale")
     call = {**dict(zip(names, positional, strict=True)), **options, **change}
-    with pytest.raises(RuntimeError, match=f"tt_block: backend 'triton' does not take this call: .*{why}") as caught:
+    with pytest.raises(RuntimeError, match=f"tt_block: backend 'triton' does not support this call: .*{why}") as caught:
         tt_block(**call, backend="triton")
     assert "\n" not in str(caught.value)
     assert kernels.count == 0
