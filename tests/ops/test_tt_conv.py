@@ -216,7 +216,7 @@ GOOD = {
 @pytest.mark.parametrize(
     ("change", "error", "text"),
     [
-        ({"x": torch.randn(2, 5, 8, 8)}, ValueError, r"x has 5 channels; weight \(8, 3, 3, 3\) with groups=2 takes 6"),
+        ({"x": torch.randn(2, 5, 8, 8)}, ValueError, r"x has 5 channels; weight \(8, 3, 3, 3\) with groups=2 needs 6"),
         ({"x": torch.randn(2, 6, 8)}, ValueError, "x has"),
         ({"x": torch.randn(6)}, ValueError, r"x has shape \(6,\)"),
         ({"x": [1.0]}, TypeError, "x is a list; give a tensor"),

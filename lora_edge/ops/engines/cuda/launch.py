@@ -1,7 +1,7 @@
 """One call of the CUDA kernels: outputs and scratch from torch's allocator, places and strides as a tuple of ints.
 
 The tuples follow the order of csrc/fields.h. Nothing waits for the device and nothing is allocated elsewhere, so a CUDA graph
-captures a launch. What backward needs beside the layer's own tensors is one buffer of bytes: ``h``, then the packed bits.
+captures a launch. What backward needs besides the layer's own tensors is one buffer of bytes: ``h``, then the packed bits.
 """
 
 from __future__ import annotations

@@ -1,7 +1,7 @@
 """One call of the Triton kernels: outputs from torch's allocator, as in :mod:`lora_edge.ops.engines.cuda.launch`.
 
-Nothing waits for the device and nothing is allocated elsewhere, so a CUDA graph captures a call. What backward needs beside the
-layer's own tensors is one buffer of bytes: ``h``, then the packed bits.
+Nothing waits for the device and nothing is allocated elsewhere, so a CUDA graph captures a call. What backward needs besides
+the layer's own tensors is one buffer of bytes: ``h``, then the packed bits.
 """
 
 from __future__ import annotations
