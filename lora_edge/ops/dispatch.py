@@ -44,7 +44,7 @@ def block(
     """
     wanted = choose_backend(backend, op)
     x, weight, core, bias, residual, factors, *_ = tensors
-    traced = torch.compiler.is_compiling()
+    traced = _is_traced()
     name = engines.chosen(wanted, x.device, op, traced)
     if name == engines.TORCH:
         return torch_engine.block(op, tensors, args, epilogue, route)
@@ -79,7 +79,7 @@ def block(
 def fuse(backend: str, weight: Tensor, core: Tensor, factors: list[Tensor], scale: float) -> Tensor:
     """The fused weight of checked arguments; raises as :func:`block`."""
     wanted = choose_backend(backend, "tt_fuse")
-    traced = torch.compiler.is_compiling()
+    traced = _is_traced()
     name = engines.chosen(wanted, weight.device, "tt_fuse", traced)
     if name == engines.TORCH:
         return torch_engine.fuse(weight, core, factors, scale)
@@ -193,6 +193,11 @@ class _Fuse(torch.autograd.Function):
         core, *factors = ctx.saved_tensors
         dcore = ctx.plan.engine.fuse_backward(ctx.plan, dout, core, factors) if ctx.needs_input_grad[1] else None
         return dout if ctx.needs_input_grad[0] else None, dcore, None, None
+
+
+def _is_traced() -> bool:
+    """Whether torch.compile is tracing. A function, so that it also holds in a frame that torch.compile gave up and runs."""
+    return torch.compiler.is_compiling()
 
 
 def _refuse(op: str, wanted: str, why: str) -> None:

@@ -19,7 +19,7 @@ from helpers.backend_tests import (  # noqa: F401
     takes_factor_route,
     test_1d_in_channels_last_memory,
     test_a_network_trains_as_on_torch,
-    test_auto_takes_the_kernels_and_torch_does_not,
+    test_auto_uses_the_kernels_and_torch_does_not,
     test_autocast,
     test_bad_input_is_refused_before_any_launch,
     test_compile_without_graph_breaks,
@@ -93,7 +93,7 @@ def test_views_that_reach_too_far_are_copied():
     ],
     ids=lambda change: next(iter(change)) if isinstance(change, dict) else "",
 )
-def test_what_the_kernels_do_not_take(change, why, kernels):
+def test_unsupported_calls(change, why, kernels):
     positional, options = arguments(ConvCase("x", padding=2), {}, torch.float32)
     names = ("x", "weight", "core", "suffix", "bias", "stride", "padding", "dilation", "groups", "scale")
     call = dict(zip(names, positional, strict=True)) | options
@@ -103,7 +103,7 @@ def test_what_the_kernels_do_not_take(change, why, kernels):
         tt_block(**call, backend=kernels.name)
     assert "\n" not in str(caught.value)
     if "x" not in change:
-        assert tt_block(**call).shape[1] == 8  # "auto" gives it to torch
+        assert tt_block(**call).shape[1] == 8  # under "auto" it runs on torch
     assert kernels.count == 0
 
 

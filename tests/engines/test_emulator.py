@@ -1,4 +1,4 @@
-"""The host layer itself: that broken kernels are found out by what they do, and that a warp's units compute what PTX says."""
+"""The emulator itself: broken kernels are detected by what they do, and a warp's units compute what PTX specifies."""
 
 from __future__ import annotations
 
@@ -10,14 +10,14 @@ import pytest
 import torch
 from torch import Tensor
 
-from helpers import emulator as host_layer
+from helpers import emulator
 from helpers.emulator import Job, LayerError
 
 KERNELS = Path(__file__).parent / "emulator_kernels"
 
-pytestmark = pytest.mark.skipif(host_layer.missing() is not None, reason=str(host_layer.missing()))
+pytestmark = pytest.mark.skipif(emulator.missing() is not None, reason=str(emulator.missing()))
 
-# Every kernel and what is said of it; None: nothing, as it is right.
+# Every kernel and the error that is reported; None for a correct kernel.
 VERDICTS = {
     "exchange": None,
     "warp_exchange": None,
@@ -72,7 +72,7 @@ N = {"stored_in_part": 40, "overflow": 2**31 - 8}
 
 @pytest.fixture(scope="module")
 def runner() -> Path:
-    return host_layer.build(True, [f"-I{KERNELS}"], sorted(KERNELS.glob("*.cu")))
+    return emulator.build(True, [f"-I{KERNELS}"], sorted(KERNELS.glob("*.cu")))
 
 
 def job(name: str, x: Tensor | None = None, y: Tensor | None = None, seeds: int = 20, **fields: int) -> Job:
@@ -83,7 +83,7 @@ def job(name: str, x: Tensor | None = None, y: Tensor | None = None, seeds: int 
 
 @pytest.fixture(scope="module")
 def verdicts(runner: Path) -> dict[str, str | None]:
-    return {result.job.name: result.error for result in host_layer.run([job(name) for name in VERDICTS], runner)}
+    return {result.job.name: result.error for result in emulator.run([job(name) for name in VERDICTS], runner)}
 
 
 @pytest.mark.parametrize("name", VERDICTS)
@@ -115,66 +115,66 @@ def test_results(runner: Path) -> None:
         "async_own_bytes": 4 * t + 3,
         "async_two_groups": 8 * t,
     }
-    for result in host_layer.check([job(name) for name in expected], runner):
+    for result in emulator.check([job(name) for name in expected], runner):
         assert torch.equal(result.outputs["y"], expected[result.job.name].float()), result.job.name
 
 
 def test_every_schedule_finds_the_race(runner: Path) -> None:
-    """The record does not depend on which thread comes first."""
+    """The race is recorded whichever thread comes first."""
     names = ["one_writer_many_readers", "missing_sync_warp", "write_after_read", "async_without_barrier", "counter"]
     jobs = [job(name, seeds=1) for name in names for _ in range(30)]
     for seed, each in enumerate(jobs):
         each.first_seed = seed
-    errors = [result.error or "" for result in host_layer.run(jobs, runner)]
+    errors = [result.error or "" for result in emulator.run(jobs, runner)]
     assert all("race (" in error for error in errors)
     assert all(any(f"race ({kind})" in error for error in errors) for kind in ("read after write", "write after read"))
 
 
 def test_shared_memory_and_outputs_begin_poisoned(runner: Path) -> None:
-    poisoned = host_layer.check([job("poisoned")], runner)[0].outputs["y"]
+    poisoned = emulator.check([job("poisoned")], runner)[0].outputs["y"]
     assert poisoned.isnan().all()
 
 
 def test_two_blocks_that_store_one_element(runner: Path) -> None:
-    assert host_layer.run([job("stored_by_two_blocks")], runner)[0].error is None
-    error = host_layer.run([job("stored_by_two_blocks", blocks=2)], runner)[0].error
+    assert emulator.run([job("stored_by_two_blocks")], runner)[0].error is None
+    error = emulator.run([job("stored_by_two_blocks", blocks=2)], runner)[0].error
     assert error is not None
     assert "is written twice, before by block" in error
 
 
 def test_zero_fill_touches_nothing(runner: Path) -> None:
     x = torch.arange(40, dtype=torch.float32)
-    result = host_layer.check([job("zero_fill", x, torch.empty(256), n=10)], runner)[0]
+    result = emulator.check([job("zero_fill", x, torch.empty(256), n=10)], runner)[0]
     assert torch.equal(result.outputs["y"], torch.cat([x, torch.zeros(216)]))
 
 
 def test_views_keep_their_alignment_and_end(runner: Path) -> None:
     aligned, shifted = torch.zeros(1024), torch.arange(1025, dtype=torch.float32)[1:]
-    assert host_layer.run([job("copy", aligned, torch.empty(256))], runner)[0].error is None
-    error = host_layer.run([job("copy", shifted, torch.empty(256))], runner)[0].error
+    assert emulator.run([job("copy", aligned, torch.empty(256))], runner)[0].error is None
+    error = emulator.run([job("copy", shifted, torch.empty(256))], runner)[0].error
     assert error is not None
     assert "not aligned" in error
-    error = host_layer.run([job("copy", aligned[:252], torch.empty(256))], runner)[0].error
+    error = emulator.run([job("copy", aligned[:252], torch.empty(256))], runner)[0].error
     assert error is not None
     assert "reads 16 bytes at byte 1008 of `x`, which has 1008" in error
 
 
 def test_a_crash_is_one_job_s_error(runner: Path) -> None:
-    """The sanitizer sees what goes around the interface, and the jobs after it run."""
-    results = host_layer.run([job("exchange"), job("crash", n=64), job("exchange")], runner)
+    """The sanitizer sees what bypasses the interface, and the following jobs still run."""
+    results = emulator.run([job("exchange"), job("crash", n=64), job("exchange")], runner)
     assert [result.error is None for result in results] == [True, False, True]
     assert "heap-buffer-overflow" in (results[1].error or "")
 
 
 def test_check_raises_by_name(runner: Path) -> None:
     with pytest.raises(LayerError, match=r"^counter \(counter\): seed 1: ordering\.cu:\d+: block 0"):
-        host_layer.check([job("counter")], runner)
+        emulator.check([job("counter")], runner)
     with pytest.raises(LayerError, match="no op is called `nothing`"):
-        host_layer.check([job("nothing")], runner)
+        emulator.check([job("nothing")], runner)
 
 
 def a_fragment(matrix: np.ndarray, packed: int) -> np.ndarray:
-    """Registers (32, 4) of A (16, K), `packed` neighbours in k each; the layout is the PTX manual's."""
+    """Registers (32, 4) of A (16, K), each with `packed` adjacent values of k; the layout is the PTX manual's."""
     k_half = matrix.shape[1] // 2
     registers = np.zeros((32, 4, packed), dtype=matrix.dtype)
     for lane in range(32):
@@ -205,7 +205,7 @@ def from_d_fragment(registers: np.ndarray) -> np.ndarray:
 
 
 def bits(values: Tensor, dtype: torch.dtype) -> np.ndarray:
-    """The storage of values as unsigned integers."""
+    """The bits of the values as integers."""
     return values.to(dtype).view(torch.int32 if dtype == torch.float32 else torch.int16).numpy()
 
 
@@ -214,7 +214,7 @@ def multiply(runner: Path, op: str, a: Tensor, b: Tensor, dtype: torch.dtype) ->
     packed = 1 if dtype == torch.float32 else 2
     fragments = [np.stack([fragment(m, packed) for m in bits(x, dtype)]) for fragment, x in ((a_fragment, a), (b_fragment, b))]
     inputs = {name: torch.from_numpy(x.view(np.int32).copy()) for name, x in zip("ab", fragments, strict=True)}
-    result = host_layer.check([Job(op, op, {"times": len(a)}, inputs, {"y": torch.empty(32, 4)}, seeds=3)], runner)[0]
+    result = emulator.check([Job(op, op, {"times": len(a)}, inputs, {"y": torch.empty(32, 4)}, seeds=3)], runner)[0]
     return from_d_fragment(result.outputs["y"].numpy())
 
 
@@ -222,14 +222,14 @@ def multiply(runner: Path, op: str, a: Tensor, b: Tensor, dtype: torch.dtype) ->
     ("op", "k", "dtype"), [("mma_tf32", 8, torch.float32), ("mma_f16", 16, torch.float16), ("mma_bf16", 16, torch.bfloat16)]
 )
 def test_mma_is_a_matrix_product(runner: Path, op: str, k: int, dtype: torch.dtype) -> None:
-    """Small whole numbers are exact in every type, so a lane in the wrong place cannot hide."""
+    """Small whole numbers are exact in every type, so a misplaced lane shows."""
     torch.manual_seed(0)
     a, b = torch.randint(-9, 10, (3, 16, k)).float(), torch.randint(-9, 10, (3, k, 8)).float()
     assert np.array_equal(multiply(runner, op, a, b, dtype), (a @ b).sum(0).numpy())
 
 
 def test_mma_in_half_precision_keeps_every_product(runner: Path) -> None:
-    """Sums are float32, and subnormals count."""
+    """Sums are float32, and subnormals are not flushed."""
     torch.manual_seed(0)
     for op, dtype, least in (("mma_f16", torch.float16, 2.0**-24), ("mma_bf16", torch.bfloat16, 2.0**-100)):
         a, b = torch.randn(1, 16, 16).to(dtype), torch.randn(1, 16, 8).to(dtype)
@@ -242,13 +242,13 @@ def test_mma_in_half_precision_keeps_every_product(runner: Path) -> None:
 
 
 def test_mma_cuts_tf32_and_round_tf32_rounds(runner: Path) -> None:
-    """1 + 3 * 2^-12 lies nearer to 1 + 2^-10; the unit alone takes it for 1."""
+    """1 + 3 * 2^-12 rounds to 1 + 2^-10; the unit by itself truncates it to 1."""
     value = 1 + 3 * 2.0**-12
     a, b = torch.zeros(1, 16, 8), torch.zeros(1, 8, 8)
     a[0, 0, 0], b[0, 0, 0] = value, 1
     assert multiply(runner, "mma_tf32", a, b, torch.float32)[0, 0] == 1
     x = torch.tensor([value, -value, 1 + 2.0**-11, 1 + 2.0**-11 - 2.0**-23, 0.0, float("inf")])
-    rounded = host_layer.check([job("convert", x, torch.empty(4, 6), n=6)], runner)[0].outputs["y"][0]
+    rounded = emulator.check([job("convert", x, torch.empty(4, 6), n=6)], runner)[0].outputs["y"][0]
     up = 1 + 2.0**-10
     assert rounded.tolist() == [up, -up, up, 1, 0, float("inf")]
 
@@ -260,7 +260,7 @@ def test_conversions_round_to_nearest_even(runner: Path) -> None:
         [2049.0, 2051.0, 65519.0, 65520.0, 2.0**-25, 3 * 2.0**-25, 2.0**-14 - 2.0**-26, 1 + 2.0**-8, 1 + 3 * 2.0**-8]
     )
     x = torch.cat([anything, torch.randn(200, generator=generator), halfway, -halfway, torch.arange(0, 3000, 7).float()])
-    y = host_layer.check([job("convert", x, torch.empty(4, len(x)), n=len(x), seeds=1)], runner)[0].outputs["y"]
+    y = emulator.check([job("convert", x, torch.empty(4, len(x)), n=len(x), seeds=1)], runner)[0].outputs["y"]
     for row, dtype in ((1, torch.float16), (2, torch.bfloat16)):
         assert torch.equal(y[row].nan_to_num(nan=1e38), x.to(dtype).float().nan_to_num(nan=1e38)), dtype
     whole = (x >= 0) & (x < 2**31)
@@ -273,13 +273,13 @@ def test_load_matrix(runner: Path) -> None:
     for matrices in (4, 2):
         y = torch.empty(matrices, 32)
         name = f"load_matrix{matrices}"
-        result = host_layer.check([Job(name, name, {}, {"x": x}, {"y": y}, seeds=3)], runner)[0]
+        result = emulator.check([Job(name, name, {}, {"x": x}, {"y": y}, seeds=3)], runner)[0]
         assert torch.equal(result.outputs["y"].flatten(), x[: 32 * matrices])
 
 
 def test_shuffle(runner: Path) -> None:
     x = torch.arange(64, dtype=torch.float32)
-    sums = host_layer.check([job("butterfly", x)], runner)[0].outputs["y"]
+    sums = emulator.check([job("butterfly", x)], runner)[0].outputs["y"]
     assert torch.equal(sums.view(2, 32), x.view(2, 32).sum(1, keepdim=True).expand(2, 32))
 
 
@@ -293,7 +293,7 @@ def test_trace_counts(runner: Path, tmp_path: Path) -> None:
         assert (launch["threads"], launch["shared_bytes"]) == (64, 4096)
         return [1]
 
-    trace = host_layer.trace(job("banks", blocks=3), choose, tmp_path, runner)
+    trace = emulator.trace(job("banks", blocks=3), choose, tmp_path, runner)
     assert blocks == [3]
     (row,) = trace.blocks
     assert row["block"] == 1

@@ -1,7 +1,7 @@
-"""The compiled kernels against float64: every launch of the case matrix on the host layer, and on a CUDA device where one is.
+"""The compiled kernels against float64: every launch of the case matrix on the emulator, and on a CUDA device if there is one.
 
-On the host layer each launch runs under 20 schedules with the address and undefined-behaviour sanitizers, outputs poisoned
-before each; a race, an access out of bounds, a value that a schedule changes or a byte that is never written is an error.
+On the emulator each launch runs under 20 schedules with the address and undefined-behaviour sanitizers, its outputs poisoned
+first; a race, an access out of bounds, a value that depends on the schedule or a byte that is never written is an error.
 """
 
 from __future__ import annotations
@@ -13,7 +13,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from helpers import emulator as host_layer
+from helpers import emulator
 from helpers.kernel_cases import Launch, launches
 from lora_edge.environment import extension as _extension
 
@@ -21,36 +21,38 @@ SCHEDULES = 20
 LAUNCHES = {launch.name: launch for launch in launches()}
 
 
-def _job(launch: Launch) -> host_layer.Job:
-    return host_layer.Job(launch.name, launch.op, launch.fields, launch.inputs, launch.outputs, launch.scratch, SCHEDULES)
+def _job(launch: Launch) -> emulator.Job:
+    return emulator.Job(launch.name, launch.op, launch.fields, launch.inputs, launch.outputs, launch.scratch, SCHEDULES)
 
 
 @pytest.fixture(scope="session")
-def host_results(request: pytest.FixtureRequest) -> dict[str, host_layer.Result]:
-    """The results of every launch that this session asks for, from two processes."""
+def emulated_results(request: pytest.FixtureRequest) -> dict[str, emulator.Result]:
+    """The results of every launch that this session tests, from two processes."""
     wanted = [
-        item.callspec.params["name"] for item in request.session.items if "host_results" in getattr(item, "fixturenames", ())
+        item.callspec.params["name"]
+        for item in request.session.items
+        if "emulated_results" in getattr(item, "fixturenames", ())
     ]
-    runner = host_layer.build(sanitize=True)
+    runner = emulator.build(sanitize=True)
     jobs = [_job(LAUNCHES[name]) for name in wanted]
     with ThreadPoolExecutor(2) as pool:
-        halves = pool.map(lambda part: host_layer.run(part, runner), (jobs[0::2], jobs[1::2]))
+        halves = pool.map(lambda part: emulator.run(part, runner), (jobs[0::2], jobs[1::2]))
         return {result.job.name: result for half in halves for result in half}
 
 
 @pytest.mark.parametrize("name", LAUNCHES)
-def test_on_the_host_layer(name: str, host_results: dict[str, host_layer.Result]) -> None:
-    result = host_results[name]
+def test_on_the_emulator(name: str, emulated_results: dict[str, emulator.Result]) -> None:
+    result = emulated_results[name]
     assert result.refused is None
     assert result.error is None
     _check(LAUNCHES[name], result.outputs)
 
 
-def test_wide_cases_are_wide_on_the_host_layer(tmp_path: Path) -> None:
-    runner = host_layer.build(sanitize=True)
+def test_wide_cases_are_wide_on_the_emulator(tmp_path: Path) -> None:
+    runner = emulator.build(sanitize=True)
     for name, launch in LAUNCHES.items():
         if name.startswith("forward: wide, "):
-            launches = host_layer.trace(_job(launch), lambda _: [], tmp_path, runner).launches
+            launches = emulator.trace(_job(launch), lambda _: [], tmp_path, runner).launches
             assert [found["threads"] for found in launches if "tt_block_forward" in found["kernel"]] == [256], name
 
 
@@ -72,7 +74,7 @@ def test_on_the_device(name: str) -> None:
         name_of_size = {"packed": f"packed_{direction}", "partial": "fuse_partial" if "fuse" in launch.op else "partial"}[key]
         tensors[key] = torch.full((max(1, sizes[name_of_size]),), 255, dtype=torch.uint8, device="cuda")
     strides = {}
-    for key in host_layer.STRIDED:
+    for key in emulator.STRIDED:
         if key in tensors:
             tensor = tensors[key] if tensors[key].dim() == 4 else tensors[key].unsqueeze(2)
             strides |= {f"{key}_{axis}": stride for axis, stride in zip("nchw", tensor.stride(), strict=True)}
@@ -86,7 +88,7 @@ def test_on_the_device(name: str) -> None:
 
 
 def _on_device(value: Tensor) -> Tensor:
-    """The same strides and the same distance from alignment."""
+    """A copy with the same strides and the same distance from alignment."""
     span = 1 + sum((size - 1) * stride for size, stride in zip(value.shape, value.stride(), strict=True))
     storage = torch.empty(value.storage_offset() + span, dtype=value.dtype, device="cuda")
     storage[value.storage_offset() :] = value.as_strided((span,), (1,)).cuda()

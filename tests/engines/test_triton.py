@@ -1,4 +1,5 @@
-"""Triton as a backend: its kernels in the interpreter (a process of their own), ahead of time, on a device; its tuner; why not.
+"""The Triton engine: its kernels in the interpreter (in a process of their own), compiled ahead of time, and on a device; its
+tuner; the reasons why it does not work.
 
 ``LORA_EDGE_TEST_ALL=1`` (``make test-all``) runs the whole case matrix in the interpreter and compiles more of the kernels.
 """
@@ -26,7 +27,7 @@ on_a_device = pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a 
 
 @pytest.fixture(scope="module")
 def interpreted():
-    """Both files of tests/engines/interpreted at the same time, by name."""
+    """Both files of tests/engines/interpreted, running at the same time, by name."""
     environment = {**os.environ, "TRITON_INTERPRET": "1", "OMP_NUM_THREADS": "1"}
     running = {
         path.stem: subprocess.Popen(
@@ -56,7 +57,7 @@ def test_interpreted_tests_are_not_collected_without_the_interpreter():
 
 @pytest.fixture
 def fresh(monkeypatch):
-    """Asks anew, and forgets what was found."""
+    """Forget what is known about the machine, before and after."""
     available.runtime.cache_clear()
     available._not_covered.cache_clear()
     yield monkeypatch
@@ -136,7 +137,7 @@ def test_available_where_the_probe_passes(fresh):
     assert available.reason(torch.device("cpu")) == "its tensors are on cpu; the kernels support tensors on cuda"
 
 
-def test_auto_takes_the_extension_first(monkeypatch):
+def test_auto_chooses_cuda_first(monkeypatch):
     from lora_edge.ops.engines import registry as engines
     from lora_edge.ops.engines.cuda import available as cuda_available
 
@@ -161,7 +162,7 @@ class OnDevice:
 
 @pytest.fixture
 def tuner(monkeypatch, tmp_path):
-    """The tuner on a device of which only the times are made up: a launch takes as long as its tile has rows."""
+    """The tuner on a fake device: a launch takes as many seconds as its tile has rows."""
     from lora_edge.ops.engines.triton.kernels import tuner
 
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
@@ -243,7 +244,7 @@ def variants():
 
 @pytest.mark.parametrize("capability", [87, 80, 90])
 def test_ahead_of_time(capability, variants):
-    """No spilled register and no more shared memory than a block may have; here of a few, the table has them all."""
+    """No spilled register and no more shared memory than a block may have; for a few here, for all in the table."""
     from benchmarks.orin import triton as table
 
     every = table.one_of_each(variants)
@@ -265,7 +266,7 @@ def test_a_spill_is_a_failure(variants):
 
 
 def test_tf32_operands_are_rounded(variants):
-    """Triton's own product would truncate them: its code has no conversion."""
+    """Triton's own product would truncate them, without a conversion in its code."""
     from benchmarks.orin import triton as table
 
     variant = next(v for v in variants if v.name == "tt_block_forward" and v.constant("UNIT") == "tf32")

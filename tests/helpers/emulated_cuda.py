@@ -1,4 +1,4 @@
-"""The fixture ``kernels``: the CUDA backend on CPU tensors, its kernels run by the emulator."""
+"""The fixture ``kernels``: the CUDA engine on CPU tensors, its kernels run by the emulator."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from lora_edge.ops.engines.cuda import available
 
 
 class Launches:
-    """Counts the launches of an engine: each asks for its stream once."""
+    """Counts launches: each asks for its stream once."""
 
     name = "cuda"
     count = 0

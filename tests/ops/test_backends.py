@@ -1,4 +1,4 @@
-"""Choice of the backend: argument over context over environment; names that are unknown or do not work here, and why."""
+"""The choice of the backend: argument over context over environment; unknown names, and names that do not work here."""
 
 from __future__ import annotations
 
@@ -26,7 +26,7 @@ def _no_environment(monkeypatch):
 
 @pytest.fixture
 def build(monkeypatch):
-    """Put an extension of this build on a machine with these devices; torch has CUDA."""
+    """Pretend that this build of the extension is on a machine with these devices and a torch with CUDA."""
 
     def put(cuda="12.6", architectures="8.7+PTX", devices=(ORIN,), error=None, torch_has_cuda=True):
         module = ModuleType("_C")
@@ -55,7 +55,7 @@ def test_argument_over_context_over_environment(monkeypatch, build):
     with use_backend("cuda"):
         assert choose_backend("auto", "op") == "cuda"
         assert choose_backend("torch", "op") == "torch"
-        with use_backend("auto"):  # asks for nothing, so the environment counts
+        with use_backend("auto"):  # names nothing, so the environment decides
             assert choose_backend("auto", "op") == "torch"
     assert choose_backend("auto", "op") == "torch"
 
@@ -146,7 +146,7 @@ def test_tensors_elsewhere(build):
     build()
     with pytest.raises(RuntimeError, match="backend 'cuda' does not support this call: its tensors are on cpu"):
         tt_conv(*arguments(), backend="cuda")
-    assert tt_conv(*arguments()).shape == (2, 8, 6, 6)  # "auto" gives it to torch, by the same rule
+    assert tt_conv(*arguments()).shape == (2, 8, 6, 6)  # under "auto" it runs on torch, by the same rule
 
 
 @pytest.mark.parametrize(
@@ -181,7 +181,7 @@ def test_layers_keep_their_backend():
 
 
 def test_a_layer_from_elsewhere_says_why_it_does_not_run(build):
-    """A pickle of a layer that was adapted with backend="cuda", on a machine without."""
+    """A layer that was adapted with backend="cuda" and pickled, on a machine without CUDA."""
     build(cuda=None)
     layer = lora_edge.LoRAEdgeConv1d(3, 4, 3)
     layer.backend = "cuda"

@@ -1,6 +1,6 @@
-"""The three doors to compiled code under random calls: no crash, no hang, and a valid call has the reference's value.
+"""The three doors to compiled code under random calls: no crash, no hang, and valid calls have the reference's value.
 
-LORA_EDGE_FUZZ_CALLS   calls at each door, 150 unless set; 2,000 by ``make sanitize``
+LORA_EDGE_FUZZ_CALLS   calls per door, 150 unless set; 2,000 in ``make sanitize``
 """
 
 from __future__ import annotations
@@ -25,7 +25,7 @@ pytestmark = pytest.mark.skipif(isinstance(available.runtime(), str), reason=f"t
 
 ROOT = Path(__file__).resolve().parents[2]
 CALLS = int(os.environ.get("LORA_EDGE_FUZZ_CALLS") or 150)
-SECONDS_A_CALL = 1.0  # a call takes some milliseconds; the sanitizers and a busy machine tens of times that
+SECONDS_PER_CALL = 1.0  # a call takes a few milliseconds, and tens of times that with sanitizers or on a busy machine
 
 
 @pytest.mark.other_python
@@ -33,13 +33,13 @@ SECONDS_A_CALL = 1.0  # a call takes some milliseconds; the sanitizers and a bus
 def test_random_calls(door):
     command = [sys.executable, "tests/helpers/fuzz_doors.py", door, str(CALLS)]
     env = {**os.environ, "PYTHONPATH": f"{ROOT}{os.pathsep}{ROOT / 'tests'}"}
-    done = subprocess.run(command, capture_output=True, text=True, cwd=ROOT, env=env, timeout=60 + SECONDS_A_CALL * CALLS)
+    done = subprocess.run(command, capture_output=True, text=True, cwd=ROOT, env=env, timeout=60 + SECONDS_PER_CALL * CALLS)
     assert done.returncode == 0, done.stderr[-3000:].replace("\r", "\n")
     assert f"{CALLS} calls" in done.stdout
     print(done.stdout.strip())
 
 
-# One thing of each kind by itself
+# one change of each kind
 
 
 @pytest.fixture
@@ -108,7 +108,7 @@ def test_a_launch_names_the_tensor_that_does_not_fit(backward):
             launch = a_launch(backward)
             launch.numbers[number] = value
             if name == "bits" and number == name and value > 0:
-                continue  # bytes lie anywhere
+                continue  # bytes may be at any address
             with pytest.raises(ValueError, match=f"of {name} is "):
                 launch.run()
 

@@ -1,4 +1,4 @@
-"""The whole Python side of the Triton backend in the interpreter, on CPU tensors: the tests of the compiled extension's.
+"""The whole Python side of the Triton engine in the interpreter, on CPU tensors, by the tests of the CUDA engine.
 
 Only the runtime of :mod:`lora_edge.ops.engines.triton.available` is replaced.
 """
@@ -11,7 +11,7 @@ import torch
 from helpers.backend_tests import (  # noqa: F401
     test_1d_in_channels_last_memory,
     test_a_network_trains_as_on_torch,
-    test_auto_takes_the_kernels_and_torch_does_not,
+    test_auto_uses_the_kernels_and_torch_does_not,
     test_autocast,
     test_bad_input_is_refused_before_any_launch,
     test_compile_without_graph_breaks,
@@ -43,7 +43,7 @@ from lora_edge.ops.engines.triton.kernels import tt_fuse as fuse_launches
 
 
 class Launches:
-    """Counts the calls that come to a launch."""
+    """Counts the launches."""
 
     name = "triton"
     count = 0
@@ -87,7 +87,7 @@ def kernels(monkeypatch):
     ],
     ids=lambda change: next(iter(change)) if isinstance(change, dict) else "",
 )
-def test_what_the_kernels_do_not_take(change, why, kernels):
+def test_unsupported_calls(change, why, kernels):
     positional, options = arguments(ConvCase("x"), {}, torch.float32)
     names = ("x", "weight", "core", "suffix", "bias", "stride", "padding", "dilation", "groups", "scale")
     call = {**dict(zip(names, positional, strict=True)), **options, **change}
@@ -97,7 +97,7 @@ def test_what_the_kernels_do_not_take(change, why, kernels):
     assert kernels.count == 0
 
 
-def test_strides_beyond_the_extensions(kernels):
+def test_strides_that_the_cuda_engine_does_not_support(kernels):
     positional, options = arguments(ConvCase("x", stride=(5, 6), padding=2), {"activation": "relu"}, torch.float32)
     y = tt_block(*positional, **options, backend="triton")
     want = tt_block(*positional, **options, backend="torch")
