@@ -52,7 +52,7 @@ class Sizes(NamedTuple):
 class Epilogue(NamedTuple):
     """What is fixed for a layer besides its convolution's arguments.
 
-    ``overwrite`` says that nobody else needs ``x``: a ``y`` of the same size may reuse its memory.
+    ``overwrite`` says that ``x`` is not needed afterwards: a ``y`` of the same size may reuse its memory.
     """
 
     scale: float

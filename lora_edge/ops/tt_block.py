@@ -62,7 +62,7 @@ def tt_block(
         scale: factor of the update.
         affine: ``(a (O,), b (O,))`` of a frozen BatchNorm, or None. Not differentiable.
         residual: the shape of ``y``, or None; added before the activation.
-        residual_affine: the same for the residual, where a frozen BatchNorm stands on the shortcut.
+        residual_affine: the same for the residual, where the shortcut has a frozen BatchNorm.
         activation: None, "relu", "relu6", or another :class:`lora_edge.ops.activation.Activation`.
         saved_dtype: dtype to keep ``h`` in, None for its own.
         backend: "auto", "torch", "cpu", "cuda" or "triton"; see :mod:`lora_edge.ops.backends`.
@@ -111,8 +111,8 @@ def run_block(
 ) -> Tensor:
     """:func:`tt_block` on normalised arguments; ``args`` may hold the padding of an ``F.pad``.
 
-    ``overwrite`` says that nobody else needs ``x``: a ``y`` of the same size may then reuse its memory. ``keep_layout`` leaves
-    ``y`` in the layout that the engine keeps from block to block.
+    ``overwrite`` says that ``x`` is not needed afterwards: a ``y`` of the same size may then reuse its memory.
+    ``keep_layout`` leaves ``y`` in the layout that the engine keeps from block to block.
     """
     check_conv(x, weight, bias, args.groups, "tt_block", batched=True)
     check_affine(affine, weight, "affine", "tt_block")

@@ -6,12 +6,14 @@ tuner; the reasons why it does not work.
 
 from __future__ import annotations
 
+import importlib
 import importlib.util
 import json
 import os
 import subprocess
 import sys
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -151,6 +153,9 @@ def test_auto_chooses_cuda_first(monkeypatch):
     assert engines.chosen("cuda", device) == "cuda"
     works["triton"] = "missing"
     assert engines.chosen("auto", device) == "torch"
+    layer = SimpleNamespace(backend="auto", weight=SimpleNamespace(device=device))
+    backend_of = importlib.import_module("lora_edge.summary")._backend
+    assert backend_of(layer, None, None, None) == "torch (not built)"
 
 
 class OnDevice:
@@ -162,7 +167,7 @@ class OnDevice:
 
 @pytest.fixture
 def tuner(monkeypatch, tmp_path):
-    """The tuner on a fake device: a launch takes as many seconds as its tile has rows."""
+    """The tuner on a fake device: a launch lasts as many seconds as its tile has rows."""
     from lora_edge.ops.engines.triton.kernels import tuner
 
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))

@@ -163,7 +163,7 @@ def build(
 ) -> Path:
     """The runner with `sources` (the kernels, unless given), compiled where something changed; two compilers at a time.
 
-    include: the folder that the sources take their headers from: `csrc` or a copy of it.
+    include: the folder of the headers: `csrc` or a copy of it.
     """
     sources = kernel_sources() if sources is None else list(sources)
     how = [*_COMMON, *(_SANITIZED if sanitize else ["-O2"]), *flags, f"-I{include}"]

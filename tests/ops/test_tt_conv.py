@@ -231,7 +231,7 @@ GOOD = {
         ({"suffix": [torch.randn(2, 3)]}, ValueError, "a TT core is"),
         ({"bias": torch.randn(3)}, ValueError, r"bias has shape \(3,\)"),
         ({"bias": torch.randn(8).double()}, TypeError, "bias is torch.float64"),
-        ({"groups": 3}, ValueError, "takes 9"),
+        ({"groups": 3}, ValueError, "needs 9"),
         ({"groups": 0}, ValueError, "groups is 0"),
         ({"stride": 0}, ValueError, "stride is 0; each must be at least 1"),
         ({"stride": (1, 2, 3)}, ValueError, "give one int or 2 ints"),

@@ -11,7 +11,7 @@ import torch
 from lora_edge.environment.torch_private import constant_when_traced
 from lora_edge.ops.engines.protocol import Available, Engine
 
-WITH_KERNELS = ("cuda", "triton", "cpu")  # "auto" takes the first that works
+WITH_KERNELS = ("cuda", "triton", "cpu")  # "auto" chooses the first that works
 TORCH = "torch"  # supports every call, so it comes last
 ENGINES = (*WITH_KERNELS, TORCH)
 
@@ -38,7 +38,7 @@ def leaves(name: str, op: str, by_name: bool, traced: bool) -> str | None:
 
 
 def device_type(name: str) -> str:
-    """Type of the devices whose tensors an engine that works supports."""
+    """Type of the devices whose tensors an engine supports, where it works."""
     return _AVAILABLE[name].device_type()
 
 

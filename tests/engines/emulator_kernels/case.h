@@ -1,4 +1,4 @@
-// A kernel of the layer's own tests, as an op of the runner: `x` in, `y` out, 64 threads and 4 KB of shared memory.
+// A kernel of the emulator's own tests, as an op of the runner: `x` in, `y` out, 64 threads and 4 KB of shared memory.
 #pragma once
 
 #include "gpu.cuh"

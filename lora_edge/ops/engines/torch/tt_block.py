@@ -24,7 +24,7 @@ from lora_edge.ops.half_precision import narrowed
 from lora_edge.ops.once import once_differentiable
 from lora_edge.ops.plan import Epilogue
 
-SLICES = 16  # the batch is worked on in about this many slices, so that what lives inside a slice is small beside a map
+SLICES = 16  # about so many slices of the batch, so that temporaries of one slice are small compared with a map
 SLICE_BYTES = 1 << 19  # but no slice is made smaller than this
 
 

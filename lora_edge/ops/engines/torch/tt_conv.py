@@ -1,8 +1,8 @@
 """``tt_conv`` in plain torch: the very call of the stock convolution, with a backward that saves ``h`` or ``x``.
 
-A Function of its own beside :class:`lora_edge.ops.engines.torch.tt_block.TTBlock`, since the two differ in bits: a layer by
-itself computes what the stock layer computes, bit for bit, in one pass with torch's own padding, while a block works in slices
-of the batch, whose sums round differently, and pads even kernels with zero taps.
+It is not merged with :class:`lora_edge.ops.engines.torch.tt_block.TTBlock`, because their bits differ: a convolution by itself
+computes exactly what the stock layer does, in one pass with torch's own padding; a block's backward runs over slices of the
+batch, whose sums round differently, and even kernel sizes get zero taps.
 """
 
 from __future__ import annotations
