@@ -44,10 +44,6 @@ class Sizes(NamedTuple):
     factor_dtypes: tuple[torch.dtype, ...]
     affine_dtypes: tuple[torch.dtype, ...]
 
-    @property
-    def rank(self) -> int:
-        return self.factors[0][0] if self.factors else 0
-
 
 class Epilogue(NamedTuple):
     """What is fixed for a layer besides its convolution's arguments.
@@ -139,6 +135,11 @@ def sizes_of(tensors: BlockTensors) -> Sizes:
     )
 
 
+def rank_of(sizes: Sizes) -> int:
+    """``r1``, 0 where the convolution is not adapted. Not a property, which torch 2.4 cannot trace."""
+    return sizes.factors[0][0] if sizes.factors else 0
+
+
 def is_channels_last(x: Tensor) -> bool:
     """Whether channels are adjacent in memory. If they are in x or the weight, outputs are laid out so as well, in 1-D too."""
     return not x.is_contiguous() and x.stride(1) == 1 and x.shape[1] > 1
@@ -167,7 +168,7 @@ def rule(sizes: Sizes, args: ConvArgs, epilogue: Epilogue, saves: Saves, route: 
     if saves.h:
         if route == "auto":
             itemsize = (epilogue.saved_dtype or sizes.dtype).itemsize
-            route = choose_route(sizes.weight, sizes.rank, args, sizes.x[2:], itemsize / sizes.dtype.itemsize)
+            route = choose_route(sizes.weight, rank_of(sizes), args, sizes.x[2:], itemsize / sizes.dtype.itemsize)
         if route == "dense":
             return (
                 "the dense route of the core's gradient, by choice or by the cost model; the kernels support the factor route"
@@ -177,10 +178,10 @@ def rule(sizes: Sizes, args: ConvArgs, epilogue: Epilogue, saves: Saves, route: 
     elements = {
         "x": batch * math.prod(sizes.x[1:]),
         "y": batch * math.prod(y_shape[1:]),
-        "h": batch * math.prod(y_shape[2:]) * args.groups * sizes.rank,
+        "h": batch * math.prod(y_shape[2:]) * args.groups * rank_of(sizes),
         "weight": weight,
-        "core": sizes.weight[0] * sizes.rank,
-        "suffix": max([weight // sizes.weight[0] * sizes.rank, *[math.prod(shape) for shape in sizes.factors]]),
+        "core": sizes.weight[0] * rank_of(sizes),
+        "suffix": max([weight // sizes.weight[0] * rank_of(sizes), *[math.prod(shape) for shape in sizes.factors]]),
     }
     for name, count in elements.items():
         if count > MOST_ELEMENTS:
@@ -236,7 +237,7 @@ def block_plan(
         engine, native, y_shape, y_stride, tuple(sizes.x), dx_stride, saves,
         saved_layout(sizes, args, epilogue, saves), overwrites,
         scratch["packed_forward"], scratch["packed_backward"], scratch["partial"],
-        tuple(sizes.weight), (sizes.weight[0], sizes.rank) if sizes.factors else None,
+        tuple(sizes.weight), (sizes.weight[0], rank_of(sizes)) if sizes.factors else None,
         tuple([tuple(shape) for shape in sizes.factors]), (sizes.weight[0],),
         Dtypes(
             sizes.dtype, sizes.weight_dtype, sizes.core_dtype, sizes.factor_dtypes[0] if sizes.factors else None,
@@ -336,7 +337,7 @@ def saved_layout(sizes: Sizes, args: ConvArgs, epilogue: Epilogue, saves: Saves)
     y_shape = output_shape(sizes, args)
     positions = y_shape[0] * math.prod(y_shape[2:])
     dtype = epilogue.saved_dtype or sizes.dtype
-    h = positions * args.groups * sizes.rank * dtype.itemsize if saves.h else 0
+    h = positions * args.groups * rank_of(sizes) * dtype.itemsize if saves.h else 0
     bits_at = (h + 15) // 16 * 16 if saves.bits else h
     groups = 1 if sizes.weight[1] == 1 else args.groups  # the bits of a depthwise position have no gaps
     bits = positions * groups * ((y_shape[1] // groups + 7) // 8) if saves.bits else 0
@@ -383,7 +384,7 @@ def _fields(sizes: Sizes, args: ConvArgs, epilogue: Epilogue, precision: int) ->
     bounds = {"relu6": (0.0, 6.0), "hardtanh": () if activation is None else activation.numbers}.get(name or "", (0.0, 0.0))
     cores = len(sizes.factors) if len(sizes.factors) > 1 else 0
     return {
-        "batch": sizes.x[0], "channels": sizes.x[1], "outputs": sizes.weight[0], "groups": args.groups, "rank": sizes.rank,
+        "batch": sizes.x[0], "channels": sizes.x[1], "outputs": sizes.weight[0], "groups": args.groups, "rank": rank_of(sizes),
         **pair("in", sizes.x[2:], 1),
         **pair("out", output_shape(sizes, args)[2:], 1),
         **pair("kernel", kernel, 1),
