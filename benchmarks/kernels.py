@@ -213,7 +213,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser.add_argument("--workload", nargs="+", choices=list(WORKLOADS), default=list(WORKLOADS))
     parser.add_argument("--precision", nargs="+", choices=list(DTYPES), default=list(DTYPES))
     parser.add_argument("--layout", nargs="+", choices=list(LAYOUTS), default=["channels-last"])
-    parser.add_argument("--backend", nargs="+", choices=engines.ENGINES, default=engines.ENGINES, help="beside torch")
+    parser.add_argument("--backend", nargs="+", choices=engines.WITH_KERNELS, default=engines.WITH_KERNELS, help="beside torch")
     parser.add_argument("--layer", nargs="+", help="only these layers, by name")
     parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu", help="torch's name of the device")
     parser.add_argument("--rounds", type=int, default=30)

@@ -242,11 +242,10 @@ def profile(workload: Workload, x: Tensor, y: Tensor, steps: int, fixed: dict[st
     originals: dict[str, Callable[..., Any]] = {"forward": cpu_launch.block_forward, "backward": cpu_launch.block_backward}
 
     def timed(direction: str) -> Callable[..., Any]:
-        def run(plan: Any, *arguments: Any) -> Any:
+        def run(plan: Any, tensors: Any, *arguments: Any) -> Any:
             begin = time.perf_counter()
-            result = originals[direction](plan, *arguments)
-            weight = arguments[1 if direction == "forward" else 2]
-            times.setdefault((direction, plan.y_shape, tuple(weight.shape)), []).append(time.perf_counter() - begin)
+            result = originals[direction](plan, tensors, *arguments)
+            times.setdefault((direction, plan.y_shape, tuple(tensors.weight.shape)), []).append(time.perf_counter() - begin)
             return result
 
         return run

@@ -123,17 +123,12 @@ def about() -> Iterator[str]:
 
 
 def check_backend(backend: str) -> Iterator[Outcome]:
-    """Test every op on every case and dtype that the backend supports."""
-    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
-    if backend in engines.ENGINES:
-        device = torch.device(engines.device_type(backend))
-    dtypes: list[tuple[torch.dtype, bool]] = [(torch.float32, False), (torch.float16, False), (torch.bfloat16, False)]
+    """Every op on every case and dtype that the backend supports."""
+    device, engine = torch.device(engines.device_type(backend)), engines.engine(backend)
+    dtypes = [(torch.float32, False), *[(torch.float32, True)] * engine.TF32, *((d, False) for d in engine.DTYPES[1:])]
     runs = [("tt_fuse", _fuse), ("tt_conv", _conv), ("tt_block", _block)]
-    cases = CASES
-    if backend == "cpu":  # the CPU engine leaves the rest to torch
-        dtypes, runs, cases = dtypes[:1], runs[1:], [case for case in CASES if case.groups == 1]
-    elif backend in engines.ENGINES:
-        dtypes.insert(1, (torch.float32, True))
+    runs = [(op, run) for op, run in runs if engines.leaves(backend, op, True, False) is None]
+    cases = [case for case in CASES if engine.GROUPS or case.groups == 1]
     for dtype, tf32 in dtypes:
         unit = "tf32" if tf32 else str(dtype).removeprefix("torch.")
         for case in cases:

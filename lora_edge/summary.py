@@ -11,9 +11,10 @@ from lora_edge.nn.blocks import describe
 from lora_edge.nn.layers import LoRAEdgeConv
 from lora_edge.nn.reparametrised import reparametrised_layers
 from lora_edge.nn.training_flags import in_evaluation
-from lora_edge.ops import dispatch as kernels
+from lora_edge.ops import dispatch
 from lora_edge.ops.activation import Activation
 from lora_edge.ops.backends import AVAILABLE, NAMES, requested, state
+from lora_edge.ops.block_tensors import BlockTensors
 from lora_edge.ops.conv_args import ConvArgs, conv_args
 from lora_edge.ops.engines import registry as engines
 from lora_edge.ops.plan import Epilogue
@@ -27,8 +28,8 @@ from lora_edge.surgery.idle_cores import idle_cores
 class LayerSummary:
     """One adapted convolution. ``route`` and ``saved_bytes`` (of ``h`` or ``x``) are None if no example input was given.
 
-    ``backend`` is what a training step runs on, with the reason in brackets if the device's own engine does not support the
-    call; None if that depends on the input and no example was given.
+    ``backend`` is what a training step runs on, with the reason in brackets where the engine does not support the call; None
+    where that depends on the input and no example was given.
 
     ``block`` is what runs as one op with it, such as "conv + bn + relu", or in brackets the reason why nothing does.
     """
@@ -188,22 +189,22 @@ def _row(name: str, layer: LoRAEdgeConv, inputs: list[Tensor], activation: Activ
 
 
 def _backend(layer: LoRAEdgeConv, x: Tensor | None, args: ConvArgs | None, epilogue: Epilogue | None) -> str | None:
-    """What a layer's op runs on, by the rule of :mod:`lora_edge.ops.backends`; None where an input would decide and none is."""
+    """What a layer's op runs on, by the rule of :mod:`lora_edge.ops.backends`; None where it depends on a missing input."""
     wanted, source = requested(layer.backend)
     works = state(wanted) if wanted in NAMES else "unknown"
     if works != AVAILABLE:
         return f"none ({wanted}{source} is {works})"
-    if wanted == "torch":
-        return "torch"
     device = layer.weight.device
     name = engines.chosen(wanted, device)
+    if name == engines.TORCH:
+        why = None if wanted == name or device.type == "cpu" else engines.reason(engines.ENGINES[0], device)
+        return name if why is None else f"{name} ({why})"
     why = engines.reason(name, device)
-    if wanted == "auto" and why and device.type == "cpu":
-        return "torch"
     if why is None:
         if x is None or args is None or epilogue is None:
             return None
-        why = kernels.refusal(name, x, layer.weight, layer.core, layer.suffix, args, epilogue)
+        tensors = BlockTensors(x, layer.weight, layer.core, None, None, dispatch.factors_of(layer.suffix))
+        why = dispatch.refusal(name, tensors, args, epilogue)
     if why is None:
         return name
-    return f"torch ({why})" if wanted == "auto" else f"none ({name} does not take it: {why})"
+    return f"torch ({why})" if wanted == "auto" else f"none ({name} does not support it: {why})"

@@ -26,7 +26,7 @@ from benchmarks.orin import orin, sass
 from lora_edge.environment.machine import describe_machine
 from lora_edge.files.output import write_text
 from lora_edge.ops import tt_fuse
-from lora_edge.ops.engines.triton import available as triton_machine
+from lora_edge.ops.engines.triton import available
 
 from .. import RESULTS, write_rows
 from ..kernels import DTYPES, calls
@@ -75,7 +75,7 @@ def _ops(layer: Layer, precision: str, layout: str) -> Iterator[tuple[str, list[
     allowed = torch.backends.cudnn.allow_tf32
     torch.backends.cudnn.allow_tf32 = precision == "tf32"
     try:
-        here = mock.patch.multiple(triton_machine, DEVICE_TYPE="cpu", machine=lambda: None)
+        here = mock.patch.multiple(available, DEVICE_TYPE="cpu", runtime=lambda: available.Runtime("cpu"))
         with here, FakeTensorMode():
             for op, make in calls(layer, precision, layout, torch.device("cpu")).items():
                 with recorded():

@@ -154,7 +154,7 @@ class LoRAEdgeConv(nn.modules.conv._ConvNd):
             input, self.weight, self.core, self.frozen_suffix(), self.bias, self.stride, padding, self.dilation, self.groups,
             self.scale, saved_dtype=self.saved_dtype, backend=self.backend,
         )  # fmt: skip
-        if torch.compiler.is_compiling() or requested(self.backend)[0] != "cpu":
+        if torch.compiler.is_compiling() or requested(self.backend)[0] in ("auto", "torch"):
             return y
         return as_a_layer(y, input, self.weight)
 

@@ -1,4 +1,4 @@
-"""The TT ops. Each has a plain-torch oracle of the same name in :mod:`lora_edge.ops.reference`."""
+"""The TT ops. Each has an oracle of the same name, in plain torch, in :mod:`lora_edge.ops.reference`."""
 
 from lora_edge.ops.backends import backends, use_backend
 from lora_edge.ops.tt_block import tt_block

@@ -1,4 +1,4 @@
-"""Activations whose derivative takes two values: one saved bit an element, exact.
+"""Activations whose derivative has two values: one saved bit per element, exactly.
 
 A stock ReLU saves its whole output, 32 times as much.
 """
@@ -17,7 +17,7 @@ from lora_edge.ops.once import linear_once_differentiable
 
 
 class Activation(NamedTuple):
-    """An activation by name with its numbers, hashable so that a plan can hold it.
+    """An activation by name, with its numbers; hashable, so that a plan can hold it.
 
     ``relu``, ``relu6``, ``hardtanh (low, high)``, ``leaky_relu (slope)``, ``hardsigmoid``.
     """
@@ -29,13 +29,13 @@ class Activation(NamedTuple):
 class _Rule(NamedTuple):
     forward: Callable[..., Tensor]
     forward_: Callable[..., Tensor]
-    inside: Callable[..., Tensor]  # of the input: where the derivative is `slopes(...)[0]`
+    inside: Callable[..., Tensor]  # from the input: where the derivative is `slopes(...)[0]`
     slopes: Callable[..., tuple[float, float]]
 
 
 _SIXTH = torch.tensor(1 / 6, dtype=torch.float32).item()  # torch's backward uses this rounding in every dtype
 
-# "not below or equal" instead of "above": a NaN passes its gradient on, as torch's own backward does
+# "not below or equal" instead of "above": a NaN passes its gradient on, as in torch's own backward
 _NUMBERS = {"hardtanh": ("low", "high"), "leaky_relu": ("slope",)}
 _RULES = {
     "relu": _Rule(F.relu, F.relu_, lambda x: x.le(0).logical_not_(), lambda: (1.0, 0.0)),
@@ -49,7 +49,7 @@ _RULES = {
 
 
 def check_activation(activation: Activation | str | None, op: str) -> Activation | None:
-    """Return the activation as an :class:`Activation`; ValueError if it has no lean form or not its numbers."""
+    """Return the activation as an :class:`Activation`; ValueError if it has no lean form or the wrong count of numbers."""
     if activation is None:
         return None
     if isinstance(activation, str):
@@ -63,7 +63,7 @@ def check_activation(activation: Activation | str | None, op: str) -> Activation
 
 
 def activate(x: Tensor, activation: Activation, inplace: bool = False) -> Tensor:
-    """The activation's value, bit-identical to torch's; saves one bit an element where ``x`` requires grad."""
+    """The activation's value, bit-identical to torch's; saves one bit per element where ``x`` requires grad."""
     if torch.is_grad_enabled() and x.requires_grad:
         return _Activate.apply(x, activation, inplace)
     return apply(x, activation, inplace)
@@ -76,7 +76,7 @@ def apply(x: Tensor, activation: Activation, inplace: bool) -> Tensor:
 
 
 def inside(x: Tensor, activation: Activation) -> Tensor:
-    """Bool mask, from the activation's input: True where the derivative takes its first value."""
+    """Bool mask from the activation's input: True where the derivative has its first value."""
     return _RULES[activation.name].inside(x, *activation.numbers)
 
 

@@ -1,9 +1,9 @@
-"""Which backend runs an op: ``torch`` (any device torch has), ``cuda`` and ``cpu`` (the compiled extension) and ``triton``.
+"""Which backend runs an op: ``torch`` (any device of torch), ``cuda`` and ``cpu`` (the compiled extension) or ``triton``.
 
-A call's own ``backend=`` wins over :func:`use_backend`, that over the variable LORA_EDGE_BACKEND, that over "auto". "auto"
-takes for tensors on a CUDA device the extension where it works, else Triton's kernels where they work; for whole blocks on the
-CPU the extension's own engine; else torch. That is by an explicit rule and never by a caught exception. Under
-``torch.compile`` the choice is made when the call is traced.
+A call's own ``backend=`` overrides :func:`use_backend`, which overrides the variable LORA_EDGE_BACKEND, which overrides "auto".
+For tensors on a CUDA device "auto" chooses cuda where it works, else triton where that works; for whole blocks on the CPU it
+chooses cpu; everything else runs on torch. The choice follows an explicit rule, never a caught exception. Under
+``torch.compile`` it is made when the call is traced.
 """
 
 from __future__ import annotations
@@ -17,32 +17,32 @@ from lora_edge.environment.torch_private import constant_when_traced
 from lora_edge.ops.engines import registry as engines
 
 AVAILABLE = "available"
-NAMES = ("auto", "cuda", "triton", "cpu", "torch")
+NAMES = ("auto", *engines.ENGINES)
 VARIABLE = "LORA_EDGE_BACKEND"
 _context: ContextVar[str | None] = ContextVar("lora_edge_backend", default=None)
 _NOT_NAMED = ("auto", "")
-# Every forward of every layer asks for the variable. os.environ takes longer to encode its name than all else here does, so
-# it is looked up in the dictionary behind os.environ, encoded once.
+# Every forward of every layer reads the variable. Most of the time of os.environ goes into encoding its name, so the name is
+# encoded once and looked up in the dictionary behind os.environ.
 _environment = getattr(os.environ, "_data", os.environ)
 _KEY = VARIABLE if _environment is os.environ else os.environ.encodekey(VARIABLE)
 
 
 def backends() -> dict[str, str]:
     """Each backend's name with ``"available"`` or the reason why it does not work here."""
-    return {name: state(name) for name in ("torch", *engines.ENGINES)}
+    return {name: state(name) for name in (engines.TORCH, *engines.WITH_KERNELS)}
 
 
 def state(backend: str) -> str:
-    """``"available"`` or why a backend does not work here; the others are not asked, nor imported."""
-    return AVAILABLE if backend in ("auto", "torch") else engines.reason(backend) or AVAILABLE
+    """``"available"`` or why a backend does not work here; the other backends are neither asked nor imported."""
+    return AVAILABLE if backend == "auto" else engines.reason(backend) or AVAILABLE
 
 
 @contextmanager
 def use_backend(backend: str) -> Iterator[None]:
-    """Inside, calls that do not name a backend themselves use this one; safe with threads and asyncio.
+    """Inside, calls that name no backend themselves use this one; safe with threads and asyncio.
 
     Args:
-        backend: "auto", "cuda", "triton", "cpu" or "torch".
+        backend: "auto", "torch", "cpu", "cuda" or "triton".
 
     Raises:
         ValueError: ``backend`` is not a known name.
@@ -58,10 +58,10 @@ def use_backend(backend: str) -> Iterator[None]:
 
 @constant_when_traced
 def choose_backend(backend: str, op: str) -> str:
-    """The backend a call asks for, by argument, context and environment: "auto" or one that works here.
+    """The backend that a call requests, by argument, context or environment: "auto" or one that works here.
 
     Raises:
-        ValueError: a name is not known; the message says where it came from.
+        ValueError: the name is unknown; the message says where it came from.
         RuntimeError: the named backend does not work here; the message says why.
     """
     backend, source = requested(backend)
@@ -71,7 +71,7 @@ def choose_backend(backend: str, op: str) -> str:
 
 
 def requested(backend: str) -> tuple[str, str]:
-    """The name asked for by argument, context and environment, and for a message where it came from."""
+    """The name requested by argument, context or environment, and where it came from, for a message."""
     if backend == "auto":
         backend = _context.get() or "auto"
         if backend == "auto":

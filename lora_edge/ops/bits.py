@@ -1,7 +1,7 @@
-"""Boolean masks packed to one bit an element, in plain torch.
+"""Boolean masks packed to one bit per element, in plain torch.
 
-Eight 0/1 bytes seen as one 64-bit word gather into one byte by a single multiplication: byte ``i`` moves by ``7 * (8 - i)`` to
-bit ``56 + i``, and no two products meet, so nothing carries.
+Eight 0/1 bytes viewed as one 64-bit word are gathered into one byte by a single multiplication: byte ``i`` moves by
+``7 * (8 - i)`` to bit ``56 + i``, and no two products overlap, so nothing carries.
 """
 
 from __future__ import annotations
@@ -11,7 +11,7 @@ from torch import Tensor
 
 _GATHER = 0x0102040810204080
 _SPREAD = 0x0101010101010101
-_ONE_BIT_A_BYTE = 0x8040201008040201 - (1 << 64)  # as a signed 64-bit number
+_ONE_BIT_PER_BYTE = 0x8040201008040201 - (1 << 64)  # as a signed 64-bit number
 
 
 def pack(mask: Tensor) -> Tensor:
@@ -25,8 +25,8 @@ def pack(mask: Tensor) -> Tensor:
 
 
 def unpack(bits: Tensor, shape: torch.Size, memory_format: torch.memory_format) -> Tensor:
-    """The mask of ``shape`` that :func:`pack` packed from a tensor of this memory format, as bool."""
-    words = bits.to(torch.int64).mul_(_SPREAD).bitwise_and_(_ONE_BIT_A_BYTE)
+    """The bool mask of ``shape`` that :func:`pack` packed from a tensor of this memory format."""
+    words = bits.to(torch.int64).mul_(_SPREAD).bitwise_and_(_ONE_BIT_PER_BYTE)
     flat = words.view(torch.uint8)[: shape.numel()].ne(0)
     if memory_format == torch.contiguous_format:
         return flat.view(shape)
@@ -34,12 +34,12 @@ def unpack(bits: Tensor, shape: torch.Size, memory_format: torch.memory_format) 
 
 
 def memory_order(tensor: Tensor) -> Tensor:
-    """``tensor``, or its channels-last view ``(N, *L, C)`` where that is how it lies in memory."""
+    """``tensor``, or its view ``(N, *L, C)`` where it is channels-last in memory."""
     return tensor if memory_format(tensor) == torch.contiguous_format else tensor.movedim(1, -1)
 
 
 def memory_format(tensor: Tensor) -> torch.memory_format:
-    """channels_last or channels_last_3d if ``tensor`` is laid out so and not contiguous, else contiguous_format."""
+    """channels_last or channels_last_3d where ``tensor`` has that layout and is not contiguous, else contiguous_format."""
     if not tensor.is_contiguous():
         if tensor.dim() == 4 and tensor.is_contiguous(memory_format=torch.channels_last):
             return torch.channels_last

@@ -1,6 +1,6 @@
-"""Argument checks of the ops, written once and shared by every backend.
+"""Argument checks of the ops, shared by every backend.
 
-Each error names the argument, what it got and what it wanted.
+Each error names the argument, what it got and what to give.
 """
 
 from __future__ import annotations
@@ -17,10 +17,10 @@ DTYPES = (torch.float32, torch.float16, torch.bfloat16, torch.float64)
 
 
 def check_factors(weight: Tensor, core: Tensor, suffix: Tensor | Sequence[Tensor], op: str) -> None:
-    """Check weight ``(O, I/g, *K)``, core ``(O, r1)`` and suffix, contracted or as frozen cores, against each other.
+    """Check weight ``(O, I/g, *K)``, core ``(O, r1)`` and suffix (contracted or as frozen cores) against each other.
 
     Raises:
-        TypeError: something is not a tensor of a supported floating dtype.
+        TypeError: one is not a tensor of a supported floating dtype.
         ValueError: shapes or devices do not fit together.
     """
     check_weight(weight, op)
@@ -46,16 +46,16 @@ def check_factors(weight: Tensor, core: Tensor, suffix: Tensor | Sequence[Tensor
 
 
 def check_weight(weight: Tensor, op: str) -> None:
-    """Check a kernel ``(O, I/g, *K)``; TypeError for its dtype, ValueError for its shape."""
+    """Check a weight ``(O, I/g, *K)``; TypeError for its dtype, ValueError for its shape."""
     _check_tensor(weight, "weight", op)
     if not 3 <= weight.dim() <= 5:
         raise ValueError(f"{op}: weight has shape {tuple(weight.shape)}; give (O, I/groups, *K) with 1 to 3 kernel sizes")
 
 
 def check_conv(x: Tensor, weight: Tensor, bias: Tensor | None, groups: int, op: str, *, batched: bool = False) -> None:
-    """Check the input ``(N, I, *L)`` (or one unbatched sample ``(I, *L)``) and bias ``(O,)`` against the weight.
+    """Check the input ``(N, I, *L)`` (or one unbatched sample ``(I, *L)``) and the bias ``(O,)`` against the weight.
 
-    ``batched`` refuses the unbatched sample. Under autocast the dtypes may differ, because the op casts.
+    ``batched`` rejects an unbatched sample. Under autocast the dtypes may differ, because the op casts.
 
     Raises:
         TypeError: a dtype is not supported or differs from the weight's.
@@ -71,7 +71,7 @@ def check_conv(x: Tensor, weight: Tensor, bias: Tensor | None, groups: int, op: 
         raise ValueError(f"{op}: x has shape {tuple(x.shape)}; for this weight give (N, {channels}, {'*' * dims})")
     if x.shape[-dims - 1] != channels:
         raise ValueError(
-            f"{op}: x has {x.shape[-dims - 1]} channels; weight {tuple(weight.shape)} with groups={groups} takes {channels}"
+            f"{op}: x has {x.shape[-dims - 1]} channels; weight {tuple(weight.shape)} with groups={groups} needs {channels}"
         )
     if weight.shape[0] % groups:
         raise ValueError(f"{op}: weight has {weight.shape[0]} output channels; groups={groups} must divide them")
@@ -103,8 +103,8 @@ def check_affine(affine: tuple[Tensor, Tensor] | None, weight: Tensor, name: str
     """Check the scale and shift ``(O,)`` of a frozen BatchNorm.
 
     Raises:
-        TypeError: not a pair of tensors.
-        ValueError: a wrong shape or device, or one that requires a gradient, which the op does not compute.
+        TypeError: it is not a pair of tensors.
+        ValueError: a wrong shape or device, or a tensor that requires a gradient, which the op does not compute.
     """
     if affine is None:
         return

@@ -1,4 +1,4 @@
-"""Arguments of a convolution, normalised once, and the adjoints that every backend's reference needs."""
+"""Arguments of a convolution, normalised once, and the convolution with its adjoints in plain torch."""
 
 from __future__ import annotations
 
@@ -14,9 +14,9 @@ _CONV_TRANSPOSE = {1: F.conv_transpose1d, 2: F.conv_transpose2d, 3: F.conv_trans
 
 
 class ConvArgs(NamedTuple):
-    """Stride, padding, dilation (one int a spatial dimension) and groups.
+    """Stride, padding, dilation (one int per spatial dimension) and groups.
 
-    Padding may also be "same", or a pair (before, after) a dimension where an ``F.pad`` was taken into the convolution.
+    Padding may also be "same", or a pair (before, after) per dimension where the convolution includes an ``F.pad``.
     """
 
     stride: tuple[int, ...]
@@ -25,7 +25,7 @@ class ConvArgs(NamedTuple):
     groups: int
 
     def total_padding(self, kernel: Sequence[int]) -> list[tuple[int, int]]:
-        """Zeros before and after, a spatial dimension. "same" puts the shorter side first, as torch does."""
+        """Zeros before and after, per spatial dimension. "same" puts the smaller amount first, as torch does."""
         if self.padding == "same":
             totals = [d * (k - 1) for d, k in zip(self.dilation, kernel, strict=True)]
             return [(total // 2, total - total // 2) for total in totals]
@@ -50,8 +50,8 @@ def conv_args(
     """Normalise and check the arguments of a ``dims``-dimensional convolution.
 
     Raises:
-        ValueError: an argument has the wrong length or sign, or "same" padding is asked for with a stride.
-        TypeError: an argument is not an int, a sequence of ints or (padding) a known word.
+        ValueError: an argument has the wrong length or sign, or padding is an unknown word, or "same" with a stride.
+        TypeError: an argument is neither an int nor a sequence of ints, nor a word (padding).
     """
     strides = _ints(stride, dims, 1, f"{op}: stride")
     dilations = _ints(dilation, dims, 1, f"{op}: dilation")
@@ -89,10 +89,10 @@ def conv(x: Tensor, weight: Tensor, bias: Tensor | None, args: ConvArgs) -> Tens
 
 
 def symmetric(weight: Tensor, args: ConvArgs) -> tuple[Tensor, ConvArgs]:
-    """The same convolution with equal padding before and after, by zero taps at one end of the kernel.
+    """The same convolution with equal padding before and after, by zero taps at one end of the weight.
 
-    "same" padding of an even kernel makes torch copy the whole input; a zero tap costs an eighth more arithmetic and no copy.
-    Where the dilation does not allow it the arguments come back as they were.
+    For "same" padding and an even kernel size torch copies the whole input; a zero tap needs no copy, but an eighth more
+    arithmetic. Where the dilation does not allow it the arguments are returned unchanged.
     """
     taps: list[tuple[int, int]] = []
     padding: list[int] = []
@@ -108,11 +108,11 @@ def symmetric(weight: Tensor, args: ConvArgs) -> tuple[Tensor, ConvArgs]:
 
 
 def conv_input_grad(dy: Tensor, weight: Tensor, size: Sequence[int], args: ConvArgs) -> Tensor:
-    """Gradient to the input of spatial ``size``: the transposed convolution, which allocates nothing but its result.
+    """Gradient to the input of spatial ``size``: the transposed convolution, which allocates only its result.
 
-    ``torch.nn.grad.conv2d_input`` would materialise a dummy input of full size.
+    ``torch.nn.grad.conv2d_input`` would allocate a dummy input of full size.
     """
-    if dy.numel() == 0:  # an empty batch; torch has no transposed convolution of nothing
+    if dy.numel() == 0:  # an empty batch, which torch's transposed convolution rejects
         return dy.new_zeros(dy.shape[0], weight.shape[1] * args.groups, *size)
     kernel = weight.shape[2:]
     padding = args.total_padding(kernel)
@@ -124,13 +124,13 @@ def conv_input_grad(dy: Tensor, weight: Tensor, size: Sequence[int], args: ConvA
     grow = [max(0, e) for e in missing]
     dx = _CONV_TRANSPOSE[weight.dim() - 2](dy, weight, None, args.stride, low, grow, args.groups, args.dilation)
     for way, extra in enumerate(missing):
-        if extra < 0:  # an even kernel under "same" padding: one zero more behind than before
+        if extra < 0:  # an even kernel under "same" padding: one zero more after than before
             dx = dx.narrow(2 + way, 0, size[way])
     return dx
 
 
 def conv_weight_grad(dy: Tensor, x: Tensor, weight: Tensor, args: ConvArgs) -> Tensor:
-    """Gradient to the dense kernel, shape ``(O, I/g, *K)``."""
+    """Gradient to the dense weight, shape ``(O, I/g, *K)``."""
     padding = args.total_padding(weight.shape[2:])
     if any(low != high for low, high in padding):
         x = F.pad(x, [p for low, high in reversed(padding) for p in (low, high)])

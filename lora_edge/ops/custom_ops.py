@@ -1,4 +1,4 @@
-"""The launches of an engine (:mod:`lora_edge.ops.engines.registry`) as operators of torch, one node each for ``torch.compile``.
+"""The launches of an engine with kernels as custom operators of torch, one graph node each for ``torch.compile``.
 
 ``lora_edge::tt_block``, ``lora_edge::tt_fuse`` and their backwards, with shapes for fake tensors and gradients.
 """
@@ -6,7 +6,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Any
+from typing import Any, cast
 
 import torch
 from torch import Tensor
@@ -14,16 +14,21 @@ from torch.library import custom_op
 
 from lora_edge.ops import plan
 from lora_edge.ops.activation import Activation
+from lora_edge.ops.block_tensors import BackwardTensors, BlockTensors
 from lora_edge.ops.conv_args import ConvArgs
+from lora_edge.ops.engines import registry as engines
 from lora_edge.ops.engines.launch_checks import check_weight_sizes
-from lora_edge.ops.engines.registry import ENGINES, Engine, engine, reason
+from lora_edge.ops.engines.protocol import Engine, FusingEngine
 from lora_edge.ops.plan import BlockPlan, Epilogue, FusePlan, Saves, Sizes
 
-# the engine's name and what is fixed for a layer, as arguments of an operator; padding is low and high of each dimension, flat
+# the engine's name and what is fixed for a layer, as arguments of an operator; padding is (low, high) of each dimension, flat
 _LAYER = (
-    "str kernels, SymInt[] stride, SymInt[] padding, SymInt[] dilation, SymInt groups, float scale, str? activation, "
+    "str engine, SymInt[] stride, SymInt[] padding, SymInt[] dilation, SymInt groups, float scale, str? activation, "
     "float low, float high, ScalarType? saved_dtype, bool save_h, bool save_bits"
 )
+
+
+_TENSORS = len(BlockTensors._fields)  # the first arguments of the operator
 
 
 class _Layer:
@@ -31,7 +36,7 @@ class _Layer:
 
     def __init__(
         self,
-        kernels: str,
+        engine: str,
         stride: Sequence[int],
         padding: Sequence[int],
         dilation: Sequence[int],
@@ -47,45 +52,43 @@ class _Layer:
         if len(padding) % 2:
             raise ValueError(f"lora_edge::tt_block: padding is {list(padding)}; give two numbers for each spatial dimension")
         pairs = tuple(zip(padding[::2], padding[1::2], strict=True))
-        self.kernels = kernels
+        self.engine = engine
         self.args = ConvArgs(tuple(stride), pairs, tuple(dilation), groups)
         kind = None if activation is None else Activation(activation, (low, high) if activation == "hardtanh" else ())
         self.epilogue = Epilogue(scale, kind, saved_dtype)
         self.saves = Saves(save_h, save_bits)
 
     def plan(self, sizes: Sizes, device: torch.device) -> BlockPlan:
-        """The plan of a call, whose sizes nobody has checked before.
+        """The plan of a call whose sizes have not been checked yet.
 
         Raises:
             ValueError: the sizes do not fit together, or there is no such engine.
-            RuntimeError: the engine does not work here or does not take the call.
+            RuntimeError: the engine does not work here or does not support the call.
         """
-        found = _engine(self.kernels, device, "tt_block")
+        found = _engine(self.engine, device, "tt_block")
         if self.saves.h and not sizes.factors:
             raise ValueError("lora_edge::tt_block: save_h is True without a core and a suffix; give both, or False")
-        if self.kernels == "cpu":
-            sizes = sizes._replace(channels_last=True)
         unit = plan.precision(sizes.dtype)
         planned = plan.block_plan(found, found.plan_type(), sizes, self.args, self.epilogue, self.saves, "factor", unit)
         if isinstance(planned, str):
-            raise RuntimeError(f"lora_edge::tt_block: the kernels do not take this call: {planned}")
+            raise RuntimeError(f"lora_edge::tt_block: the engine {self.engine!r} does not support this call: {planned}")
         return planned
 
 
-def _engine(kernels: str, device: torch.device, op: str) -> Engine:
-    if kernels not in ENGINES:
-        raise ValueError(f"lora_edge::{op}: kernels is {kernels!r}; give one of {', '.join(map(repr, ENGINES))}")
-    why = reason(kernels, device)
+def _engine(name: str, device: torch.device, op: str) -> Engine:
+    if name not in engines.WITH_KERNELS:
+        raise ValueError(f"lora_edge::{op}: engine is {name!r}; give one of {', '.join(map(repr, engines.WITH_KERNELS))}")
+    why = engines.reason(name, device)
     if why is not None:
-        raise RuntimeError(f"lora_edge::{op}: the engine {kernels!r} is {why}")
-    return engine(kernels)
+        raise RuntimeError(f"lora_edge::{op}: the engine {name!r} is {why}")
+    why = engines.leaves(name, op, True, False)
+    if why is not None:
+        raise RuntimeError(f"lora_edge::{op}: the engine {name!r} does not support this call: {why}")
+    return engines.engine(name)
 
 
 def _check_dims(op: str, weight: Tensor, factors: Sequence[Tensor], **maps: Tensor) -> None:
-    """Check that what must be tensors is, and that maps have a weight's dimensions, which everything after takes for granted.
-
-    An operator's schema lets a missing tensor through.
-    """
+    """Check that no required tensor is None, which an operator's schema allows, and that maps have the weight's dimensions."""
     for name, tensor in (("weight", weight), *maps.items(), *(("factors", factor) for factor in factors)):
         if tensor is None:
             raise TypeError(f"lora_edge::{op}: {name} is None; give a tensor")
@@ -96,29 +99,14 @@ def _check_dims(op: str, weight: Tensor, factors: Sequence[Tensor], **maps: Tens
             raise ValueError(f"lora_edge::{op}: {name} has shape {shape}; for this weight give {weight.dim()} dimensions")
 
 
-def block(
-    kernels: str,
-    x: Tensor,
-    weight: Tensor,
-    core: Tensor | None,
-    bias: Tensor | None,
-    residual: Tensor | None,
-    factors: list[Tensor],
-    a: Tensor | None,
-    b: Tensor | None,
-    residual_a: Tensor | None,
-    residual_b: Tensor | None,
-    args: ConvArgs,
-    epilogue: Epilogue,
-    saves: Saves,
-) -> Tensor:
-    """``y`` of a call that the kernels take, by the operator."""
-    padding = [p for pair in args.total_padding(weight.shape[2:]) for p in pair]
+def block(engine: str, tensors: BlockTensors, args: ConvArgs, epilogue: Epilogue, saves: Saves) -> Tensor:
+    """``y`` of a call that the engine supports, by the operator."""
+    padding = [p for pair in args.total_padding(tensors.weight.shape[2:]) for p in pair]
     activation = epilogue.activation
     name = None if activation is None else activation.name
     bounds = (activation.numbers if activation is not None else ()) or (0.0, 0.0)
     layer = (
-        kernels,
+        engine,
         args.stride,
         padding,
         args.dilation,
@@ -129,14 +117,14 @@ def block(
         epilogue.saved_dtype,
         *saves,
     )
-    return tt_block(x, weight, core, bias, residual, factors, a, b, residual_a, residual_b, *layer)[0]
+    return tt_block(*tensors, *layer)[0]
 
 
-def block_refusal(kernels: str, sizes: Sizes, args: ConvArgs, epilogue: Epilogue, saves: Saves, route: str) -> str | None:
-    """The name of what the kernels do not take, found while tracing."""
+def block_refusal(engine: str, sizes: Sizes, args: ConvArgs, epilogue: Epilogue, saves: Saves, route: str) -> str | None:
+    """What the engine does not support of a call that is traced, None where it supports it."""
     why = plan.rule(sizes, args, epilogue, saves, route)
     return why or plan.refused_when_traced(
-        kernels,
+        engine,
         tuple(sizes.weight),
         (sizes.weight_dtype, sizes.dtype, sizes.core_dtype),
         tuple([tuple(shape) for shape in sizes.factors]),
@@ -152,39 +140,29 @@ def block_refusal(kernels: str, sizes: Sizes, args: ConvArgs, epilogue: Epilogue
     schema="(Tensor x, Tensor weight, Tensor? core, Tensor? bias, Tensor? residual, Tensor[] factors, Tensor? a, Tensor? b, "
     f"Tensor? residual_a, Tensor? residual_b, {_LAYER}) -> (Tensor, Tensor)",
 )
-def tt_block(
-    x: Tensor,
-    weight: Tensor,
-    core: Tensor | None,
-    bias: Tensor | None,
-    residual: Tensor | None,
-    factors: Sequence[Tensor],
-    a: Tensor | None,
-    b: Tensor | None,
-    residual_a: Tensor | None,
-    residual_b: Tensor | None,
-    *layer: Any,
-) -> tuple[Tensor, Tensor]:
+def tt_block(*arguments: Any) -> tuple[Tensor, Tensor]:
     """``y`` and the saved buffer, which has no bytes where backward needs nothing."""
-    _check_dims("tt_block", weight, factors, x=x, **({} if residual is None else {"residual": residual}))
-    planned = _Layer(*layer).plan(plan.sizes_of(x, weight, core, factors, (a, b, residual_a, residual_b)), x.device)
-    y, saved = planned.engine.block_forward(planned, x, weight, core, bias, residual, factors, a, b, residual_a, residual_b)
-    return y, x.new_empty(0, dtype=torch.uint8) if saved is None else saved
+    tensors, layer = BlockTensors(*arguments[:_TENSORS]), arguments[_TENSORS:]
+    maps = {"x": tensors.x} if tensors.residual is None else {"x": tensors.x, "residual": tensors.residual}
+    _check_dims("tt_block", tensors.weight, tensors.factors, **maps)
+    planned = _Layer(*layer).plan(plan.sizes_of(tensors), tensors.x.device)
+    y, saved = planned.engine.block_forward(planned, tensors)
+    return y, tensors.x.new_empty(0, dtype=torch.uint8) if saved is None else saved
 
 
 @tt_block.register_fake
-def _(x: Tensor, weight: Tensor, core: Tensor | None, bias: Any, residual: Any, factors: Any, a: Any, *rest: Any) -> Any:
-    layer = _Layer(*rest[3:])
-    sizes = plan.sizes_of(x, weight, core, factors, ())
+def _(*arguments: Any) -> Any:
+    tensors, layer = BlockTensors(*arguments[:_TENSORS]), _Layer(*arguments[_TENSORS:])
+    sizes = plan.sizes_of(tensors)
     saved = plan.saved_layout(sizes, layer.args, layer.epilogue, layer.saves)
-    y = x.new_empty_strided(*plan.output_layout(sizes, layer.args))
-    return y, x.new_empty(saved.bytes, dtype=torch.uint8)
+    y = tensors.x.new_empty_strided(*plan.output_layout(sizes, layer.args))
+    return y, tensors.x.new_empty(saved.bytes, dtype=torch.uint8)
 
 
 def _remember(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor]) -> None:
-    x, weight, core, _, _, factors, a, _, residual_a, _, *layer = inputs
+    x, weight, core, _, _, factors, a, _, residual_a, _ = inputs[:_TENSORS]
     ctx.save_for_backward(output[1], weight, core, a, residual_a, *factors)
-    ctx.x_shape, ctx.layer = x.shape, layer
+    ctx.x_shape, ctx.layer = x.shape, inputs[_TENSORS:]
     ctx.channels_last = plan.is_channels_last(x) or plan.is_channels_last(weight)
 
 
@@ -214,7 +192,7 @@ def tt_block_backward(
     saved: Tensor,
     weight: Tensor,
     core: Tensor | None,
-    factors: Sequence[Tensor],
+    factors: list[Tensor],
     a: Tensor | None,
     residual_a: Tensor | None,
     x_shape: Sequence[int],
@@ -228,9 +206,9 @@ def tt_block_backward(
         raise TypeError("lora_edge::tt_block_backward: saved is None; give what tt_block returned beside y")
     if len(needs) != 4:
         raise ValueError(f"lora_edge::tt_block_backward: needs is {list(needs)}; give four, for x, core, bias and residual")
-    sizes = _backward_sizes(dy, weight, core, factors, (a, residual_a), x_shape, channels_last)
-    planned = _Layer(*layer).plan(sizes, dy.device)
-    found = planned.engine.block_backward(planned, dy, saved, weight, core, factors, a, residual_a, needs)
+    tensors = BackwardTensors(dy, saved, weight, core, factors, a, residual_a)
+    planned = _Layer(*layer).plan(_backward_sizes(tensors, x_shape, channels_last), dy.device)
+    found = planned.engine.block_backward(planned, tensors, needs)
     dx, dcore, dbias, dresidual = (dy.new_empty(0) if t is None else t for t in found)
     return dx, dcore, dbias, dresidual
 
@@ -241,7 +219,7 @@ def _(
     needs: Sequence[bool], *rest: Any,
 ) -> Any:  # fmt: skip
     layer = _Layer(*rest)
-    sizes = _backward_sizes(dy, weight, core, factors, (), x_shape, channels_last)
+    sizes = _backward_sizes(BackwardTensors(dy, saved, weight, core, factors, a, residual_a), x_shape, channels_last)
     dx = dy.new_empty_strided(x_shape, plan.dense_stride(x_shape, channels_last)) if needs[0] else dy.new_empty(0)
     dcore = core.new_empty(core.shape) if needs[1] else dy.new_empty(0)
     dbias = dy.new_empty(weight.shape[0]) if needs[2] else dy.new_empty(0)
@@ -249,36 +227,30 @@ def _(
     return dx, dcore, dbias, dresidual
 
 
-def _backward_sizes(
-    dy: Tensor,
-    weight: Tensor,
-    core: Tensor | None,
-    factors: Sequence[Tensor],
-    affines: Sequence[Tensor | None],
-    x_shape: Sequence[int],
-    channels_last: bool,
-) -> Sizes:
-    return plan.sizes_of(dy, weight, core, factors, affines)._replace(x=tuple(x_shape), channels_last=channels_last)
+def _backward_sizes(tensors: BackwardTensors, x_shape: Sequence[int], channels_last: bool) -> Sizes:
+    dy, _, weight, core, factors, a, residual_a = tensors
+    forward = BlockTensors(dy, weight, core, None, None, factors, a, None, residual_a)
+    return plan.sizes_of(forward)._replace(x=tuple(x_shape), channels_last=channels_last)
 
 
-def fuse(kernels: str, weight: Tensor, core: Tensor, factors: list[Tensor], scale: float) -> Tensor:
-    """The fused kernel of a call that the kernels take, by the operator."""
-    return tt_fuse(weight, core, factors, kernels, scale)
+def fuse(engine: str, weight: Tensor, core: Tensor, factors: list[Tensor], scale: float) -> Tensor:
+    """The fused weight of a call that the engine supports, by the operator."""
+    return tt_fuse(weight, core, factors, engine, scale)
 
 
 def fuse_refusal(
-    kernels: str,
+    engine: str,
     weight: Sequence[int],
     weight_dtype: torch.dtype,
     core_dtype: torch.dtype,
     factors: tuple[Sequence[int], ...],
     factor_dtypes: tuple[torch.dtype, ...],
 ) -> str | None:
-    """The name of what the kernels do not take, found while tracing."""
+    """What the engine does not support of a call that is traced, None where it supports it."""
     why = plan.fuse_rule(weight, weight_dtype, core_dtype, factors, factor_dtypes)
     ones = (1,) * (len(weight) - 2)
     return why or plan.refused_when_traced(
-        kernels,
+        engine,
         tuple(weight),
         (weight_dtype, weight_dtype, core_dtype),
         tuple([tuple(shape) for shape in factors]),
@@ -291,32 +263,32 @@ def fuse_refusal(
 @custom_op(
     "lora_edge::tt_fuse",
     mutates_args=(),
-    schema="(Tensor weight, Tensor core, Tensor[] factors, str kernels, float scale) -> Tensor",
+    schema="(Tensor weight, Tensor core, Tensor[] factors, str engine, float scale) -> Tensor",
 )
-def tt_fuse(weight: Tensor, core: Tensor, factors: Sequence[Tensor], kernels: str, scale: float) -> Tensor:
-    """The fused kernel."""
-    planned = _fuse_plan(weight, core, factors, kernels, scale)
+def tt_fuse(weight: Tensor, core: Tensor, factors: Sequence[Tensor], engine: str, scale: float) -> Tensor:
+    """The fused weight."""
+    planned = _fuse_plan(weight, core, factors, engine, scale)
     return planned.engine.fuse_forward(planned, weight, core, factors)
 
 
 @tt_fuse.register_fake
-def _(weight: Tensor, core: Tensor, factors: Any, kernels: str, scale: float) -> Tensor:
+def _(weight: Tensor, core: Tensor, factors: Any, engine: str, scale: float) -> Tensor:
     return weight.new_empty(weight.shape)
 
 
 @custom_op(
     "lora_edge::tt_fuse_backward",
     mutates_args=(),
-    schema="(Tensor dout, Tensor core, Tensor[] factors, str kernels, float scale) -> Tensor",
+    schema="(Tensor dout, Tensor core, Tensor[] factors, str engine, float scale) -> Tensor",
 )
-def tt_fuse_backward(dout: Tensor, core: Tensor, factors: Sequence[Tensor], kernels: str, scale: float) -> Tensor:
+def tt_fuse_backward(dout: Tensor, core: Tensor, factors: Sequence[Tensor], engine: str, scale: float) -> Tensor:
     """The gradient of the core."""
-    planned = _fuse_plan(dout, core, factors, kernels, scale)
+    planned = _fuse_plan(dout, core, factors, engine, scale)
     return planned.engine.fuse_backward(planned, dout, core, factors)
 
 
 @tt_fuse_backward.register_fake
-def _(dout: Tensor, core: Tensor, factors: Any, kernels: str, scale: float) -> Tensor:
+def _(dout: Tensor, core: Tensor, factors: Any, engine: str, scale: float) -> Tensor:
     return core.new_empty(core.shape)
 
 
@@ -334,15 +306,15 @@ def _fuse_gradients(ctx: Any, dout: Tensor) -> tuple[Any, ...]:
 tt_fuse.register_autograd(_fuse_gradients, setup_context=_remember_fuse)
 
 
-def _fuse_plan(weight: Tensor, core: Tensor, factors: Sequence[Tensor], kernels: str, scale: float) -> FusePlan:
+def _fuse_plan(weight: Tensor, core: Tensor, factors: Sequence[Tensor], engine: str, scale: float) -> FusePlan:
     shapes, dtypes = tuple([t.shape for t in factors]), tuple([t.dtype for t in factors])
     _check_dims("tt_fuse", weight, factors)
     if core is None:
         raise TypeError("lora_edge::tt_fuse: core is None; give a tensor")
     if not factors:
         raise ValueError("lora_edge::tt_fuse: factors is empty; give the suffix or the frozen cores")
-    found = _engine(kernels, weight.device, "tt_fuse")
+    found = cast(FusingEngine, _engine(engine, weight.device, "tt_fuse"))
     planned = plan.fuse_plan(found, found.plan_type(), weight.shape, weight.dtype, core.dtype, shapes, dtypes, scale)
     if isinstance(planned, str):
-        raise RuntimeError(f"lora_edge::tt_fuse: the kernels do not take this call: {planned}")
+        raise RuntimeError(f"lora_edge::tt_fuse: the engine {engine!r} does not support this call: {planned}")
     return planned

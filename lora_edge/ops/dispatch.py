@@ -1,148 +1,154 @@
-"""``tt_fuse``, ``tt_conv`` and ``tt_block`` on an engine's kernels, where these take the call.
+"""Which engine runs a call of ``tt_fuse``, ``tt_conv`` or ``tt_block``, and the call itself with its gradients.
 
-In eager mode a call is one ``autograd.Function`` on one cached plan; under ``torch.compile`` it is an operator of torch
-(:mod:`lora_edge.ops.custom_ops`), whose dispatch is slower. Both are made of the same launches.
+An engine with kernels gets a call plan: in eager mode a call is one ``autograd.Function`` on one cached plan, under
+``torch.compile`` it is a custom operator of torch (:mod:`lora_edge.ops.custom_ops`), whose dispatch is slower. Both consist of
+the same launches. A call that the chosen engine does not support goes to the torch engine under "auto" and is an error where
+the engine was named.
 """
 
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Any
+from typing import Any, cast
 
 import torch
 from torch import Tensor
 
 from lora_edge.ops import custom_ops, plan
 from lora_edge.ops.backends import choose_backend, requested
+from lora_edge.ops.block_tensors import BackwardTensors, BlockTensors
 from lora_edge.ops.conv_args import ConvArgs
-from lora_edge.ops.engines.memory_layout import channels_last
-from lora_edge.ops.engines.registry import chosen, engine, reason
+from lora_edge.ops.engines import registry as engines
+from lora_edge.ops.engines.protocol import FusingEngine
+from lora_edge.ops.engines.torch import launch as torch_engine
 from lora_edge.ops.once import once_differentiable
 from lora_edge.ops.plan import BlockPlan, Epilogue, FusePlan, Saves
+from lora_edge.ops.strides import use_copy
 
-REFUSED = "does not take this call"  # what a backend says that was asked for by name and leaves the call to torch
-_Affine = tuple[Tensor, Tensor] | None
-_Frozen = tuple[Tensor, list[Tensor], Tensor | None, Tensor | None, Tensor | None, Tensor | None]
+REFUSED = "does not support this call"  # what the error of a backend says that was named and leaves the call to torch
 
 
-def try_block(
+def block(
     op: str,
     backend: str,
-    x: Tensor,
-    weight: Tensor,
-    core: Tensor | None,
-    suffix: Tensor | Sequence[Tensor] | None,
-    bias: Tensor | None,
-    residual: Tensor | None,
-    affine: _Affine,
-    residual_affine: _Affine,
+    tensors: BlockTensors,
     args: ConvArgs,
     epilogue: Epilogue,
     route: str = "auto",
-) -> Tensor | None:
-    """``y`` of checked arguments by the kernels, or None where the call is torch's.
+    keep_layout: bool = False,
+) -> Tensor:
+    """``y`` of checked arguments. ``keep_layout`` leaves it in the layout that the engine keeps from block to block.
 
     Raises:
-        RuntimeError: the backend asked for does not work here, or the kernels do not take this call; the message says why.
+        RuntimeError: the named backend does not work here or does not support this call; the message says why.
     """
-    name = choose_backend(backend, op)
-    if name == "torch":
-        return None
-    factors = factors_of(suffix)
-    a, b = affine or (None, None)
-    residual_a, residual_b = residual_affine or (None, None)
-    saves = saves_of(x, core, bias, residual, epilogue)
-    kernels = chosen(name, x.device)
-    planned: BlockPlan | str | None = reason(kernels, x.device) or plan.trained(weight, factors)
-    if planned is None and kernels == "cpu":
-        planned = _not_on_the_cpu(op, name)
-    if planned is None:
-        sizes = plan.sizes_of(x, weight, core, factors, (a, b, residual_a, residual_b))
-        if kernels == "cpu":
-            sizes = sizes._replace(channels_last=True)
-        if torch.compiler.is_compiling():
-            why = custom_ops.block_refusal(kernels, sizes, args, epilogue, saves, route)
-            if why is None:
-                tensors = (x, weight, core, bias, residual, factors, a, b, residual_a, residual_b)
-                return custom_ops.block(kernels, *tensors, args, epilogue, saves)
-            planned = why
-        else:
-            found = engine(kernels)
-            planned = plan.block_plan(found, found.plan_type(), sizes, args, epilogue, saves, route, plan.precision(x.dtype))
-    if isinstance(planned, str):
-        _refuse(op, name, planned)
-        return None
-    if torch.is_grad_enabled() and any(t is not None and t.requires_grad for t in (x, core, bias, residual)):
-        return _Block.apply(x, core, bias, residual, planned, (weight, factors, a, b, residual_a, residual_b))
-    return planned.engine.block_forward(planned, x, weight, core, bias, residual, factors, a, b, residual_a, residual_b)[0]
+    wanted = choose_backend(backend, op)
+    x, weight, core, bias, residual, factors, *_ = tensors
+    traced = _is_traced()
+    name = engines.chosen(wanted, x.device, op, traced)
+    if name == engines.TORCH:
+        return torch_engine.block(op, tensors, args, epilogue, route)
+    saves = saves_of(tensors, epilogue)
+    why = None if wanted == "auto" else engines.reason(name, x.device) or engines.leaves(name, op, True, traced)
+    why = why or plan.trained(weight, factors)
+    if why is None and traced:
+        why = custom_ops.block_refusal(name, plan.sizes_of(tensors), args, epilogue, saves, route)
+        if why is None:
+            return custom_ops.block(name, tensors, args, epilogue, saves)
+    elif why is None:
+        engine, sizes = engines.engine(name), plan.sizes_of(tensors)
+        planned = plan.block_plan(engine, engine.plan_type(), sizes, args, epilogue, saves, route, plan.precision(x.dtype))
+        if not isinstance(planned, str):
+            if torch.is_grad_enabled() and (
+                x.requires_grad
+                or (core is not None and core.requires_grad)
+                or (bias is not None and bias.requires_grad)
+                or (residual is not None and residual.requires_grad)
+            ):
+                y = _Block.apply(x, core, bias, residual, planned, tensors)
+            else:
+                y = engine.block_forward(planned, tensors)[0]
+            if keep_layout or not hasattr(engine, "in_layout_of"):
+                return y
+            return engine.in_layout_of(y, x, weight)
+        why = planned
+    _refuse(op, wanted, str(why))
+    return torch_engine.block(op, tensors, args, epilogue, route)
 
 
-def try_fuse(backend: str, weight: Tensor, core: Tensor, suffix: Tensor | Sequence[Tensor], scale: float) -> Tensor | None:
-    """The fused kernel by the kernels, or None where the call is torch's; raises as :func:`try_block`."""
-    name = choose_backend(backend, "tt_fuse")
-    if name == "torch":
-        return None
-    factors = factors_of(suffix)
-    kernels = chosen(name, weight.device)
-    planned: FusePlan | str | None = reason(kernels, weight.device)
-    if planned is None and torch.is_grad_enabled() and any(t.requires_grad for t in factors):
-        planned = "suffix requires a gradient; the kernels compute it for weight and core"
-    if planned is None:
+def fuse(backend: str, weight: Tensor, core: Tensor, factors: list[Tensor], scale: float) -> Tensor:
+    """The fused weight of checked arguments; raises as :func:`block`."""
+    wanted = choose_backend(backend, "tt_fuse")
+    traced = _is_traced()
+    name = engines.chosen(wanted, weight.device, "tt_fuse", traced)
+    if name == engines.TORCH:
+        return torch_engine.fuse(weight, core, factors, scale)
+    why = None if wanted == "auto" else engines.reason(name, weight.device) or engines.leaves(name, "tt_fuse", True, traced)
+    if why is None and torch.is_grad_enabled() and any(t.requires_grad for t in factors):
+        why = "suffix requires a gradient; the kernels compute it for weight and core"
+    if why is None:
         sizes = (weight.shape, weight.dtype, core.dtype, tuple([t.shape for t in factors]), tuple([t.dtype for t in factors]))
-        if torch.compiler.is_compiling():
-            why = custom_ops.fuse_refusal(kernels, *sizes)
+        if traced:
+            why = custom_ops.fuse_refusal(name, *sizes)
             if why is None:
-                return custom_ops.fuse(kernels, weight, core, factors, scale)
-            planned = why
+                return custom_ops.fuse(name, weight, core, factors, scale)
         else:
-            found = engine(kernels)
-            planned = plan.fuse_plan(found, found.plan_type(), *sizes, scale)
-    if isinstance(planned, str):
-        _refuse("tt_fuse", name, planned)
-        return None
-    return _Fuse.apply(weight, core, factors, planned)
+            engine = cast(FusingEngine, engines.engine(name))
+            planned = plan.fuse_plan(engine, engine.plan_type(), *sizes, scale)
+            if not isinstance(planned, str):
+                return _Fuse.apply(weight, core, factors, planned)
+            why = planned
+    _refuse("tt_fuse", wanted, why)
+    return torch_engine.fuse(weight, core, factors, scale)
 
 
-def refusal(
-    kernels: str,
-    x: Tensor,
-    weight: Tensor,
-    core: Tensor | None,
-    suffix: Tensor | Sequence[Tensor] | None,
-    args: ConvArgs,
-    epilogue: Epilogue,
-) -> str | None:
-    """The name of what an engine does not take of a training step's call, None where it takes it; ``x`` may be on "meta"."""
-    factors = factors_of(suffix)
+def refusal(name: str, tensors: BlockTensors, args: ConvArgs, epilogue: Epilogue) -> str | None:
+    """What an engine with kernels does not support of a training step's call, None where it supports it.
+
+    ``tensors.x`` may be on "meta".
+    """
+    core = tensors.core
     saves = Saves(core is not None and core.requires_grad, epilogue.activation is not None)
-    sizes = plan.sizes_of(x, weight, core, factors, ())
-    why = reason(kernels, weight.device) or plan.trained(weight, factors)
+    why = engines.reason(name, tensors.weight.device) or plan.trained(tensors.weight, tensors.factors)
     if why is not None:
         return why
-    found = engine(kernels)
-    planned = plan.block_plan(found, found.plan_type(), sizes, args, epilogue, saves, "auto", plan.precision(x.dtype))
+    engine, sizes, precision = engines.engine(name), plan.sizes_of(tensors), plan.precision(tensors.x.dtype)
+    planned = plan.block_plan(engine, engine.plan_type(), sizes, args, epilogue, saves, "auto", precision)
     return planned if isinstance(planned, str) else None
 
 
+def laid_out(x: Tensor) -> Tensor:
+    """A block's input in the layout of the engine that will run the block; its gradient comes back in ``x``'s own strides."""
+    if x.dim() not in (3, 4) or (x.shape[1] > 1 and x.stride(1) == 1):
+        return x
+    name = engines.chosen(requested("auto")[0], x.device)
+    if name not in engines.WITH_KERNELS or engines.reason(name, x.device) is not None:  # the op itself says what is wrong
+        return x
+    engine = engines.engine(name)
+    return use_copy(x, engine.lay_out(x.detach())) if hasattr(engine, "lay_out") else x
+
+
 def factors_of(suffix: Tensor | Sequence[Tensor] | None) -> list[Tensor]:
-    """The contracted suffix as a list of one, the frozen cores as they are, nothing where there is neither."""
+    """The contracted suffix as a list of one, or the frozen cores; empty for None."""
     if suffix is None:
         return []
     return [suffix] if isinstance(suffix, Tensor) else list(suffix)
 
 
-def saves_of(x: Tensor, core: Tensor | None, bias: Tensor | None, residual: Tensor | None, epilogue: Epilogue) -> Saves:
+def saves_of(tensors: BlockTensors, epilogue: Epilogue) -> Saves:
     """What backward of a call will need."""
     if not torch.is_grad_enabled():
         return Saves(False, False)
+    x, _, core, bias, residual, *_ = tensors
     trains = core is not None and core.requires_grad
     if epilogue.activation is None:
         return Saves(trains, False)
-    return Saves(trains, trains or any(t is not None and t.requires_grad for t in (x, bias, residual)))
+    passes = x.requires_grad or (bias is not None and bias.requires_grad)
+    return Saves(trains, trains or passes or (residual is not None and residual.requires_grad))
 
 
 class _Block(torch.autograd.Function):
-    """Takes as few arguments as it can: each costs time in ``apply``. ``frozen`` is what no gradient goes to."""
+    """Has as few arguments as it can, since each costs time in ``apply``; ``tensors`` holds the first four again."""
 
     @staticmethod
     def forward(
@@ -152,13 +158,12 @@ class _Block(torch.autograd.Function):
         bias: Tensor | None,
         residual: Tensor | None,
         planned: BlockPlan,
-        frozen: _Frozen,
+        tensors: BlockTensors,
     ) -> Tensor:
-        weight, factors, a, b, residual_a, residual_b = frozen
-        y, saved = planned.engine.block_forward(planned, x, weight, core, bias, residual, factors, a, b, residual_a, residual_b)
+        y, saved = planned.engine.block_forward(planned, tensors)
         if y is x:
             ctx.mark_dirty(x)
-        ctx.save_for_backward(saved, weight, core, a, residual_a, *factors)
+        ctx.save_for_backward(saved, tensors.weight, core, tensors.a, tensors.residual_a, *tensors.factors)
         ctx.plan = planned
         return y
 
@@ -166,11 +171,12 @@ class _Block(torch.autograd.Function):
     @once_differentiable
     def backward(ctx: Any, dy: Tensor) -> tuple[Tensor | None, ...]:  # type: ignore[override]
         saved, weight, core, a, residual_a, *factors = ctx.saved_tensors
+        planned = ctx.plan
         needs_x, needs_core, needs_bias, needs_residual, *_ = ctx.needs_input_grad
-        passed_on = needs_residual and plan.is_passed_on(ctx.plan.saves, residual_a)
+        passed_on = needs_residual and plan.is_passed_on(planned.saves, residual_a)
         needs = (needs_x, needs_core, needs_bias, needs_residual and not passed_on)
-        backward = ctx.plan.engine.block_backward
-        dx, dcore, dbias, dresidual = backward(ctx.plan, dy, saved, weight, core, factors, a, residual_a, needs)
+        tensors = BackwardTensors(dy, saved, weight, core, factors, a, residual_a)
+        dx, dcore, dbias, dresidual = planned.engine.block_backward(planned, tensors, needs)
         return dx, dcore, dbias, dy if passed_on else dresidual, None, None
 
 
@@ -189,28 +195,12 @@ class _Fuse(torch.autograd.Function):
         return dout if ctx.needs_input_grad[0] else None, dcore, None, None
 
 
-def channels_last_for_the_cpu(x: Tensor) -> Tensor:
-    """``x`` in the memory layout that the CPU engine keeps from block to block, copied once at a network's door."""
-    if (
-        x.device.type != "cpu"
-        or x.dtype != torch.float32
-        or x.dim() not in (3, 4)
-        or requested("auto")[0] not in ("auto", "cpu")
-    ):
-        return x
-    return x if reason("cpu") is not None else channels_last(x)
+def _is_traced() -> bool:
+    """Whether torch.compile is tracing. A function, so that it also holds in a frame that torch.compile gave up and runs."""
+    return torch.compiler.is_compiling()
 
 
-def _not_on_the_cpu(op: str, name: str) -> str | None:
-    """Why the CPU engine leaves a call to torch, None where it does not."""
-    if torch.compiler.is_compiling():
-        return "it is traced by torch.compile; the CPU engine runs in eager mode"
-    if name == "auto" and op == "tt_conv":
-        return "a convolution by itself, which on torch is bit-identical to the stock layer"
-    return None
-
-
-def _refuse(op: str, name: str, why: str) -> None:
-    """Raise where the kernels were asked for by name; else the call is torch's."""
-    if name != "auto":
-        raise RuntimeError(f"{op}: backend {name!r} {REFUSED}: {why}")
+def _refuse(op: str, wanted: str, why: str) -> None:
+    """Raise where the engine was named; under "auto" the call is torch's."""
+    if wanted != "auto":
+        raise RuntimeError(f"{op}: backend {wanted!r} {REFUSED}: {why}")

@@ -10,8 +10,8 @@ def narrowed(h: Tensor, dtype: torch.dtype) -> Tensor:
     """``h`` in ``dtype``.
 
     Raises:
-        RuntimeError: a finite value overflows float16, whose largest is 65,504. Checked on the CPU only: on a device it would
-            wait for the result, and there ``save_adapter`` and ``merge`` refuse what an overflow makes of the cores.
+        RuntimeError: a finite value overflows float16, whose largest value is 65,504. Checked on the CPU only: on a device the
+            check would have to wait for the result; there ``save_adapter`` and ``merge`` reject the cores that result.
     """
     kept = h.to(dtype)
     if dtype == torch.float16 and h.dtype != dtype and kept.is_cpu and not torch.compiler.is_compiling():
@@ -24,6 +24,6 @@ def refuse_overflow(h: Tensor, kept: Tensor) -> None:
     if not bool(kept.isfinite().all()) and bool(h.isfinite().all()):
         largest = float(h.detach().abs().max())
         raise RuntimeError(
-            f'saved_dtype="float16" overflows: h reaches {largest:.3g}, and float16 ends at 65504; '
+            f'saved_dtype="float16" overflows: h reaches {largest:.3g}, float16 at most 65504; '
             'use saved_dtype="bfloat16" or None, or scale the input'
         )

@@ -1,7 +1,7 @@
 """``once_differentiable`` for this library's Functions: a second derivative is an error, never a missing term.
 
-torch's own decorator lets ``create_graph=True`` pass in silence where the incoming gradient needs none. But the gradient of an
-adapted convolution depends on its core and on its input too, so a penalty on it would have no gradient to them.
+Torch's own decorator accepts ``create_graph=True`` silently where the incoming gradient requires no gradient. But the gradient
+of an adapted convolution depends on its core and on its input too, so a penalty on it would pass no gradient to them.
 """
 
 from __future__ import annotations
@@ -17,12 +17,12 @@ Backward = Callable[..., Any]
 
 
 def once_differentiable(backward: Backward) -> Backward:
-    """A ``backward`` whose results raise RuntimeError when they are differentiated again."""
+    """Decorate a ``backward`` whose results shall raise RuntimeError when they are differentiated again."""
     return _once(backward, lambda ctx, grads: True)
 
 
 def linear_once_differentiable(backward: Backward) -> Backward:
-    """:func:`once_differentiable` of a ``backward`` that depends on nothing differentiable but the gradients that come in."""
+    """:func:`once_differentiable` for a ``backward`` that depends on nothing differentiable but the incoming gradients."""
     return _once(backward, lambda ctx, grads: any(isinstance(g, Tensor) and g.requires_grad for g in grads))
 
 
@@ -45,7 +45,7 @@ class _NotTwice(torch.autograd.Function):
 
     @staticmethod
     def forward(ctx: Any, y: Tensor) -> Tensor:
-        return y.clone()  # not a view, which nobody could write to
+        return y.clone()  # not a view, which could not be written in place
 
     @staticmethod
     def backward(ctx: Any, dy: Tensor) -> NoReturn:  # type: ignore[override]

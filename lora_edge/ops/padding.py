@@ -1,6 +1,6 @@
-"""Padding in the modes reflect, replicate and circular whose backward saves nothing but sizes.
+"""Padding in the modes reflect, replicate and circular that saves only sizes for backward.
 
-``F.pad`` saves its whole input for the backward of "reflect" and "replicate"; its adjoint needs only the shape.
+``F.pad`` saves its whole input for "reflect" and "replicate", although its adjoint needs only the shape.
 """
 
 from __future__ import annotations
@@ -46,7 +46,7 @@ class _Pad(torch.autograd.Function):
 
 
 def _source_positions(size: int, low: int, high: int, mode: str, device: torch.device) -> Tensor:
-    """For each padded position, the position of the input it repeats."""
+    """For each padded position, the input position that it repeats."""
     position = torch.arange(-low, size + high, device=device)
     if mode == "replicate":
         return position.clamp(0, size - 1)

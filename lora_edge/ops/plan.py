@@ -1,7 +1,7 @@
-"""Which calls the kernels take, and everything about a call that its sizes decide, in a bounded cache.
+"""Call plans: which calls the kernels support, and everything about a call that its sizes decide, in a bounded cache.
 
-The rule is explicit: :func:`rule` gives the name of what no kernels take, an engine itself adds the limits of its tiles
-(``refusal`` in csrc/plan.h and in triton_plan.py). Nothing is tried first and caught afterwards.
+The rule is explicit: :func:`rule` names what no kernels support, and an engine adds the limits of its tiles (``refusal`` in
+csrc/plan.h and in engines/triton/plan.py). Nothing is tried first and caught afterwards.
 """
 
 from __future__ import annotations
@@ -16,9 +16,11 @@ from torch import Tensor
 
 from lora_edge.environment.torch_private import constant_when_traced, convolutions_run_in_tf32
 from lora_edge.ops.activation import Activation
+from lora_edge.ops.block_tensors import BlockTensors
 from lora_edge.ops.conv_args import ConvArgs
 from lora_edge.ops.engines.launch_checks import check_factor_sizes, check_sizes, check_weight_sizes
-from lora_edge.ops.engines.registry import Engine, engine
+from lora_edge.ops.engines.protocol import Engine, FusingEngine
+from lora_edge.ops.engines.registry import engine
 from lora_edge.ops.route import choose_route
 
 PLANS = 1024
@@ -30,7 +32,7 @@ ACTIVATIONS = {None: 0, "relu": 1, "relu6": 2, "hardtanh": 2}  # enum Activation
 
 
 class Sizes(NamedTuple):
-    """Sizes and dtypes of a call's tensors. ``factors`` are the contracted suffix or the frozen cores, none if not adapted."""
+    """Sizes and dtypes of a call's tensors. ``factors`` are the contracted suffix or the frozen cores, empty if not adapted."""
 
     x: Sequence[int]
     dtype: torch.dtype
@@ -42,15 +44,11 @@ class Sizes(NamedTuple):
     factor_dtypes: tuple[torch.dtype, ...]
     affine_dtypes: tuple[torch.dtype, ...]
 
-    @property
-    def rank(self) -> int:
-        return self.factors[0][0] if self.factors else 0
-
 
 class Epilogue(NamedTuple):
-    """What is fixed for a layer beside its convolution's arguments.
+    """What is fixed for a layer besides its convolution's arguments.
 
-    ``overwrite`` says that nobody else needs ``x``: a ``y`` of its size may take its place in memory.
+    ``overwrite`` says that ``x`` is not needed afterwards: a ``y`` of the same size may reuse its memory.
     """
 
     scale: float
@@ -59,19 +57,19 @@ class Epilogue(NamedTuple):
     overwrite: bool = False
 
     def without_overwriting(self) -> Epilogue:
-        """The same where ``x`` is needed; torch 2.4 cannot trace ``_replace``."""
+        """The same for a call whose ``x`` is still needed; torch 2.4 cannot trace ``_replace``."""
         return Epilogue(self.scale, self.activation, self.saved_dtype)
 
 
 class Saves(NamedTuple):
-    """What backward will need: ``h`` where the core is trained, bits where the activation lies on a gradient's way."""
+    """What backward will need: ``h`` where the core is trained, bits where a gradient passes through the activation."""
 
     h: bool
     bits: bool
 
 
 class SavedLayout(NamedTuple):
-    """The buffer that is kept for backward: ``h (N, *L', g * r1)``, then the bits of csrc/problem.h. In bytes."""
+    """The buffer kept for backward, in bytes: ``h (N, *L', g * r1)``, then the bits of csrc/problem.h."""
 
     h_bytes: int
     h_dtype: torch.dtype
@@ -90,7 +88,7 @@ class Dtypes(NamedTuple):
 
 
 class BlockPlan(NamedTuple):
-    """A call of the convolution kernels, ready but for its addresses."""
+    """The call plan of ``tt_conv`` or ``tt_block``: everything but the addresses."""
 
     engine: Engine
     native: Any  # the engine's own plan
@@ -100,11 +98,11 @@ class BlockPlan(NamedTuple):
     dx_stride: tuple[int, ...]
     saves: Saves
     saved: SavedLayout
-    overwrites: bool  # y may take x's place
-    packed_forward: int  # bytes of scratch, as what follows
+    overwrites: bool  # y may reuse x's memory
+    packed_forward: int  # bytes of scratch, like the next two
     packed_backward: int
     partial: int
-    weight_shape: tuple[int, ...]  # what launch_checks.py compares a call's tensors with, as what follows
+    weight_shape: tuple[int, ...]  # from here on what launch_checks.py compares a call's tensors with
     core_shape: tuple[int, int] | None
     factor_shapes: tuple[tuple[int, ...], ...]
     vector_shape: tuple[int]
@@ -112,19 +110,18 @@ class BlockPlan(NamedTuple):
 
 
 class FusePlan(NamedTuple):
-    """A call of the fusing kernels, ready but for its addresses."""
+    """The call plan of ``tt_fuse``: everything but the addresses."""
 
-    engine: Engine
+    engine: FusingEngine
     native: Any
     partial: int  # bytes of scratch
     weight_shape: tuple[int, ...]
     factor_shapes: tuple[tuple[int, ...], ...]
 
 
-def sizes_of(
-    x: Tensor, weight: Tensor, core: Tensor | None, factors: Sequence[Tensor], affines: Sequence[Tensor | None]
-) -> Sizes:
+def sizes_of(tensors: BlockTensors) -> Sizes:
     """The sizes of a call's tensors."""
+    x, weight, core, _, _, factors, *affines = tensors
     return Sizes(
         x.shape,
         x.dtype,
@@ -138,27 +135,32 @@ def sizes_of(
     )
 
 
+def rank_of(sizes: Sizes) -> int:
+    """``r1``, 0 where the convolution is not adapted. Not a property, which torch 2.4 cannot trace."""
+    return sizes.factors[0][0] if sizes.factors else 0
+
+
 def is_channels_last(x: Tensor) -> bool:
-    """Whether neighbours in memory are channels. If so in x or the weight, the outputs are laid out so as well, in 1-D too."""
+    """Whether channels are adjacent in memory. If they are in x or the weight, outputs are laid out so as well, in 1-D too."""
     return not x.is_contiguous() and x.stride(1) == 1 and x.shape[1] > 1
 
 
 def rule(sizes: Sizes, args: ConvArgs, epilogue: Epilogue, saves: Saves, route: str) -> str | None:
-    """The name of what the kernels do not take, None where they may take the call. Plain Python, so that it can be traced."""
+    """What the kernels do not support of a call, None where they may support it. Plain Python, so that it can be traced."""
     if len(sizes.weight) == 5:
-        return "a 3-D convolution; the kernels take 1-D and 2-D"
+        return "a 3-D convolution; the kernels support 1-D and 2-D"
     named = [("weight", sizes.weight_dtype), ("x", sizes.dtype), ("core", sizes.core_dtype)]
     named += [("suffix", dtype) for dtype in sizes.factor_dtypes] + [("affine", dtype) for dtype in sizes.affine_dtypes]
     named += [("saved_dtype", epilogue.saved_dtype)]
     for name, dtype in named:
         if dtype is not None and dtype not in TYPES:
-            return f"{name} is {dtype}; the kernels take float32, float16 and bfloat16"
+            return f"{name} is {dtype}; the kernels support float32, float16 and bfloat16"
     if any(dtype != sizes.factor_dtypes[0] for dtype in sizes.factor_dtypes):
-        return "frozen cores of several dtypes; the kernels take one"
+        return "frozen cores of several dtypes; the kernels support one"
     if any(dtype != sizes.affine_dtypes[0] for dtype in sizes.affine_dtypes):
-        return "affines of several dtypes; the kernels take one"
+        return "affines of several dtypes; the kernels support one"
     if epilogue.activation is not None and epilogue.activation.name not in ACTIVATIONS:
-        return f"activation {epilogue.activation.name}; the kernels take relu, relu6 and hardtanh"
+        return f"activation {epilogue.activation.name}; the kernels support relu, relu6 and hardtanh"
     if any(n == 0 for n in sizes.x[1:]):
         return "an input without channels or positions"
     if any(n == 0 for n in sizes.weight) or any(n == 0 for shape in sizes.factors for n in shape):
@@ -166,31 +168,33 @@ def rule(sizes: Sizes, args: ConvArgs, epilogue: Epilogue, saves: Saves, route: 
     if saves.h:
         if route == "auto":
             itemsize = (epilogue.saved_dtype or sizes.dtype).itemsize
-            route = choose_route(sizes.weight, sizes.rank, args, sizes.x[2:], itemsize / sizes.dtype.itemsize)
+            route = choose_route(sizes.weight, rank_of(sizes), args, sizes.x[2:], itemsize / sizes.dtype.itemsize)
         if route == "dense":
-            return "the dense route of the core's gradient, by choice or by the cost model; the kernels take the factor route"
+            return (
+                "the dense route of the core's gradient, by choice or by the cost model; the kernels support the factor route"
+            )
     y_shape = output_shape(sizes, args)
     weight, batch = math.prod(sizes.weight), max(1, sizes.x[0])
     elements = {
         "x": batch * math.prod(sizes.x[1:]),
         "y": batch * math.prod(y_shape[1:]),
-        "h": batch * math.prod(y_shape[2:]) * args.groups * sizes.rank,
+        "h": batch * math.prod(y_shape[2:]) * args.groups * rank_of(sizes),
         "weight": weight,
-        "core": sizes.weight[0] * sizes.rank,
-        "suffix": max([weight // sizes.weight[0] * sizes.rank, *[math.prod(shape) for shape in sizes.factors]]),
+        "core": sizes.weight[0] * rank_of(sizes),
+        "suffix": max([weight // sizes.weight[0] * rank_of(sizes), *[math.prod(shape) for shape in sizes.factors]]),
     }
     for name, count in elements.items():
         if count > MOST_ELEMENTS:
-            return f"{name} has {count} elements; the kernels take fewer than 2**31"
+            return f"{name} has {count} elements; the kernels support fewer than 2**31"
     padding, kernel = args.total_padding(sizes.weight[2:]), sizes.weight[2:]
     for n, m, k, s, (low, _), d in zip(sizes.x[2:], y_shape[2:], kernel, args.stride, padding, args.dilation, strict=True):
         if n + low + d * k + s * m > MOST_REACH:
-            return f"a reach of {n + low + d * k + s * m} positions along an axis; the kernels take up to 2**30"
+            return f"a reach of {n + low + d * k + s * m} positions along an axis; the kernels support up to 2**30"
     return None
 
 
 def trained(weight: Tensor, factors: Sequence[Tensor]) -> str | None:
-    """The name of a tensor that requires a gradient which the convolution kernels do not compute."""
+    """Which tensor requires a gradient that the convolution kernels do not compute, None where there is none."""
     if torch.is_grad_enabled():
         if weight.requires_grad:
             return "weight requires a gradient; the kernels compute it for x, core, bias and residual"
@@ -200,7 +204,7 @@ def trained(weight: Tensor, factors: Sequence[Tensor]) -> str | None:
 
 
 def precision(dtype: torch.dtype) -> int:
-    """The unit that multiplies, as torch's own setting for convolutions has it; read at every call."""
+    """The unit that multiplies, by torch's own setting for convolutions, which is read at every call."""
     if dtype != torch.float32:
         return HALF
     return TF32 if convolutions_run_in_tf32() else FP32
@@ -210,11 +214,13 @@ def precision(dtype: torch.dtype) -> int:
 def block_plan(
     engine: Engine, plan_type: Any, sizes: Sizes, args: ConvArgs, epilogue: Epilogue, saves: Saves, route: str, precision: int
 ) -> BlockPlan | str:
-    """The plan of ``tt_conv`` or ``tt_block``, or the name of what the kernels do not take.
+    """The plan of ``tt_conv`` or ``tt_block``, or what the engine does not support of the call.
 
     Raises:
         ValueError: the sizes do not fit together.
     """
+    if engine.CHANNELS_LAST:
+        sizes = sizes._replace(channels_last=True)
     check_sizes(sizes, args, "tt_block")
     why = rule(sizes, args, epilogue, saves, route)
     if why is not None:
@@ -231,7 +237,7 @@ def block_plan(
         engine, native, y_shape, y_stride, tuple(sizes.x), dx_stride, saves,
         saved_layout(sizes, args, epilogue, saves), overwrites,
         scratch["packed_forward"], scratch["packed_backward"], scratch["partial"],
-        tuple(sizes.weight), (sizes.weight[0], sizes.rank) if sizes.factors else None,
+        tuple(sizes.weight), (sizes.weight[0], rank_of(sizes)) if sizes.factors else None,
         tuple([tuple(shape) for shape in sizes.factors]), (sizes.weight[0],),
         Dtypes(
             sizes.dtype, sizes.weight_dtype, sizes.core_dtype, sizes.factor_dtypes[0] if sizes.factors else None,
@@ -242,7 +248,7 @@ def block_plan(
 
 @functools.lru_cache(maxsize=PLANS)
 def fuse_plan(
-    engine: Engine,
+    engine: FusingEngine,
     plan_type: Any,
     weight: Sequence[int],
     weight_dtype: torch.dtype,
@@ -251,7 +257,7 @@ def fuse_plan(
     factor_dtypes: tuple[torch.dtype, ...],
     scale: float,
 ) -> FusePlan | str:
-    """The plan of ``tt_fuse``, or the name of what the kernels do not take; raises as :func:`block_plan`."""
+    """The plan of ``tt_fuse``, or what the engine does not support of the call; raises as :func:`block_plan`."""
     check_weight_sizes(weight, "tt_fuse")
     check_factor_sizes(weight, factors, "tt_fuse")
     why = fuse_rule(weight, weight_dtype, core_dtype, factors, factor_dtypes)
@@ -271,14 +277,14 @@ def fuse_rule(
     factors: tuple[Sequence[int], ...],
     factor_dtypes: tuple[torch.dtype, ...],
 ) -> str | None:
-    """As :func:`rule`, for ``tt_fuse``."""
+    """The :func:`rule` of ``tt_fuse``."""
     sizes, args = _one_position(weight, weight_dtype, core_dtype, factors, factor_dtypes)
     return rule(sizes, args, Epilogue(1.0), Saves(False, False), "factor")
 
 
 @constant_when_traced
 def refused_when_traced(
-    kernels: str,
+    name: str,
     weight: tuple[int, ...],
     dtypes: tuple[torch.dtype, torch.dtype, torch.dtype | None],
     factors: tuple[tuple[int, ...], ...],
@@ -286,9 +292,9 @@ def refused_when_traced(
     args: tuple[Any, ...],
     op: str,
 ) -> str | None:
-    """An engine's own refusal for a layer under ``torch.compile``, where the sizes of ``x`` may be symbols.
+    """What an engine by this name does not support of a layer under ``torch.compile``, where the sizes of ``x`` may be symbols.
 
-    It is asked about one position; an engine's limits are on the layer, and :func:`rule` has those on sizes.
+    The engine is asked about one position: its limits are on the layer, and :func:`rule` has those on sizes.
     """
     weight_dtype, x_dtype, core_dtype = dtypes
     sizes, _ = _one_position(weight, weight_dtype, core_dtype, factors, factor_dtypes)
@@ -296,7 +302,7 @@ def refused_when_traced(
     extent = [d * (k - 1) + 1 for d, k in zip(dilation, weight[2:], strict=True)]
     sizes = sizes._replace(x=(1, weight[1] * groups, *extent), dtype=x_dtype)
     fields = _fields(sizes, ConvArgs(stride, padding, dilation, groups), Epilogue(1.0), precision(x_dtype))
-    return engine(kernels).plan_type()(**fields).refusal(op)
+    return engine(name).plan_type()(**fields).refusal(op)
 
 
 def is_passed_on(saves: Saves, residual_a: Tensor | None) -> bool:
@@ -316,7 +322,7 @@ def output_layout(sizes: Sizes, args: ConvArgs) -> tuple[tuple[int, ...], tuple[
 
 
 def dense_stride(shape: Sequence[int], channels_last: bool) -> tuple[int, ...]:
-    """Strides of a dense ``(N, C, *L)``, by channels last or first."""
+    """Strides of a dense ``(N, C, *L)``, channels last or first."""
     order = [0, *range(2, len(shape)), 1] if channels_last else list(range(len(shape)))
     stride = [0] * len(shape)
     step = 1
@@ -331,9 +337,9 @@ def saved_layout(sizes: Sizes, args: ConvArgs, epilogue: Epilogue, saves: Saves)
     y_shape = output_shape(sizes, args)
     positions = y_shape[0] * math.prod(y_shape[2:])
     dtype = epilogue.saved_dtype or sizes.dtype
-    h = positions * args.groups * sizes.rank * dtype.itemsize if saves.h else 0
+    h = positions * args.groups * rank_of(sizes) * dtype.itemsize if saves.h else 0
     bits_at = (h + 15) // 16 * 16 if saves.bits else h
-    groups = 1 if sizes.weight[1] == 1 else args.groups  # a depthwise position has its bits without gaps
+    groups = 1 if sizes.weight[1] == 1 else args.groups  # the bits of a depthwise position have no gaps
     bits = positions * groups * ((y_shape[1] // groups + 7) // 8) if saves.bits else 0
     return SavedLayout(h, dtype, bits_at, bits_at + bits)
 
@@ -345,7 +351,7 @@ def _one_position(
     factors: tuple[Sequence[int], ...],
     factor_dtypes: tuple[torch.dtype, ...],
 ) -> tuple[Sizes, ConvArgs]:
-    """Sizes of an ungrouped convolution with this kernel at one position, for what depends on the kernel alone."""
+    """Sizes of an ungrouped convolution with this weight at one position, for what depends on the weight alone."""
     dims = len(weight) - 2
     x = (1, *weight[1:])
     sizes = Sizes(x, weight_dtype, False, weight, weight_dtype, core_dtype, factors, factor_dtypes, ())
@@ -378,7 +384,7 @@ def _fields(sizes: Sizes, args: ConvArgs, epilogue: Epilogue, precision: int) ->
     bounds = {"relu6": (0.0, 6.0), "hardtanh": () if activation is None else activation.numbers}.get(name or "", (0.0, 0.0))
     cores = len(sizes.factors) if len(sizes.factors) > 1 else 0
     return {
-        "batch": sizes.x[0], "channels": sizes.x[1], "outputs": sizes.weight[0], "groups": args.groups, "rank": sizes.rank,
+        "batch": sizes.x[0], "channels": sizes.x[1], "outputs": sizes.weight[0], "groups": args.groups, "rank": rank_of(sizes),
         **pair("in", sizes.x[2:], 1),
         **pair("out", output_shape(sizes, args)[2:], 1),
         **pair("kernel", kernel, 1),

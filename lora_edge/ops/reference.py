@@ -1,6 +1,6 @@
-"""The ops in plain, differentiable torch: the oracle that every fast path is compared with.
+"""The ops in plain, differentiable torch: the oracle that every engine is compared with.
 
-Same names and signatures as the public ops. Nothing here is tuned; reading it is the fastest way to learn what an op is.
+Same names and signatures as the public ops. Nothing here is tuned; it is the shortest definition of what each op computes.
 """
 
 from __future__ import annotations
@@ -38,7 +38,7 @@ def tt_conv(
     groups: int = 1,
     scale: float = 1.0,
 ) -> Tensor:
-    """``conv(x, W + scale * core @ S)``: the convolution over the fused kernel, gradients by torch's own autograd."""
+    """``conv(x, W + scale * core @ S)``: the convolution with the fused weight, gradients by torch's own autograd."""
     args = conv_args(stride, padding, dilation, groups, weight.dim() - 2, "tt_conv")
     return conv(x, tt_fuse(weight, core, suffix, scale), bias, args)
 

@@ -1,10 +1,10 @@
-"""The cost model: does a layer's backward take the factor route or the dense route?
+"""The cost model: the route, factor or dense, by which a layer's backward computes the core's gradient.
 
 factor  saves ``h`` (``g * r1`` channels at the output positions), sums ``dB = s * dy h^T``
 dense   saves ``x`` (``I`` channels at the input positions), computes ``dW`` once, then ``dB = s * dW S^T``
 
-The fewer saved bytes win, unless they cost more than twice the multiply-adds (DESIGN, section 2). Both counts exclude the
-forward convolution and the input gradient, which both routes share, so "twice" is judged on what differs.
+The route that saves fewer bytes is chosen unless it costs more than twice the multiply-adds (DESIGN, section 2). Both counts
+exclude the forward convolution and the input gradient, which the routes share: "twice" refers to what differs.
 """
 
 from __future__ import annotations
@@ -28,7 +28,7 @@ def choose_route(
         r1: rows of the suffix.
         args: the convolution's arguments.
         size: spatial input size.
-        saved_itemsize_ratio: bytes of an element of ``h`` over bytes of an element of ``x``.
+        saved_itemsize_ratio: bytes per element of ``h`` over bytes per element of ``x``.
     """
     factor_bytes = saved_channels_positions(weight_shape, r1, args, size, "factor") * saved_itemsize_ratio
     dense_bytes = saved_channels_positions(weight_shape, r1, args, size, "dense")
@@ -40,14 +40,14 @@ def choose_route(
 
 
 def saved_channels_positions(weight_shape: Sequence[int], r1: int, args: ConvArgs, size: Sequence[int], route: str) -> int:
-    """Elements a sample that ``route`` saves for backward."""
+    """Elements per sample that ``route`` saves for backward."""
     if route == "factor":
         return args.groups * r1 * math.prod(args.output_size(size, weight_shape[2:]))
     return weight_shape[1] * args.groups * math.prod(size)
 
 
 def _multiply_adds(weight_shape: Sequence[int], r1: int, args: ConvArgs, size: Sequence[int], route: str) -> int:
-    """Multiply-adds a sample of what only ``route`` computes (the product with ``S`` is once a batch, so left out)."""
+    """Multiply-adds per sample of what only ``route`` computes, without the product with ``S``, which is once per batch."""
     positions = math.prod(args.output_size(size, weight_shape[2:]))
     taps = math.prod(weight_shape[1:])
     if route == "factor":

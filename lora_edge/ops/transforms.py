@@ -1,6 +1,6 @@
-"""Where only plain, differentiable torch ops will do: in ``torch.func`` transforms, forward-mode AD and ``torch.jit.trace``.
+"""When only plain, differentiable torch ops work: in ``torch.func`` transforms, forward-mode AD and ``torch.jit.trace``.
 
-The layers' own autograd Functions save less, but have no rule for these. There the layers compute the same by torch's ops.
+The layers' own autograd Functions have no rules for these, so there the layers compute the same by torch's ops.
 """
 
 from __future__ import annotations
@@ -15,16 +15,16 @@ from lora_edge.environment.torch_private import is_transformed
 
 def plain_ops_only() -> bool:
     """Whether a transform of ``torch.func``, forward-mode AD or ``torch.jit.trace`` is active in this thread."""
-    if torch.compiler.is_compiling():  # traces through the Functions, and cannot trace these questions
+    if torch.compiler.is_compiling():  # it traces through the Functions, and cannot trace these calls
         return False
     return is_transformed() or torch.jit.is_tracing()
 
 
 def refuse_proxy(input: Any) -> None:
-    """Called with what is no tensor: a layer whose forward asks for values cannot be traced by ``torch.fx``.
+    """Reject a proxy of ``torch.fx``, which cannot trace a layer whose forward reads values. Called with non-tensors.
 
     Raises:
-        RuntimeError: it is one of ``torch.fx``'s proxies.
+        RuntimeError: the input is a proxy.
     """
     if isinstance(input, fx.Proxy):
         raise RuntimeError(

@@ -15,13 +15,12 @@ from torch import nn
 import lora_edge
 from helpers.networks import train
 from lora_edge.nn import frozen_bn, lean
-from lora_edge.ops import activation, padding, strides, tt_block, tt_conv, tt_fuse
-from lora_edge.ops import dispatch as kernels
+from lora_edge.ops import activation, dispatch, padding, strides, tt_block, tt_conv, tt_fuse
+from lora_edge.ops.engines.torch.tt_block import TTBlock
+from lora_edge.ops.engines.torch.tt_conv import TTConv
+from lora_edge.ops.engines.torch.tt_fuse import TTFuse
 from lora_edge.ops.once import _NotTwice
 from lora_edge.ops.reference import tt_conv as reference_tt_conv
-from lora_edge.ops.tt_block import _TTBlock
-from lora_edge.ops.tt_conv import _TTConv
-from lora_edge.ops.tt_fuse import _TTFuse
 
 
 class Flat(nn.Module):
@@ -158,20 +157,20 @@ def _map(*shape):
 
 
 CALLS = {
-    _TTConv: _op(tt_conv, "torch"),
-    _TTBlock: _op(tt_block, "torch", activation="relu"),
-    kernels._Block: _op(tt_block, "auto", activation="relu"),
-    _TTFuse: lambda: tt_fuse(*_block(None)[:3], backend="torch"),
+    TTConv: _op(tt_conv, "torch"),
+    TTBlock: _op(tt_block, "torch", activation="relu"),
+    dispatch._Block: _op(tt_block, "auto", activation="relu"),
+    TTFuse: lambda: tt_fuse(*_block(None)[:3], backend="torch"),
     frozen_bn._FrozenBatchNorm: lambda: _frozen(_map(2, 9, 4).mT),
     lean._MaxPool: lambda: _lean(nn.MaxPool1d(2), _map(2, 9, 4).mT),
     lean._Dropout: lambda: _lean(nn.Dropout(0.5), _map(2, 9, 4).mT),
-    strides._LaidOut: lambda: strides.laid_out(_map(2, 3, 9)),
+    strides._LaidOut: lambda: dispatch.laid_out(_map(2, 3, 9)),
     strides._StockStrides: lambda: strides.in_stock_strides(_map(2, 9, 4).mT),
     padding._Pad: lambda: padding.pad(_map(2, 3, 9), (1, 1), "reflect"),
     _NotTwice: lambda: _NotTwice.apply(_map(2, 3)),
     activation._Activate: lambda: activation.activate(_map(2, 3, 9), activation.Activation("relu")),
 }
-ELSEWHERE = {kernels._Fuse}  # needs a device: tests/engines/test_cuda_backend.py
+ELSEWHERE = {dispatch._Fuse}  # needs a device: tests/engines/test_cuda_backend.py
 
 
 def _functions():

@@ -16,7 +16,7 @@ import lora_edge
 from helpers.networks import network
 from helpers.torch_names import Names, defined_names, newer_names
 from lora_edge.environment import torch_private
-from lora_edge.ops import dispatch as kernels
+from lora_edge.ops import dispatch
 
 PACKAGE = Path(lora_edge.__file__).parent
 BENCHMARKS = PACKAGE.parent / "benchmarks"
@@ -259,5 +259,5 @@ def test_compiling_overwrites_no_global_name(backend):
     assert len(mine) >= 4
     assert {name: scope[name] for name in mine} == mine
     assert all(callable(getattr(module, name)) for module, name in MARKED)
-    assert all(callable(value) for name, value in vars(kernels).items() if name in mine)
+    assert all(callable(value) for name, value in vars(dispatch).items() if name in mine)
     assert lora_edge.ops.tt_block(*tensors, padding=1).shape == (2, 4, 9)

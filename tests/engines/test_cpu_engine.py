@@ -1,4 +1,4 @@
-"""The CPU engine (csrc/cpu) against float64, with every instruction set, number of threads and way to cut the work."""
+"""The CPU engine (csrc/cpu) against float64, with every instruction set, number of threads and division of the work."""
 
 from __future__ import annotations
 
@@ -24,14 +24,14 @@ from lora_edge.har.models import MobileNetV2, ResNet18, TResNet, pointwise
 from lora_edge.ops import backends, reference, use_backend
 from lora_edge.ops.activation import Activation
 from lora_edge.ops.conv_args import ConvArgs
-from lora_edge.ops.engines.cpu import available as cpu_machine
+from lora_edge.ops.engines.cpu import available
 from lora_edge.ops.route import choose_route
 from lora_edge.ops.tt_block import run_block
 
-pytestmark = pytest.mark.skipif(isinstance(cpu_machine.machine(), str), reason=f"the CPU engine is {cpu_machine.machine()}")
+pytestmark = pytest.mark.skipif(isinstance(available.runtime(), str), reason=f"the CPU engine is {available.runtime()}")
 
 _LAST = {"channels_last": True}
-_SHAPES = [  # what the other kernels' cases are too small for: whole panels, several chunks of k and units, odd rests
+_SHAPES = [  # larger than the other kernels' cases: whole panels, several chunks of k and units, odd remainders
     ConvCase("panels and chunks", inputs=70, outputs=136, kernel=3, padding=1, size=(9, 11), **_LAST),
     ConvCase("many samples a unit", dims=1, inputs=16, outputs=24, kernel=5, padding="same", size=(7,), batch=70),
     ConvCase("even kernel", dims=1, inputs=97, outputs=64, kernel=8, padding="same", size=(60,), bias=False, batch=5),
@@ -68,14 +68,14 @@ _BOUNDS = {None: (), "relu": (0.0,), "relu6": (0.0, 6.0), "hardtanh": (-0.5, 0.7
 
 @pytest.fixture(autouse=True)
 def poisoned():
-    """What is never written reads as NaN."""
+    """Memory that is never written reads as NaN."""
     torch.use_deterministic_algorithms(True)
     yield
     torch.use_deterministic_algorithms(False)
 
 
 def results(case: Case, inputs, backend: str | None) -> dict[str, Tensor]:
-    """``y`` and the gradients; by the reference in float64 where no backend is named."""
+    """``y`` and the gradients; by the reference in float64 if ``backend`` is None."""
 
     def of(value):
         if isinstance(value, (tuple, list)):
@@ -106,8 +106,8 @@ def results(case: Case, inputs, backend: str | None) -> dict[str, Tensor]:
     return {"y": y, **dict(zip(trained, torch.autograd.grad(y, list(trained.values()), of(inputs.dy)), strict=True))}
 
 
-def taken(case: Case) -> bool:
-    """Neither groups nor the dense route, which are torch's."""
+def supported(case: Case) -> bool:
+    """Whether the engine supports a case: neither groups nor the dense route."""
     groups, inputs = case.conv.groups, kernel_cases._Inputs(case)
     if case.adapted and choose_route(inputs.weight.shape, inputs.rank, inputs.args, inputs.x.shape[2:], 1.0) == "dense":
         return False
@@ -115,30 +115,30 @@ def taken(case: Case) -> bool:
 
 
 @pytest.mark.parametrize("times", [1, 6], ids=["few positions", "many positions"])
-@pytest.mark.parametrize("case", [case for case in CASES if taken(case)], ids=lambda case: case.name)
+@pytest.mark.parametrize("case", [case for case in CASES if supported(case)], ids=lambda case: case.name)
 def test_case(case, times):
-    """With six times the batch most have more positions than the engine takes for few, and more units."""
+    """With six times the batch most cases exceed the engine's path for few positions, and have more units."""
     if times > 1:
         case = replace(case, conv=replace(case.conv, batch=case.conv.batch * times))
     compare(case, kernel_cases._Inputs(case), times > 1)
 
 
 def compare(case: Case, inputs, many: bool) -> None:
-    """The engine within 1e-6 of float64."""
+    """Compare the engine with float64, to 1e-6."""
     z = results(replace(case, activation=None), inputs, None)["y"].detach()
-    for bound in _BOUNDS[case.activation]:  # a rounding there turns a bit
+    for bound in _BOUNDS[case.activation]:  # a rounding there flips a bit
         near = (z - bound).abs() <= 1e-6 * z.abs().max()
         inputs.dy = inputs.dy.where(~near, 0.0) if near.any() else inputs.dy
     got = results(case, inputs, "cpu")
     for name, want in results(case, inputs, None).items():
-        summed = name == "bias" or (name == "core" and many)  # over so many positions, whose terms cancel
+        summed = name == "bias" or (name == "core" and many)  # sums over many positions, whose terms cancel
         assert relative_error(got[name], want) <= 1e-6 * (5 if summed else 1), name
 
 
 @pytest.mark.parametrize("size", [(5,), (6,), (9,), (15,), (30,), (31,), (6, 9)], ids=str)
 @pytest.mark.parametrize("taps", range(2, 12))
 def test_case_of_taps(taps, size):
-    """Tiles of two and of four outputs, at every width's rest, and the input gradients that strides leave of them."""
+    """Tiles of two and of four outputs, at every remainder of the width, and the input gradients of strided ones."""
     for stride, inputs, outputs in ((1, 13, 70), (2, 33, 17), (3, 8, 9)):
         kernel = taps if len(size) == 1 else (2, taps)
         conv = ConvCase(
@@ -150,7 +150,7 @@ def test_case_of_taps(taps, size):
 
 
 def digest(threads: int) -> list[float]:
-    """Exact sums over some cases' results."""
+    """Float64 sums over the results of some cases, for an exact comparison."""
     torch.set_num_threads(threads)
     found = []
     for case in CASES[-3 * len(_SHAPES) :: 3]:
@@ -170,7 +170,7 @@ def test_threads_do_not_change_a_bit():
 @pytest.mark.other_python
 @pytest.mark.parametrize("instructions", ["avx2", "baseline"])
 def test_other_instruction_sets(instructions):
-    """The whole file again, in a process that may not use more."""
+    """The cases again, in a process that is limited to these instructions."""
     if os.environ.get("LORA_EDGE_CPU"):
         pytest.skip(f"LORA_EDGE_CPU is {os.environ['LORA_EDGE_CPU']} already")
     env = {**os.environ, "LORA_EDGE_CPU": instructions}
@@ -210,7 +210,7 @@ def test_any_convolution(dims, inputs, outputs, kernel, size, stride, padding, d
     rounding = 1e-5 * float(
         near.detach().abs().max()
     )  # of the sums, whose size a clamp does not change; 20 times the engine's 0.5e-6
-    for bound in (0.0, 6.0, -0.5, 0.7):  # a rounding there turns a bit
+    for bound in (0.0, 6.0, -0.5, 0.7):  # a rounding there flips a bit
         made.dy = made.dy.where((near - bound).abs() > rounding, 0.0)
     exact = results(case, made, None)
     got = results(case, made, "auto")
@@ -221,7 +221,7 @@ def test_any_convolution(dims, inputs, outputs, kernel, size, stride, padding, d
 
 @pytest.mark.parametrize("batch", [1, 2, 5, 40])
 @pytest.mark.parametrize("kernel", [1, 3])
-def test_y_in_the_place_of_x(batch, kernel):
+def test_y_overwrites_x(batch, kernel):
     x = torch.randn(batch, 72, 9, 10).contiguous(memory_format=torch.channels_last)
     weight, core, suffix = torch.randn(72, 72, kernel, kernel), torch.randn(72, 2), torch.randn(2, 72, kernel, kernel)
     core.requires_grad_()
@@ -230,7 +230,7 @@ def test_y_in_the_place_of_x(batch, kernel):
 
     def run(overwrite: bool) -> tuple[Tensor, ...]:
         leaf = x.clone().requires_grad_()
-        inner = leaf * 1  # which backward of the product does not need
+        inner = leaf * 1  # which the product's backward does not need
         y = run_block(
             inner, weight, core, suffix, None, args, 0.7, None, residual, None, Activation("relu"), None, overwrite, "cpu"
         )  # fmt: skip
@@ -270,7 +270,7 @@ def test_strided_and_expanded_tensors():
             assert torch.equal(dy, kept)
 
 
-def test_what_it_leaves_to_torch():
+def test_calls_left_to_torch():
     weight, core, suffix, x = torch.randn(8, 8, 3), torch.randn(8, 2), torch.randn(2, 8, 3), torch.randn(2, 8, 9)
     for change, why in (
         ({"x": x.half(), "weight": weight.half()}, "16-bit tensors"),
@@ -279,10 +279,10 @@ def test_what_it_leaves_to_torch():
         ({"stride": 5}, "a stride over 4"),
     ):
         call = {"x": x, "weight": weight, "core": core, "suffix": suffix, "padding": 1, **change}
-        with pytest.raises(RuntimeError, match=f"tt_block: backend 'cpu' does not take this call: .*{why}"):
+        with pytest.raises(RuntimeError, match=f"tt_block: backend 'cpu' does not support this call: .*{why}"):
             ops.tt_block(**call, backend="cpu")
         assert ops.tt_block(**call).shape[0] == 2
-    with pytest.raises(RuntimeError, match="tt_fuse: backend 'cpu' does not take this call: tt_fuse by itself"):
+    with pytest.raises(RuntimeError, match="tt_fuse: backend 'cpu' does not support this call: tt_fuse by itself"):
         ops.tt_fuse(weight, core, suffix, backend="cpu")
     assert torch.equal(ops.tt_conv(x, weight, 0 * core, suffix), nn.functional.conv1d(x, weight))  # "auto": bit-identical
     with pytest.raises(RuntimeError, match=r"traced by torch.compile; the CPU engine runs in eager mode"):
@@ -290,7 +290,7 @@ def test_what_it_leaves_to_torch():
 
 
 def test_named_where_it_is_missing(monkeypatch):
-    monkeypatch.setattr(cpu_machine, "machine", lambda: "not built; do this")
+    monkeypatch.setattr(available, "runtime", lambda: "not built; do this")
     assert backends()["cpu"] == "not built; do this"
     with pytest.raises(RuntimeError, match="backend 'cpu' is not built; do this"):
         ops.tt_block(torch.randn(1, 2, 3), torch.randn(2, 2, 1), None, None, backend="cpu")
@@ -326,17 +326,15 @@ def test_networks_train_as_on_torch(make, shape, saved_dtype):
     assert found["cpu"] == pytest.approx(found["torch"], rel=2e-3 if saved_dtype else 2e-4)
 
 
-def test_one_copy_at_the_door():
+def test_one_copy_at_the_door(monkeypatch):
     """Maps and gradients stay channels-last from block to block, in 1-D too."""
+    from lora_edge.ops.engines.cpu import launch
+
     model = lora_edge.adapt(TResNet(6, 3), 2)
     seen = []
-    from lora_edge.ops.engines.cpu import launch as cpu_launch
-
-    original = cpu_launch.channels_last
-    cpu_launch.channels_last = lambda x: (seen.append(original(x) is x), original(x))[1]
-    try:
-        model(torch.randn(4, 6, 20)).sum().backward()
-    finally:
-        cpu_launch.channels_last = original
-    assert seen.count(False) == 1  # the gradient that comes in by the other door, from the mean
+    original = launch.channels_last
+    monkeypatch.setattr(launch, "lay_out", original)  # copies at the door itself are not counted
+    monkeypatch.setattr(launch, "channels_last", lambda x: (seen.append(original(x) is x), original(x))[1])
+    model(torch.randn(4, 6, 20)).sum().backward()
+    assert seen.count(False) == 1  # the incoming gradient at the other end, from the mean
     assert len(seen) > 10

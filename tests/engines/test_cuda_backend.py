@@ -1,7 +1,7 @@
-"""The whole Python side of the compiled extension with the real kernels, on the emulator and CPU tensors.
+"""The whole Python side of the CUDA engine with the real kernels, on the emulator and CPU tensors.
 
-Only :func:`lora_edge.ops.engines.cuda.available.machine` is replaced. What the kernels compute is tested case by case in
-test_kernels.py; here it is how they are called, by the tests that every backend of kernels passes and some of its own.
+Only :func:`lora_edge.ops.engines.cuda.available.runtime` is replaced. What the kernels compute is tested case by case in
+test_kernels.py; here it is how they are called, by the tests that every engine with kernels passes and some of its own.
 """
 
 # Argument lists are spliced into calls here, and mypy does not know their lengths.
@@ -21,7 +21,7 @@ from helpers.backend_tests import (  # noqa: F401
     takes_factor_route,
     test_1d_in_channels_last_memory,
     test_a_network_trains_as_on_torch,
-    test_auto_takes_the_kernels_and_torch_does_not,
+    test_auto_uses_the_kernels_and_torch_does_not,
     test_autocast,
     test_bad_input_is_refused_before_any_launch,
     test_compile_without_graph_breaks,
@@ -47,6 +47,7 @@ from helpers.cases import ConvCase
 from helpers.emulated_cuda import kernels  # noqa: F401
 from lora_edge.ops import plan, tt_block, tt_conv, tt_fuse
 from lora_edge.ops.activation import Activation
+from lora_edge.ops.block_tensors import BlockTensors
 from lora_edge.ops.conv_args import conv_args
 from lora_edge.ops.engines import memory_layout
 from lora_edge.ops.engines.cuda import launch as cuda_launch
@@ -57,7 +58,7 @@ from lora_edge.ops.plan import Epilogue, Saves
 def test_saved_buffer_is_as_large_as_the_kernels_say(case, kernels):
     positional, _ = arguments(case, {}, torch.float32)
     x, weight, core, suffix, _, *conv, _ = positional
-    sizes = plan.sizes_of(x, weight, core, [suffix], ())
+    sizes = plan.sizes_of(BlockTensors(x, weight, core, None, None, [suffix]))
     args, epilogue = conv_args(*conv, case.dims, "test"), Epilogue(1.0, Activation("relu"))
     found = (cuda_launch, emulator.extension().Plan)
     planned = plan.block_plan(*found, sizes, args, epilogue, Saves(True, True), "factor", plan.FP32)
@@ -76,8 +77,11 @@ def test_views_that_reach_too_far_are_copied():
 @pytest.mark.parametrize(
     ("change", "why"),
     [
-        ({"activation": Activation("leaky_relu", (0.1,))}, "activation leaky_relu; the kernels take relu, relu6 and hardtanh"),
-        ({"saved_dtype": torch.float64}, "saved_dtype is torch.float64; the kernels take float32, float16 and bfloat16"),
+        (
+            {"activation": Activation("leaky_relu", (0.1,))},
+            "activation leaky_relu; the kernels support relu, relu6 and hardtanh",
+        ),
+        ({"saved_dtype": torch.float64}, "saved_dtype is torch.float64; the kernels support float32, float16 and bfloat16"),
         ({"stride": 5}, "stride"),
         ({"weight": "requires grad"}, "weight requires a gradient; the kernels compute it for x, core, bias and residual"),
         ({"suffix": "requires grad"}, "suffix requires a gradient"),
@@ -87,21 +91,21 @@ def test_views_that_reach_too_far_are_copied():
             "frozen cores of several dtypes",
         ),
         ({"core": torch.randn(8, 65), "suffix": torch.randn(65, 6, 3, 3)}, "rank"),
-        ({"x": torch.zeros(1).expand(5_000_000, 6, 9, 8)}, "x has 2160000000 elements; the kernels take fewer than 2..31"),
+        ({"x": torch.zeros(1).expand(5_000_000, 6, 9, 8)}, "x has 2160000000 elements; the kernels support fewer than 2..31"),
     ],
     ids=lambda change: next(iter(change)) if isinstance(change, dict) else "",
 )
-def test_what_the_kernels_do_not_take(change, why, kernels):
+def test_unsupported_calls(change, why, kernels):
     positional, options = arguments(ConvCase("x", padding=2), {}, torch.float32)
     names = ("x", "weight", "core", "suffix", "bias", "stride", "padding", "dilation", "groups", "scale")
     call = dict(zip(names, positional, strict=True)) | options
     for name, value in change.items():
         call[name] = call[name].requires_grad_() if isinstance(value, str) else value
-    with pytest.raises(RuntimeError, match=f"tt_block: backend '{kernels.name}' does not take this call: .*{why}") as caught:
+    with pytest.raises(RuntimeError, match=f"tt_block: backend '{kernels.name}' does not support this call: .*{why}") as caught:
         tt_block(**call, backend=kernels.name)
     assert "\n" not in str(caught.value)
     if "x" not in change:
-        assert tt_block(**call).shape[1] == 8  # "auto" gives it to torch
+        assert tt_block(**call).shape[1] == 8  # under "auto" it runs on torch
     assert kernels.count == 0
 
 
@@ -111,10 +115,10 @@ def test_3d_and_float64_go_to_torch(kernels):
         (ConvCase("x"), torch.float64, "64"),
     ):
         positional, _ = arguments(case, {}, dtype)
-        with pytest.raises(RuntimeError, match=f"tt_conv: backend '{kernels.name}' does not take this call: .*{why}"):
+        with pytest.raises(RuntimeError, match=f"tt_conv: backend '{kernels.name}' does not support this call: .*{why}"):
             tt_conv(*positional, backend=kernels.name)
         tt_conv(*positional)
-        with pytest.raises(RuntimeError, match=f"tt_fuse: backend '{kernels.name}' does not take this call: .*{why}"):
+        with pytest.raises(RuntimeError, match=f"tt_fuse: backend '{kernels.name}' does not support this call: .*{why}"):
             tt_fuse(*positional[1:4], backend=kernels.name)
     assert kernels.count == 0
 
@@ -125,5 +129,5 @@ def test_compile_gives_the_same_calls_to_torch(kernels):
     torch.compile(lambda: tt_block(*positional, **options).sum(), backend="eager")().backward()
     assert kernels.count == 0
     torch._dynamo.reset()
-    with pytest.raises(RuntimeError, match="does not take this call"):
+    with pytest.raises(RuntimeError, match="does not support this call"):
         torch.compile(lambda: tt_block(*positional, **options, backend=kernels.name), backend="eager")()

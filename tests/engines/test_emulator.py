@@ -1,4 +1,4 @@
-"""The emulator itself: that broken kernels are found out by what they do, and that a warp's units compute what PTX says."""
+"""The emulator itself: broken kernels are detected by what they do, and a warp's units compute what PTX specifies."""
 
 from __future__ import annotations
 
@@ -11,13 +11,13 @@ import torch
 from torch import Tensor
 
 from helpers import emulator
-from helpers.emulator import EmulatorError, Job
+from helpers.emulator import Job, EmulatorError
 
 KERNELS = Path(__file__).parent / "emulator_kernels"
 
 pytestmark = pytest.mark.skipif(emulator.missing() is not None, reason=str(emulator.missing()))
 
-# Every kernel and what is said of it; None: nothing, as it is right.
+# Every kernel and the error that is reported; None for a correct kernel.
 VERDICTS = {
     "exchange": None,
     "warp_exchange": None,
@@ -120,7 +120,7 @@ def test_results(runner: Path) -> None:
 
 
 def test_every_schedule_finds_the_race(runner: Path) -> None:
-    """The record does not depend on which thread comes first."""
+    """The race is recorded whichever thread comes first."""
     names = ["one_writer_many_readers", "missing_sync_warp", "write_after_read", "async_without_barrier", "counter"]
     jobs = [job(name, seeds=1) for name in names for _ in range(30)]
     for seed, each in enumerate(jobs):
@@ -160,7 +160,7 @@ def test_views_keep_their_alignment_and_end(runner: Path) -> None:
 
 
 def test_a_crash_is_one_job_s_error(runner: Path) -> None:
-    """The sanitizer sees what goes around the interface, and the jobs after it run."""
+    """The sanitizer sees what bypasses the interface, and the following jobs still run."""
     results = emulator.run([job("exchange"), job("crash", n=64), job("exchange")], runner)
     assert [result.error is None for result in results] == [True, False, True]
     assert "heap-buffer-overflow" in (results[1].error or "")
@@ -174,7 +174,7 @@ def test_check_raises_by_name(runner: Path) -> None:
 
 
 def a_fragment(matrix: np.ndarray, packed: int) -> np.ndarray:
-    """Registers (32, 4) of A (16, K), `packed` neighbours in k each; the layout is the PTX manual's."""
+    """Registers (32, 4) of A (16, K), each with `packed` adjacent values of k; the layout is the PTX manual's."""
     k_half = matrix.shape[1] // 2
     registers = np.zeros((32, 4, packed), dtype=matrix.dtype)
     for lane in range(32):
@@ -205,7 +205,7 @@ def from_d_fragment(registers: np.ndarray) -> np.ndarray:
 
 
 def bits(values: Tensor, dtype: torch.dtype) -> np.ndarray:
-    """The storage of values as unsigned integers."""
+    """The bits of the values as integers."""
     return values.to(dtype).view(torch.int32 if dtype == torch.float32 else torch.int16).numpy()
 
 
@@ -222,14 +222,14 @@ def multiply(runner: Path, op: str, a: Tensor, b: Tensor, dtype: torch.dtype) ->
     ("op", "k", "dtype"), [("mma_tf32", 8, torch.float32), ("mma_f16", 16, torch.float16), ("mma_bf16", 16, torch.bfloat16)]
 )
 def test_mma_is_a_matrix_product(runner: Path, op: str, k: int, dtype: torch.dtype) -> None:
-    """Small whole numbers are exact in every type, so a lane in the wrong place cannot hide."""
+    """Small whole numbers are exact in every type, so a misplaced lane shows."""
     torch.manual_seed(0)
     a, b = torch.randint(-9, 10, (3, 16, k)).float(), torch.randint(-9, 10, (3, k, 8)).float()
     assert np.array_equal(multiply(runner, op, a, b, dtype), (a @ b).sum(0).numpy())
 
 
 def test_mma_in_half_precision_keeps_every_product(runner: Path) -> None:
-    """Sums are float32, and subnormals count."""
+    """Sums are float32, and subnormals are not flushed."""
     torch.manual_seed(0)
     for op, dtype, least in (("mma_f16", torch.float16, 2.0**-24), ("mma_bf16", torch.bfloat16, 2.0**-100)):
         a, b = torch.randn(1, 16, 16).to(dtype), torch.randn(1, 16, 8).to(dtype)
@@ -242,7 +242,7 @@ def test_mma_in_half_precision_keeps_every_product(runner: Path) -> None:
 
 
 def test_mma_cuts_tf32_and_round_tf32_rounds(runner: Path) -> None:
-    """1 + 3 * 2^-12 lies nearer to 1 + 2^-10; the unit alone takes it for 1."""
+    """1 + 3 * 2^-12 rounds to 1 + 2^-10; the unit by itself truncates it to 1."""
     value = 1 + 3 * 2.0**-12
     a, b = torch.zeros(1, 16, 8), torch.zeros(1, 8, 8)
     a[0, 0, 0], b[0, 0, 0] = value, 1

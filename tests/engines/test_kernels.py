@@ -1,7 +1,7 @@
-"""The compiled kernels against float64: every launch of the case matrix on the emulator, and on a CUDA device where one is.
+"""The compiled kernels against float64: every launch of the case matrix on the emulator, and on a CUDA device if there is one.
 
-On the emulator each launch runs under 20 schedules with the address and undefined-behaviour sanitizers, outputs poisoned
-before each; a race, an access out of bounds, a value that a schedule changes or a byte that is never written is an error.
+On the emulator each launch runs under 20 schedules with the address and undefined-behaviour sanitizers, its outputs poisoned
+first; a race, an access out of bounds, a value that depends on the schedule or a byte that is never written is an error.
 """
 
 # Only parametrised items have a callspec, which mypy does not see.
@@ -29,7 +29,7 @@ def _job(launch: Launch) -> emulator.Job:
 
 @pytest.fixture(scope="session")
 def emulated_results(request: pytest.FixtureRequest) -> dict[str, emulator.Result]:
-    """The results of every launch that this session asks for, from two processes."""
+    """The results of every launch that this session tests, from two processes."""
     wanted = [
         item.callspec.params["name"]
         for item in request.session.items
@@ -90,7 +90,7 @@ def test_on_the_device(name: str) -> None:
 
 
 def _on_device(value: Tensor) -> Tensor:
-    """The same strides and the same distance from alignment."""
+    """A copy with the same strides and the same distance from alignment."""
     span = 1 + sum((size - 1) * stride for size, stride in zip(value.shape, value.stride(), strict=True))
     storage = torch.empty(value.storage_offset() + span, dtype=value.dtype, device="cuda")
     storage[value.storage_offset() :] = value.as_strided((span,), (1,)).cuda()

@@ -1,22 +1,25 @@
-"""Triton as a backend: its kernels in the interpreter (a process of their own), ahead of time, on a device; its tuner; why not.
+"""The Triton engine: its kernels in the interpreter (in a process of their own), compiled ahead of time, and on a device; its
+tuner; the reasons why it does not work.
 
 ``LORA_EDGE_TEST_ALL=1`` (``make test-all``) runs the whole case matrix in the interpreter and compiles more of the kernels.
 """
 
 from __future__ import annotations
 
+import importlib
 import importlib.util
 import json
 import os
 import subprocess
 import sys
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
 
 from lora_edge.ops import backends
-from lora_edge.ops.engines.triton import available as triton_machine
+from lora_edge.ops.engines.triton import available
 
 ROOT = Path(__file__).resolve().parents[2]
 ALL = os.environ.get("LORA_EDGE_TEST_ALL") == "1"
@@ -26,7 +29,7 @@ on_a_device = pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a 
 
 @pytest.fixture(scope="module")
 def interpreted():
-    """Both files of tests/engines/interpreted at the same time, by name."""
+    """Both files of tests/engines/interpreted, running at the same time, by name."""
     environment = {**os.environ, "TRITON_INTERPRET": "1", "OMP_NUM_THREADS": "1"}
     running = {
         path.stem: subprocess.Popen(
@@ -55,14 +58,14 @@ def test_interpreted_tests_are_not_collected_without_the_interpreter():
 
 
 @pytest.fixture
-def machine(monkeypatch):
-    """Asks anew, and forgets what was found."""
-    triton_machine.machine.cache_clear()
-    triton_machine._not_covered.cache_clear()
+def fresh(monkeypatch):
+    """Forget what is known about the machine, before and after."""
+    available.runtime.cache_clear()
+    available._not_covered.cache_clear()
     yield monkeypatch
     monkeypatch.undo()
-    triton_machine.machine.cache_clear()
-    triton_machine._not_covered.cache_clear()
+    available.runtime.cache_clear()
+    available._not_covered.cache_clear()
 
 
 def put_device(monkeypatch, capability=(8, 7)):
@@ -85,43 +88,43 @@ def test_calls_on_other_backends_do_not_import_triton():
     assert done.stdout.endswith(" True\n")
 
 
-def test_missing(machine):
-    machine.setattr(triton_machine.importlib.util, "find_spec", lambda name: None)
+def test_missing(fresh):
+    fresh.setattr(available.importlib.util, "find_spec", lambda name: None)
     assert backends()["triton"] == "missing: pip install triton, or lora_edge[triton]"
 
 
-def test_too_old(machine):
-    machine.setattr(triton_machine.importlib, "import_module", lambda name: type("triton", (), {"__version__": "2.1.0"}))
+def test_too_old(fresh):
+    fresh.setattr(available.importlib, "import_module", lambda name: type("triton", (), {"__version__": "2.1.0"}))
     assert backends()["triton"] == "too old: 2.1.0; the kernels need 3.5 or newer"
 
 
-def test_broken_wheel(machine):
+def test_broken_wheel(fresh):
     def fail(name):
         raise ImportError("libtriton.so: wrong ELF class\nand more")
 
-    machine.setattr(triton_machine.importlib, "import_module", fail)
+    fresh.setattr(available.importlib, "import_module", fail)
     assert backends()["triton"] == "not loadable: ImportError: libtriton.so: wrong ELF class"
 
 
-def test_no_device(machine):
-    machine.setattr(torch.cuda, "is_available", lambda: False)
+def test_no_device(fresh):
+    fresh.setattr(torch.cuda, "is_available", lambda: False)
     assert backends()["triton"] == "without an active driver: torch finds no CUDA device"
 
 
-def test_old_device(machine):
-    put_device(machine, (7, 2))
+def test_old_device(fresh):
+    put_device(fresh, (7, 2))
     assert backends()["triton"] == "not for this device: Orin has capability 7.2; the kernels need 8.0 or newer"
 
 
-def test_a_probe_that_fails_is_asked_once(machine):
+def test_a_probe_that_fails_is_asked_once(fresh):
     asked = []
 
     def fail(device):
         asked.append(device)
         raise RuntimeError("0 active drivers ([]). There should only be one.\nmore")
 
-    put_device(machine)
-    machine.setattr(triton_machine, "_probe", fail)
+    put_device(fresh)
+    fresh.setattr(available, "_probe", fail)
     for _ in range(2):
         assert backends()["triton"] == (
             "not usable: a first launch failed: RuntimeError: 0 active drivers ([]). There should only be one."
@@ -129,27 +132,30 @@ def test_a_probe_that_fails_is_asked_once(machine):
     assert asked == [torch.device("cuda", 0)]
 
 
-def test_available_where_the_probe_passes(machine):
-    put_device(machine)
-    machine.setattr(triton_machine, "_probe", lambda device: None)
+def test_available_where_the_probe_passes(fresh):
+    put_device(fresh)
+    fresh.setattr(available, "_probe", lambda device: None)
     assert backends()["triton"] == "available"
-    assert triton_machine.reason(torch.device("cpu")) == "its tensors are on cpu; the kernels take tensors on cuda"
+    assert available.reason(torch.device("cpu")) == "its tensors are on cpu; the kernels support tensors on cuda"
 
 
-def test_auto_takes_the_extension_first(monkeypatch):
+def test_auto_chooses_cuda_first(monkeypatch):
     from lora_edge.ops.engines import registry as engines
-    from lora_edge.ops.engines.cuda import available as extension
+    from lora_edge.ops.engines.cuda import available as cuda_available
 
     works = {"cuda": None, "triton": None}
-    monkeypatch.setattr(extension, "reason", lambda device=None: works["cuda"])
-    monkeypatch.setattr(triton_machine, "reason", lambda device=None: works["triton"])
+    monkeypatch.setattr(cuda_available, "reason", lambda device=None: works["cuda"])
+    monkeypatch.setattr(available, "reason", lambda device=None: works["triton"])
     device = torch.device("cuda", 0)
     assert engines.chosen("auto", device) == "cuda"
     works["cuda"] = "not built"
     assert engines.chosen("auto", device) == "triton"
     assert engines.chosen("cuda", device) == "cuda"
     works["triton"] = "missing"
-    assert engines.chosen("auto", device) == "cuda"  # whose reason is shown
+    assert engines.chosen("auto", device) == "torch"
+    layer = SimpleNamespace(backend="auto", weight=SimpleNamespace(device=device))
+    backend_of = importlib.import_module("lora_edge.summary")._backend
+    assert backend_of(layer, None, None, None) == "torch (not built)"
 
 
 class OnDevice:
@@ -161,7 +167,7 @@ class OnDevice:
 
 @pytest.fixture
 def tuner(monkeypatch, tmp_path):
-    """The tuner on a device of which only the times are made up: a launch takes as long as its tile has rows."""
+    """The tuner on a fake device: a launch lasts as many seconds as its tile has rows."""
     from lora_edge.ops.engines.triton.kernels import tuner
 
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
@@ -243,7 +249,7 @@ def variants():
 
 @pytest.mark.parametrize("capability", [87, 80, 90])
 def test_ahead_of_time(capability, variants):
-    """No spilled register and no more shared memory than a block may have; here of a few, the table has them all."""
+    """No spilled register and no more shared memory than a block may have; for a few here, for all in the table."""
     from benchmarks.orin import triton as table
 
     every = table.one_of_each(variants)
@@ -265,7 +271,7 @@ def test_a_spill_is_a_failure(variants):
 
 
 def test_tf32_operands_are_rounded(variants):
-    """Triton's own product would truncate them: its code has no conversion."""
+    """Triton's own product would truncate them, without a conversion in its code."""
     from benchmarks.orin import triton as table
 
     variant = next(v for v in variants if v.name == "tt_block_forward" and v.constant("UNIT") == "tf32")

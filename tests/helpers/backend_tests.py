@@ -1,4 +1,4 @@
-"""The tests that every backend of kernels passes: calls, saved tensors, autograd, operators of torch, refusals.
+"""The tests that every engine with kernels passes: calls, saved tensors, autograd, custom operators, refusals.
 
 A test module imports them and provides the fixture ``kernels``, with a ``name`` and a ``count`` of its launches.
 """
@@ -32,7 +32,7 @@ FEW = [c for c in PLAIN if c.name in ("plain, channels-last", "dilation, stride,
 
 
 def compare(positional, options, tolerance, kernels, dy=None):
-    """Value and every gradient of a tt_block call by the kernels against the reference in float64."""
+    """Compare value and every gradient of a tt_block call by the kernels with the reference in float64."""
     before = kernels.count
     y = tt_block(*positional, **options, backend=kernels.name)
     exact, exact_options = tuple(map(double, positional)), {k: double(v) for k, v in options.items() if k != "saved_dtype"}
@@ -42,7 +42,7 @@ def compare(positional, options, tolerance, kernels, dy=None):
     assert memory_format(y) == memory_format(want)
     assert relative_error(y, want) <= tolerance
     plain = reference.tt_block(*exact, **{**exact_options, "activation": None})
-    corner = 0.0 if exact_options.get("activation") is None else 0.1  # where a rounding would turn a derivative
+    corner = 0.0 if exact_options.get("activation") is None else 0.1  # where a rounding would flip a derivative
     bounds = (0.0, 6.0) if exact_options.get("activation") != Activation("hardtanh", (-0.5, 0.8)) else (-0.5, 0.8)
     far = ((plain - bounds[0]).abs() > corner) & ((plain - bounds[1]).abs() > corner)
     dy = torch.randn_like(y).where(far, 0.0) if dy is None else dy
@@ -56,7 +56,7 @@ def compare(positional, options, tolerance, kernels, dy=None):
 
 
 def takes_factor_route(case):
-    """The cost model gives what saves less as x to torch; the kernels are for the others."""
+    """Whether the cost model chooses the factor route, which the kernels compute; the dense route is torch's."""
     conv, args = case.conv(), conv_args(case.stride, case.padding, case.dilation, case.groups, case.dims, "test")
     rank = contract_suffix(tt_svd(conv.weight.detach(), case.rank)[1:]).shape[0]
     return plan.choose_route(conv.weight.shape, rank, args, case.size) == "factor"
@@ -68,7 +68,9 @@ def takes_factor_route(case):
 def test_matrix(case, epilogue, adapted, kernels):
     positional, options = arguments(case, EPILOGUES[epilogue], torch.float32, adapted)
     if adapted and not takes_factor_route(case):
-        with pytest.raises(RuntimeError, match=f"tt_block: backend '{kernels.name}' does not take this call: the dense route"):
+        with pytest.raises(
+            RuntimeError, match=f"tt_block: backend '{kernels.name}' does not support this call: the dense route"
+        ):
             tt_block(*positional, **options, backend=kernels.name)
         return
     compare(positional, options, 1e-5, kernels)
@@ -117,7 +119,7 @@ def test_frozen_cores_and_routes(case, kernels):
     expected = torch.autograd.grad(want, [*(exact[0][i] for i in (0, 2)), exact[1]], dy.double())
     for g, w in zip(torch.autograd.grad(got, [x, core, bias], dy), expected, strict=True):
         assert relative_error(g, w) <= 1e-5
-    with pytest.raises(RuntimeError, match=f"tt_conv: backend '{kernels.name}' does not take this call: the dense route"):
+    with pytest.raises(RuntimeError, match=f"tt_conv: backend '{kernels.name}' does not support this call: the dense route"):
         tt_conv(*positional, route="dense", backend=kernels.name)
     assert kernels.count == 2
 
@@ -142,7 +144,7 @@ def test_fuse(kernel, dtype, as_cores, kernels):
     assert kernels.count == 2
 
 
-def test_auto_takes_the_kernels_and_torch_does_not(kernels):
+def test_auto_uses_the_kernels_and_torch_does_not(kernels):
     positional, _ = arguments(ConvCase("x"), {}, torch.float32)
     tt_conv(*positional)
     assert kernels.count == 1
@@ -191,7 +193,7 @@ def test_saves_and_computes_only_what_is_needed(needs, kernels):
     with SavedBytes(own) as saved:
         y = tt_block(*positional, **options, backend=kernels.name)
     bits, h = y.numel() // 8, WIDE.batch * 2 * 20 * 20 * 4
-    factors = sum(t.numel() * 4 for t in positional[1:4]) + 16 * 4  # the layer's own, here not registered
+    factors = sum(t.numel() * 4 for t in positional[1:4]) + 16 * 4  # the layer's own tensors, which are not registered here
     assert saved.total <= bits + (h if needs == "core" else 0) + factors
     want = reference.tt_block(*positional, **options)
     dy = torch.randn_like(y)
@@ -213,7 +215,7 @@ def test_unbatched(kernels):
 
 
 def test_1d_in_channels_last_memory(kernels):
-    """(N, L, C) seen as (N, C, L), as it comes out of a Linear: read and written so, without a copy."""
+    """(N, L, C) viewed as (N, C, L), as a Linear gives it, is read and written without a copy."""
     case = ConvCase("1-D", dims=1, kernel=3, size=(20,), padding=1)
     positional, options = arguments(case, EPILOGUES["affine, relu"], torch.float32)
     x = positional[0].detach().transpose(1, 2).contiguous().transpose(1, 2).requires_grad_()
@@ -321,7 +323,7 @@ def test_bad_input_is_refused_before_any_launch(change, error, text, kernels):
 
 
 def operator_arguments(
-    kernels: str, case: ConvCase, activation: str | None, as_cores: bool, saved_dtype=None, residual: bool = True
+    engine: str, case: ConvCase, activation: str | None, as_cores: bool, saved_dtype=None, residual: bool = True
 ):
     """Positional arguments of lora_edge::tt_block."""
     epilogue = {"affine": True, **({"residual": True} if residual else {})}
@@ -332,7 +334,7 @@ def operator_arguments(
     args = conv_args(stride, padding, dilation, groups, case.dims, "test")
     pads = [p for pair in args.total_padding(weight.shape[2:]) for p in pair]
     layer = (args.stride, pads, args.dilation, groups, scale, activation, -0.5, 0.8, saved_dtype, True, activation is not None)
-    layer = (kernels, *layer)
+    layer = (engine, *layer)
     return (x, weight, core, bias, options.get("residual"), factors, *options["affine"], None, None, *map(_plain, layer))
 
 
@@ -389,7 +391,7 @@ def test_compile_without_graph_breaks(kernels):
 
 @pytest.mark.parametrize("name", ["1-D", "2-D"])
 def test_a_network_trains_as_on_torch(name, kernels):
-    """The same losses step by step, by fused blocks; the summary names what each layer runs on."""
+    """The same losses step by step, with fused blocks; the summary names each layer's backend."""
     outputs = {}
     for backend in ("torch", "auto"):
         model, x = network(name)

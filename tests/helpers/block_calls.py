@@ -21,7 +21,7 @@ EPILOGUES = {
 
 
 def arguments(case: ConvCase, epilogue: dict, dtype=torch.float64, adapted: bool = True):
-    """Positional and keyword arguments of the block, gradients required of x, core, bias and residual."""
+    """Positional and keyword arguments of the block; x, core, bias and residual require gradients."""
     conv = case.conv()
     suffix = contract_suffix(tt_svd(conv.weight.detach(), case.rank)[1:])
     core = torch.randn(case.outputs, suffix.shape[0], dtype=torch.float64)

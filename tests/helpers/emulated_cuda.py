@@ -1,4 +1,4 @@
-"""The fixture ``kernels``: the CUDA backend on CPU tensors, its kernels run by the emulator."""
+"""The fixture ``kernels``: the CUDA engine on CPU tensors, its kernels run by the emulator."""
 
 from __future__ import annotations
 
@@ -9,11 +9,11 @@ import pytest
 import torch
 
 from helpers import emulator
-from lora_edge.ops.engines.cuda import available as extension
+from lora_edge.ops.engines.cuda import available
 
 
 class Launches:
-    """Counts the launches of an engine: each asks for its stream once."""
+    """Counts launches: each asks for its stream once."""
 
     name = "cuda"
     count = 0
@@ -25,11 +25,11 @@ class Launches:
 
 @pytest.fixture
 def kernels(monkeypatch):
-    """The kernels take CPU tensors, in full float32; counts their launches."""
+    """The CUDA engine on CPU tensors, in full float32; counts its launches."""
     if importlib.util.find_spec("pybind11") is None or shutil.which(emulator.CXX) is None:
         pytest.skip("pybind11 or a C++ compiler is missing: the emulator is not built")
     launches = Launches()
-    machine = extension.Machine(emulator.extension(), "cpu", launches.stream)
-    monkeypatch.setattr(extension, "machine", lambda: machine)
+    runtime = available.Runtime(emulator.extension(), "cpu", launches.stream)
+    monkeypatch.setattr(available, "runtime", lambda: runtime)
     monkeypatch.setattr(torch.backends.cudnn, "allow_tf32", False)
     return launches

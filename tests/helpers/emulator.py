@@ -48,7 +48,7 @@ class EmulatorError(AssertionError):
 
 
 class RefusedError(ValueError):
-    """The kernels do not take the problem; the text is `refusal`'s."""
+    """The kernels do not support the problem; the text is `refusal`'s."""
 
 
 @dataclass
@@ -56,8 +56,8 @@ class Job:
     """One op on tensors.
 
     inputs: by field name; any strides, the storage between a view's first and last element is what the kernel may read.
-    outputs: by field name; shape, dtype, strides and alignment are taken, values are not.
-    scratch: names of scratch buffers, whose sizes `scratch` of csrc/plan.h says; or names with bytes.
+    outputs: by field name; shape, dtype, strides and alignment are used, values are not.
+    scratch: names of scratch buffers, with the sizes of `scratch` in csrc/plan.h; or names with bytes.
     fields: numbers by field name (`problem`); the strides of x, y, ... are added from the tensors.
     """
 
@@ -73,7 +73,7 @@ class Job:
 
 @dataclass
 class Result:
-    """`outputs` like the job's, or the `error` that ended it; `refused` where the kernels do not take the problem."""
+    """`outputs` like the job's, or the `error` that ended it; `refused` where the kernels do not support the problem."""
 
     job: Job
     outputs: dict[str, Tensor] = field(default_factory=dict)
@@ -163,7 +163,7 @@ def build(
 ) -> Path:
     """The runner with `sources` (the kernels, unless given), compiled where something changed; two compilers at a time.
 
-    include: the folder that the sources take their headers from: `csrc` or a copy of it.
+    include: the folder of the headers: `csrc` or a copy of it.
     """
     sources = kernel_sources() if sources is None else list(sources)
     how = [*_COMMON, *(_SANITIZED if sanitize else ["-O2"]), *flags, f"-I{include}"]
@@ -173,7 +173,7 @@ def build(
 
 
 def _engine(sanitize: bool, include: Path) -> list[str]:
-    """The layer itself is not instrumented: it is fast, checks what it is given, and announces its fiber switches."""
+    """The emulator's own objects, without instrumentation: it is fast, checks its input and announces its fiber switches."""
     return [*_COMMON, "-O3", *(["-DLORA_EDGE_ASAN"] if sanitize else []), f"-I{include}"]
 
 
@@ -201,7 +201,7 @@ def extension() -> ModuleType:
 def run(
     jobs: Iterable[Job], runner: Path | None = None, timeout: float = _TIMEOUT, env: Mapping[str, str] | None = None
 ) -> list[Result]:
-    """Runs the jobs in one process, or a few where one crashes, and returns a result for each.
+    """Run the jobs in one process, or in more where one crashes, and return a result for each.
 
     timeout: seconds for all of them; the job that is under way then gets an error, those after it are not run and say so.
     """
@@ -225,7 +225,7 @@ def run(
 
 
 def check(jobs: Iterable[Job], runner: Path | None = None) -> list[Result]:
-    """`run`, where every error is raised. Raises EmulatorError, and RefusedError for a problem that the kernels do not take."""
+    """`run` that raises every error: EmulatorError, or RefusedError for a problem that the kernels do not support."""
     results = run(jobs, runner)
     for result in results:
         if result.refused is not None:
@@ -236,7 +236,7 @@ def check(jobs: Iterable[Job], runner: Path | None = None) -> list[Result]:
 
 
 def refusal(fields: Mapping[str, int | float], op: str) -> str | None:
-    """Why the kernels do not take a problem as "tt_fuse" or "tt_block", or None."""
+    """Why the kernels do not support a problem as "tt_fuse" or "tt_block", or None."""
     return run([Job("refusal", f"refusal of {op}", fields)])[0].refused
 
 
@@ -249,7 +249,7 @@ def scratch(fields: Mapping[str, int | float]) -> dict[str, int]:
 
 
 def trace(job: Job, choose: Callable[[dict[str, Any]], Iterable[int]], folder: Path, runner: Path | None = None) -> Trace:
-    """Runs the blocks that `choose` picks of each launch (a dict with launch, kernel, blocks, threads, shared_bytes), recorded.
+    """Run the blocks that `choose` picks of each launch (a dict with launch, kernel, blocks, threads, shared_bytes), recorded.
 
     The outputs mean nothing. The records of sectors (csrc/emulator/trace.h) are left in `folder`.
     """
@@ -278,7 +278,7 @@ def _traced(job: Job, blocks: Mapping[int, Sequence[int]], folder: Path, runner:
 
 @functools.cache
 def _kernel_names(runner: Path) -> dict[str, str]:
-    """Kernels by their place in the executable."""
+    """Kernels by their address in the executable."""
     symbols = subprocess.run(["nm", "-C", str(runner)], check=True, capture_output=True, text=True).stdout
     rows = [line.split(maxsplit=2) for line in symbols.splitlines() if " t " in line.lower() or " w " in line.lower()]
     return {f"{int(row[0], 16):#x}": _short(row[2]) for row in rows if len(row) == 3}
@@ -302,7 +302,7 @@ def _compile(parts: Sequence[tuple[Path, Sequence[str]]]) -> list[Path]:
 
 
 def _object(source: Path, flags: Sequence[str]) -> Path:
-    """Compiles `source` unless an object of the same bytes, headers included, is there."""
+    """Compile `source` unless there is an object of the same bytes, headers included."""
     language = ["-x", "c++"] if source.suffix == ".cu" else []
     read = _command([CXX, *flags, *language, "-MM", str(source)]).partition(":")[2].replace("\\\n", " ").split()
     digest = _digest([*(Path(path).read_bytes() for path in read), " ".join(flags).encode(), _compiler()])
@@ -339,7 +339,7 @@ def _digest(parts: Iterable[bytes]) -> str:
 
 
 def _command(arguments: Sequence[str]) -> str:
-    """What it prints; its warnings are shown."""
+    """The output of a command; its warnings are shown."""
     done = subprocess.run(arguments, capture_output=True, text=True, check=False)
     if done.returncode != 0:
         raise RuntimeError(f"{' '.join(arguments)}\n{done.stderr[-4000:]}")
@@ -365,7 +365,7 @@ def _bytes(tensor: Tensor) -> bytes:
 
 
 def _offset(tensor: Tensor) -> int:
-    """How far a view stands from 256-byte alignment, seen from its storage."""
+    """How far a view's start in its storage is from 256-byte alignment."""
     return int(tensor.storage_offset()) * tensor.element_size() % 256
 
 
@@ -391,7 +391,7 @@ def _text_of(job: Job, extra: str = "") -> bytes:
 
 
 def _execute(arguments: Sequence[str], timeout: float, env: Mapping[str, str] | None) -> tuple[list[str], str | None]:
-    """The runner's lines, and what it died of."""
+    """The runner's lines, and the reason if it died."""
     sanitizers = {
         "ASAN_OPTIONS": "detect_leaks=0:abort_on_error=0:detect_stack_use_after_return=0",
         "UBSAN_OPTIONS": "print_stacktrace=1",
@@ -411,7 +411,7 @@ def _execute(arguments: Sequence[str], timeout: float, env: Mapping[str, str] | 
 
 
 def _read_results(jobs: Sequence[Job], lines: Sequence[str], outputs: bytes, crash: str | None) -> list[Result]:
-    """The results of the jobs that were begun."""
+    """The results of the jobs that were started."""
     results: list[Result] = []
     for line in lines:
         kind, _, rest = line.partition(" ")

@@ -1,4 +1,4 @@
-"""Valid calls of a block and their values, and what a careless caller might make of them: the material of ``fuzz_doors.py``."""
+"""Valid calls of a block with their values, and the mistakes that a careless caller might make: used by ``fuzz_doors.py``."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ from lora_edge.ops.route import choose_route
 
 
 class Call:
-    """A valid block: tensors and numbers by the names that ``tt_block`` has for them."""
+    """A valid block: tensors and numbers by ``tt_block``'s names."""
 
     def __init__(self, dice: random.Random) -> None:
         self.dice = dice
@@ -58,7 +58,7 @@ class Call:
         self.keep_clear_of_bounds()
 
     def keep_clear_of_bounds(self) -> None:
-        """No gradient where rounding could turn a bit: 1e-5 of the largest sum is 20 times the engine's error."""
+        """No gradient where rounding could flip a bit: 1e-5 of the largest sum is 20 times the engine's error."""
         activation, self.activation = self.activation, None
         positional, options = self.arguments()
         z = reference.tt_block(*positional, **options)
@@ -99,7 +99,7 @@ class Call:
 
 
 def another(dice: random.Random, t: Tensor | None) -> Any:
-    """A tensor that a careless caller might put in the place of another one."""
+    """A tensor that a careless caller might pass in the place of another."""
     if t is None:
         return torch.randn(dice.choice(((3,), (2, 2), (1, 4, 5), ())))
     shape = list(t.shape)
@@ -121,7 +121,7 @@ def another(dice: random.Random, t: Tensor | None) -> Any:
     if kind == 6:
         return t[:0]
     if kind == 7:
-        if shape:  # beyond 32 bits, and not in memory
+        if shape:  # more than 32 bits of elements, without that memory
             shape[dice.randrange(len(shape))] = dice.choice((2**31, 2**32 + 1, 2**33))
         return torch.zeros(()).expand(shape)
     if kind == 8:
@@ -143,7 +143,7 @@ def another(dice: random.Random, t: Tensor | None) -> Any:
 
 
 class Launch:
-    """A valid run of the CPU engine by addresses, from the tensors of a call: plain numbers that can be changed."""
+    """A valid launch of the CPU engine, built from a call's tensors: plain addresses and numbers, which can be changed."""
 
     def __init__(self, call: Call, backward: bool) -> None:
         self.call, self.backward = call, backward

@@ -1,10 +1,10 @@
-"""Random calls at the three doors to compiled code: Python's ops and layers, the extension ``_C``, and the operators of torch.
+"""Random calls at the three doors to compiled code: Python's ops and layers, the extension ``_C``, torch's custom operators.
 
     python tests/helpers/fuzz_doors.py ops 150 --seed 0
 
-Each call is a valid one or a valid one with one thing changed: a shape, dtype, stride, size, number or address. What is right
-is an ordinary error or the reference's value; a crash or a hang ends the process, so ``test_doors.py`` runs this as one of its
-own. Sizes beyond 32 bits are expanded tensors or plain numbers, so nothing large is allocated.
+Each call is valid, or valid with one thing changed: a shape, dtype, stride, size, number or address. It must end in an ordinary
+error or in the reference's value. A crash or a hang ends the process, so ``test_doors.py`` runs this in a separate one. Sizes
+beyond 32 bits are expanded tensors or plain numbers, so nothing large is allocated.
 """
 
 from __future__ import annotations
@@ -79,7 +79,7 @@ def ops_door(dice: random.Random, counts: Counter[str]) -> None:
         call.scale = dice.choice((float("nan"), 1e300, -1.0))
     else:
         setattr(call, name, dice.choice(WILD))
-        large = True  # torch's own path may allocate what the numbers say
+        large = True  # torch may allocate what the numbers say
     positional, options = call.arguments()
     backend = "cpu" if large else dice.choice(("cpu", "auto"))
     op = dice.choice(("tt_block", "tt_conv", "tt_fuse"))
@@ -121,7 +121,7 @@ def layer_with_another_tensor(dice: random.Random, counts: Counter[str]) -> None
 
     def replace() -> None:
         changed = another(dice, tensor.detach())
-        alone = owner is norm and isinstance(changed, Tensor) and changed.numel() > 2**24  # torch computes with it first
+        alone = owner is norm and isinstance(changed, Tensor) and changed.numel() > 2**24  # torch computes on it before the op
         if isinstance(changed, Tensor) and not alone:
             tensor.data = changed
 
@@ -184,7 +184,7 @@ def extension_door(dice: random.Random, counts: Counter[str]) -> None:
             name = dice.choice(names)
             was, address = launch.numbers[name], f"{name}_bytes" in launch.numbers
             if address:
-                launch.numbers[name] = dice.choice((0, 1, was + 1, -was, 0))  # 1 and was + 1 are no place of a float
+                launch.numbers[name] = dice.choice((0, 1, was + 1, -was, 0))  # 1 and was + 1 are not the address of a float
                 if name in ("bits",) and launch.numbers[name] != 0:
                     launch.numbers[name] = 0
             else:
@@ -297,7 +297,7 @@ def main() -> None:
     for number in range(options.first, options.calls):
         dice = random.Random(f"{options.seed} {options.door} {number}")
         torch.manual_seed(number)
-        print(number, end="\r", file=sys.stderr, flush=True)  # the last one is what a crash names
+        print(number, end="\r", file=sys.stderr, flush=True)  # after a crash the last number names the call
         DOORS[options.door](dice, counts)
     print(f"{options.door}: {options.calls} calls of seed {options.seed}: {dict(counts)}")
 

@@ -1,4 +1,4 @@
-"""The case matrix of the compiled kernels: inputs, the launch they make, and what float64 says must come out.
+"""The case matrix of the compiled kernels: inputs, their launch, and the expected results in float64.
 
 The emulator, the mutation run and a CUDA device all run the same cases. A new case is one line in ``FORWARD`` or ``FUSE``.
 """
@@ -39,7 +39,7 @@ class Launch:
     tolerance: dict[str, float]  # by output
 
     def errors(self, results: dict[str, Tensor]) -> dict[str, float]:
-        """Relative error ``|a - b| / |b|`` of each output, held against ``tolerance``; infinite where a NaN stands wrongly."""
+        """Relative error ``|a - b| / |b|`` of each output, to compare with ``tolerance``; infinite where a NaN is misplaced."""
         return {name: _error(results[name], want) for name, want in self.expected.items()}
 
 
@@ -69,7 +69,7 @@ class Case:
     dx: bool = True
     misaligned: bool = False  # x and dy begin 4 or 2 bytes past an aligned address
     expanded: bool = False  # x and dy are one sample, repeated with stride 0
-    not_a_number: bool = False  # one NaN in x and dy, which must spread no further than it should
+    not_a_number: bool = False  # one NaN in x and dy, which must reach only its own outputs
 
     @property
     def name(self) -> str:
@@ -145,7 +145,7 @@ class _Inputs:
 
 
 def _laid_out(value: Tensor, case: ConvCase) -> Tensor:
-    if case.channels_last and value.dim() == 3:  # (N, C, 1, L) in channels_last, seen as (N, C, L)
+    if case.channels_last and value.dim() == 3:  # (N, C, 1, L) in channels_last, viewed as (N, C, L)
         return value.unsqueeze(2).contiguous(memory_format=torch.channels_last).squeeze(2)
     return value.contiguous(memory_format=torch.channels_last if case.channels_last else torch.contiguous_format)
 
@@ -185,7 +185,7 @@ def _empty(shape: tuple[int, ...], dtype: torch.dtype, case: ConvCase) -> Tensor
 
 
 def _tolerances(case: Case, expected: dict[str, Tensor]) -> dict[str, float]:
-    kept = {"h": case.saved, "dcore": case.core_dtype}  # in a type of their own
+    kept = {"h": case.saved, "dcore": case.core_dtype}  # in a dtype of their own
     return {
         name: max(TOLERANCE[case.precision], TOLERANCE["half"] if (kept.get(name) or torch.float32).itemsize == 2 else 0.0)
         for name in expected
@@ -224,7 +224,7 @@ def _forward(case: Case, inputs: _Inputs) -> Launch:
 
 @dataclass
 class _BitsNearZero(Launch):
-    """Bits may differ where the exact value is within rounding of the activation's bound."""
+    """Where bits may differ: the exact value is within rounding of the activation's bound."""
 
     z: Tensor = field(default_factory=lambda: torch.empty(0))
     conv: ConvCase = field(default_factory=lambda: CASES[0])
@@ -287,7 +287,7 @@ class _Map:
 
 
 def pack_bits(mask: Tensor, case: ConvCase) -> Tensor:
-    """Bits of a mask ``(N, O, *L)`` as csrc/problem.h lays them: a byte for 8 outputs of a position and group."""
+    """Bits of a mask ``(N, O, *L)`` in the layout of csrc/problem.h: one byte per 8 outputs of a position and group."""
     groups = 1 if case.groups == case.inputs else case.groups
     rows = mask.movedim(1, -1).unflatten(-1, (groups, -1))
     rows = torch.nn.functional.pad(rows, (0, -rows.shape[-1] % 8)).unflatten(-1, (-1, 8))
@@ -332,7 +332,7 @@ class FuseCase:
 
 
 def _kernel_takes(case: ConvCase) -> bool:
-    """Two dimensions, zeros as padding, not empty: the rest goes another way before any launch."""
+    """Whether a case reaches the kernels: at most two dimensions, zeros as padding, not empty."""
     return case.dims <= 2 and case.padding_mode == "zeros" and case.batch > 0
 
 
@@ -348,14 +348,14 @@ _EPILOGUES: list[dict[str, Any]] = [
     {"dx": False, "activation": "relu6", "residual": True},
 ]
 
-# Every convolution of the table under every unit; the epilogues take turns, each unit beginning at another one.
+# Every convolution of the table under every unit; the epilogues rotate, and each unit starts at a different one.
 _EVERY = [
     Case(conv_case, unit, **_EPILOGUES[(i + 2 * u) % len(_EPILOGUES)])
     for i, conv_case in enumerate(filter(_kernel_takes, CASES))
     for u, unit in enumerate(UNITS)
 ]
 
-# What the table is too small for: several tiles, the extra fragment, borders of tiles, phases, memory that is not as usual.
+# Beyond the table: several tiles, the extra fragment, borders of tiles, phases, unusual memory layouts.
 _LAST = {"channels_last": True}
 _WIDE = ConvCase("two row tiles, 16-byte channels", inputs=16, outputs=16, batch=2, size=(12, 11), padding=1, **_LAST)
 _SINGLE_CHANNELS = ConvCase("channels that fill no 16 bytes", inputs=5, outputs=8, size=(9, 8), padding=1, **_LAST)

@@ -1,4 +1,4 @@
-"""Runs launches of the case matrix (kernel_cases.py) by the Triton kernels: interpreted on the CPU, or on a CUDA device."""
+"""Run launches of the case matrix (kernel_cases.py) on the Triton kernels: interpreted on the CPU, or on a CUDA device."""
 
 # Argument lists are spliced into calls here, and mypy does not know their lengths.
 # mypy: disable-error-code="call-arg"
@@ -14,7 +14,7 @@ from lora_edge.ops.engines.triton.plan import Plan
 
 
 def run(launch: Launch, device: str) -> dict[str, Tensor]:
-    """The launch's outputs, each of which held NaN or set bits before."""
+    """The launch's outputs, which were poisoned with NaN or set bits first."""
     plan = Plan(**launch.fields)
     assert plan.refusal("tt_fuse" if "fuse" in launch.op else "tt_block") is None
     t = {

@@ -1,4 +1,4 @@
-"""Choice of the backend: argument over context over environment; names that are unknown or do not work here, and why."""
+"""The choice of the backend: argument over context over environment; unknown names, and names that do not work here."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ from torch import nn
 import lora_edge
 from lora_edge.ops import backends, tt_conv, tt_fuse, use_backend
 from lora_edge.ops.backends import VARIABLE, choose_backend
-from lora_edge.ops.engines.cuda import available as extension
+from lora_edge.ops.engines.cuda import available
 
 ORIN = {"name": "Orin", "capability": "8.7", "multiprocessors": 8, "memory": 8 << 30, "l2": 2 << 20}
 
@@ -27,21 +27,21 @@ def _no_environment(monkeypatch):
 
 @pytest.fixture
 def build(monkeypatch):
-    """Put an extension of this build on a machine with these devices; torch has CUDA."""
+    """Pretend that this build of the extension is on a machine with these devices and a torch with CUDA."""
 
     def put(cuda="12.6", architectures="8.7+PTX", devices=(ORIN,), error=None, torch_has_cuda=True):
         module: Any = ModuleType("_C")
         about = {"cuda": cuda, "architectures": architectures, "compiler": "gcc", "emulator": False}
         found = {"driver": "12.6", "runtime": "12.6", "count": len(devices), "devices": list(devices), "error": error}
         module.build_info, module.device_info = lambda: about, lambda: found
-        monkeypatch.setattr(extension, "_extension_reason", lambda: None)
-        monkeypatch.setattr(extension, "load", lambda: module)
+        monkeypatch.setattr(available, "_extension_reason", lambda: None)
+        monkeypatch.setattr(available, "load", lambda: module)
         monkeypatch.setattr(torch.cuda, "is_available", lambda: torch_has_cuda)
-        extension.machine.cache_clear()
+        available.runtime.cache_clear()
 
     yield put
     monkeypatch.undo()
-    extension.machine.cache_clear()
+    available.runtime.cache_clear()
 
 
 def arguments():
@@ -56,7 +56,7 @@ def test_argument_over_context_over_environment(monkeypatch, build):
     with use_backend("cuda"):
         assert choose_backend("auto", "op") == "cuda"
         assert choose_backend("torch", "op") == "torch"
-        with use_backend("auto"):  # asks for nothing, so the environment counts
+        with use_backend("auto"):  # names nothing, so the environment decides
             assert choose_backend("auto", "op") == "torch"
     assert choose_backend("auto", "op") == "torch"
 
@@ -129,25 +129,25 @@ def test_reasons(build, how, reason):
 
 
 def test_not_built(monkeypatch):
-    monkeypatch.setattr(extension, "_extension_reason", lambda: "not built; do this")
-    extension.machine.cache_clear()
+    monkeypatch.setattr(available, "_extension_reason", lambda: "not built; do this")
+    available.runtime.cache_clear()
     try:
         assert backends()["cuda"] == "not built; do this"
     finally:
-        extension.machine.cache_clear()
+        available.runtime.cache_clear()
 
 
 def test_a_second_device_that_the_build_does_not_cover(build):
     build(architectures="9.0", devices=[ORIN, {**ORIN, "capability": "9.0"}])
-    assert "Orin has capability 8.7" in extension.reason(torch.device("cuda", 0))
-    assert extension.reason(torch.device("cuda", 1)) is None
+    assert "Orin has capability 8.7" in available.reason(torch.device("cuda", 0))
+    assert available.reason(torch.device("cuda", 1)) is None
 
 
 def test_tensors_elsewhere(build):
     build()
-    with pytest.raises(RuntimeError, match="backend 'cuda' does not take this call: its tensors are on cpu"):
+    with pytest.raises(RuntimeError, match="backend 'cuda' does not support this call: its tensors are on cpu"):
         tt_conv(*arguments(), backend="cuda")
-    assert tt_conv(*arguments()).shape == (2, 8, 6, 6)  # "auto" gives it to torch, by the same rule
+    assert tt_conv(*arguments()).shape == (2, 8, 6, 6)  # under "auto" it runs on torch, by the same rule
 
 
 @pytest.mark.parametrize(
@@ -168,7 +168,7 @@ def test_tensors_elsewhere(build):
     ],
 )
 def test_covers(capability, architectures, covered):
-    assert extension.covers(capability, architectures) is covered
+    assert available.covers(capability, architectures) is covered
 
 
 def test_layers_keep_their_backend():
@@ -182,7 +182,7 @@ def test_layers_keep_their_backend():
 
 
 def test_a_layer_from_elsewhere_says_why_it_does_not_run(build):
-    """A pickle of a layer that was adapted with backend="cuda", on a machine without."""
+    """A layer that was adapted with backend="cuda" and pickled, on a machine without CUDA."""
     build(cuda=None)
     layer = lora_edge.LoRAEdgeConv1d(3, 4, 3)
     layer.backend = "cuda"

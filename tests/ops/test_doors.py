@@ -1,6 +1,6 @@
-"""The three doors to compiled code under random calls: no crash, no hang, and a valid call has the reference's value.
+"""The three doors to compiled code under random calls: no crash, no hang, and valid calls have the reference's value.
 
-LORA_EDGE_FUZZ_CALLS   calls at each door, 150 unless set; 2,000 by ``make sanitize``
+LORA_EDGE_FUZZ_CALLS   calls per door, 150 unless set; 2,000 in ``make sanitize``
 """
 
 from __future__ import annotations
@@ -19,13 +19,13 @@ from helpers.fuzz_calls import Call, Launch
 from helpers.fuzz_doors import DOORS
 from lora_edge import ops
 from lora_edge.environment import extension as _extension
-from lora_edge.ops.engines.cpu import available as cpu_machine
+from lora_edge.ops.engines.cpu import available
 
-pytestmark = pytest.mark.skipif(isinstance(cpu_machine.machine(), str), reason=f"the CPU engine is {cpu_machine.machine()}")
+pytestmark = pytest.mark.skipif(isinstance(available.runtime(), str), reason=f"the CPU engine is {available.runtime()}")
 
 ROOT = Path(__file__).resolve().parents[2]
 CALLS = int(os.environ.get("LORA_EDGE_FUZZ_CALLS") or 150)
-SECONDS_A_CALL = 1.0  # a call takes some milliseconds; the sanitizers and a busy machine tens of times that
+SECONDS_PER_CALL = 1.0  # a call takes a few milliseconds, and tens of times that with sanitizers or on a busy machine
 
 
 @pytest.mark.other_python
@@ -33,13 +33,13 @@ SECONDS_A_CALL = 1.0  # a call takes some milliseconds; the sanitizers and a bus
 def test_random_calls(door):
     command = [sys.executable, "tests/helpers/fuzz_doors.py", door, str(CALLS)]
     env = {**os.environ, "PYTHONPATH": f"{ROOT}{os.pathsep}{ROOT / 'tests'}"}
-    done = subprocess.run(command, capture_output=True, text=True, cwd=ROOT, env=env, timeout=60 + SECONDS_A_CALL * CALLS)
+    done = subprocess.run(command, capture_output=True, text=True, cwd=ROOT, env=env, timeout=60 + SECONDS_PER_CALL * CALLS)
     assert done.returncode == 0, done.stderr[-3000:].replace("\r", "\n")
     assert f"{CALLS} calls" in done.stdout
     print(done.stdout.strip())
 
 
-# One thing of each kind by itself
+# one change of each kind
 
 
 @pytest.fixture
@@ -108,7 +108,7 @@ def test_a_launch_names_the_tensor_that_does_not_fit(backward):
             launch = a_launch(backward)
             launch.numbers[number] = value
             if name == "bits" and number == name and value > 0:
-                continue  # bytes lie anywhere
+                continue  # bytes may be at any address
             with pytest.raises(ValueError, match=f"of {name} is "):
                 launch.run()
 
@@ -149,18 +149,19 @@ def test_a_layer_whose_core_was_replaced(shape, late):
         ("core", lambda core: core[:, :1], "core has shape"),
         ("factors", lambda factors: [factors[0][:, :, :1]], "suffix has shape"),
         ("factors", lambda factors: [], "save_h is True without a core"),
-        ("x_shape", lambda shape: [2, 8, 2**31], "dy has shape|kernels do not take"),
+        ("x_shape", lambda shape: [2, 8, 2**31], "dy has shape|does not support this call"),
         ("x_shape", lambda shape: [-2, 8, 20], "x has shape"),
         ("needs", lambda needs: needs[:3], "needs is"),
-        ("kernels", lambda _: "cuda", "the engine 'cuda' is"),
-        ("kernels", lambda _: "none", "kernels is 'none'; give one of"),
+        ("engine", lambda _: "cuda", "the engine 'cuda' is"),
+        ("engine", lambda _: "none", "engine is 'none'; give one of"),
+        ("engine", lambda _: "torch", "engine is 'torch'; give one of"),
     ],
 )
 def test_an_operator_names_what_does_not_fit(name, value, text):
     from lora_edge.ops import custom_ops  # noqa: F401
 
     layer = {
-        "kernels": "cpu",
+        "engine": "cpu",
         "stride": [1],
         "padding": [1, 1],
         "dilation": [1],
@@ -196,5 +197,5 @@ def test_sizes_beyond_32_bits_are_refused_by_name():
         (torch.randn(1, 3, 9), {"padding": 2**40}),
         (torch.randn(1, 3, 9), {"stride": 2**40}),
     ):
-        with pytest.raises(RuntimeError, match="backend 'cpu' does not take this call"):
+        with pytest.raises(RuntimeError, match="backend 'cpu' does not support this call"):
             ops.tt_block(x, weight, core, suffix, **options, backend="cpu")

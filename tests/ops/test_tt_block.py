@@ -1,4 +1,4 @@
-"""tt_block against the plain steps in float64: value and every gradient over the case table, bytes saved, slices, bad input."""
+"""tt_block against the plain steps in float64: value and every gradient over the case table, saved bytes, slices, bad input."""
 
 from __future__ import annotations
 
@@ -43,7 +43,7 @@ def test_matrix(case, epilogue, adapted):
 @pytest.mark.parametrize("case", BLOCK_CASES, ids=lambda c: c.name)
 def test_a_suffix_alone_gets_its_gradient(case, monkeypatch):
     """From ``B^T dz``, without the dense weight gradient; in slices."""
-    monkeypatch.setattr(sys.modules["lora_edge.ops.tt_block"], "SLICE_BYTES", 1)
+    monkeypatch.setattr(sys.modules["lora_edge.ops.engines.torch.tt_block"], "SLICE_BYTES", 1)
     (x, weight, core, suffix, *rest), options = arguments(case, EPILOGUES["affine, residual with affine, relu6"])
     suffix.requires_grad_()
     y = tt_block(x, weight, core.detach(), suffix, *rest, **options)
@@ -62,7 +62,7 @@ def test_other_dtypes(case, dtype):
     exact, exact_options = tuple(map(double, positional)), {k: double(v) for k, v in options.items()}
     want = reference.tt_block(*exact, **exact_options)
     assert y.dtype == dtype
-    assert relative_error(y, want) <= 3 * TOLERANCE[dtype]  # the affine multiplies what rounding there was
+    assert relative_error(y, want) <= 3 * TOLERANCE[dtype]  # the affine amplifies the rounding
     dy = torch.where((want > 0.1) & (want < 5.9), torch.randn_like(want), 0.0)  # a bit may differ at the activation's corner
     got = torch.autograd.grad(y, leaves(positional, options), dy.to(dtype))
     for g, w in zip(got, torch.autograd.grad(want, leaves(exact, exact_options), dy), strict=True):
@@ -73,7 +73,7 @@ def test_other_dtypes(case, dtype):
 @pytest.mark.parametrize("outputs", [1, 4, 8], ids=lambda o: f"{o} outputs")  # 1 x 9 x 7 bits: only 8 samples fill whole bytes
 @pytest.mark.parametrize("channels_last", [False, True])
 def test_slices_of_the_batch(batch, outputs, channels_last, monkeypatch):
-    monkeypatch.setattr(sys.modules["lora_edge.ops.tt_block"], "SLICE_BYTES", 1)
+    monkeypatch.setattr(sys.modules["lora_edge.ops.engines.torch.tt_block"], "SLICE_BYTES", 1)
     case = ConvCase("sliced", batch=batch, size=(9, 7), outputs=outputs, padding=1, channels_last=channels_last)
     positional, options = arguments(case, EPILOGUES["affine, residual with affine, relu6"])
     inputs = leaves(positional, options)
@@ -87,13 +87,13 @@ def test_slices_of_the_batch(batch, outputs, channels_last, monkeypatch):
 @pytest.mark.parametrize("batch", [1, 9])
 @pytest.mark.parametrize("channels_last", [False, True])
 def test_overwriting_the_input(batch, channels_last, adapted, monkeypatch):
-    monkeypatch.setattr(sys.modules["lora_edge.ops.tt_block"], "SLICE_BYTES", 1)
+    monkeypatch.setattr(sys.modules["lora_edge.ops.engines.torch.tt_block"], "SLICE_BYTES", 1)
     case = ConvCase("square", outputs=6, padding=1, batch=batch, channels_last=channels_last)
     positional, options = arguments(case, EPILOGUES["affine, residual with affine, relu6"], adapted=adapted)
     leaf, weight, core, suffix, bias, *_ = positional
     args = conv_args(1, 1, 1, 1, 2, "test")
     named = (options["affine"], options["residual"], options["residual_affine"], Activation("relu6"), None)
-    x = leaf * 1.0  # not a leaf: in a plan it is the output of the block before
+    x = leaf * 1.0  # not a leaf: in a forward plan it is the previous block's output
     storage = x.untyped_storage().data_ptr()
     y = run_block(x, weight, core, suffix, bias, args, 0.7, *named, overwrite=True)
     assert y.untyped_storage().data_ptr() == storage
@@ -118,7 +118,7 @@ def test_saves_h_and_bits_and_nothing_else(epilogue, saved_dtype):
         y = tt_block(*positional, **options, saved_dtype=saved_dtype)
     h = case.batch * 2 * 20 * 20 * (saved_dtype or torch.float32).itemsize
     bits = y.numel() // 8 if "activation" in options else 0
-    affine = sum(16 * 4 for name in ("affine", "residual_affine") if name in options)  # a, a few bytes a channel
+    affine = sum(16 * 4 for name in ("affine", "residual_affine") if name in options)  # a, a few bytes per channel
     assert h + bits <= saved.total <= h + bits + affine
 
 
@@ -135,7 +135,7 @@ def test_half_precision_h_rounds_only_the_core_gradient(saved_dtype):
 
 
 def test_dense_route_and_trained_weight():
-    case = ConvCase("narrow", inputs=2, outputs=16, padding=1, rank=8)  # two input channels are fewer than eight of h
+    case = ConvCase("narrow", inputs=2, outputs=16, padding=1, rank=8)  # two input channels, eight of h
     positional, options = arguments(case, EPILOGUES["affine, residual, relu"])
     positional = (positional[0], positional[1].requires_grad_(), positional[2], positional[3].requires_grad_(), *positional[4:])
     for trained in (inputs := leaves(positional, options)), [t for t in inputs if t is not positional[1]]:

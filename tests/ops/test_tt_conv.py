@@ -19,7 +19,7 @@ LAYER = {1: LoRAEdgeConv1d, 2: LoRAEdgeConv2d, 3: LoRAEdgeConv3d}
 
 
 def random_layer(case: ConvCase, dtype: torch.dtype):
-    """The case's layer with a random core, and its plain float64 twin over ``W + dW``."""
+    """The case's layer with a random core."""
     layer = LAYER[case.dims].from_conv(case.conv(dtype), rank=case.rank)
     with torch.no_grad():
         layer.core.copy_(torch.randn(layer.core.shape))
@@ -27,7 +27,7 @@ def random_layer(case: ConvCase, dtype: torch.dtype):
 
 
 def oracle(case: ConvCase, layer: nn.Module, x: torch.Tensor, dy: torch.Tensor):
-    """Output and gradients of the stock convolution over the fused kernel, by torch's autograd in float64."""
+    """Output and gradients of the stock convolution with the fused weight, by torch's autograd in float64."""
     stock = case.conv(torch.float64)
     core = layer.core.detach().double().requires_grad_()
     suffix = layer.suffix.detach().double()
@@ -48,7 +48,7 @@ def test_matrix(case: ConvCase, dtype):
     x = case.x(dtype).requires_grad_()
     try:
         stock = case.conv(dtype)(x)
-    except RuntimeError as error:  # torch 2.4 pads no channels-last map of float16
+    except RuntimeError as error:  # torch 2.4 cannot pad a channels-last map of float16
         pytest.skip(f"the stock layer does not run here: {error}")
     y = layer(x)
     dy = torch.randn(y.shape, dtype=torch.float64).to(dtype)
@@ -86,7 +86,7 @@ def test_gradcheck(case: ConvCase, route):
 
 
 @pytest.mark.parametrize("case", [c for c in CASES if c.batch and c.padding_mode == "zeros"], ids=lambda c: c.name)
-@pytest.mark.parametrize("wanted", ["all", "suffix"])  # the suffix alone gets it from B^T dy, without the dense gradient
+@pytest.mark.parametrize("wanted", ["all", "suffix"])  # the suffix's alone comes from B^T dy, without the dense gradient
 def test_trained_weight_and_suffix_get_their_gradients(case: ConvCase, wanted):
     conv = case.conv()
     suffix = contract_suffix(tt_svd(conv.weight.detach(), case.rank)[1:])
@@ -122,7 +122,7 @@ def test_padding_modes_save_nothing_more(mode):
 
 
 def test_factor_route_computes_no_dense_weight_gradient():
-    """Counted as operations: the backward runs no convolution_backward at all."""
+    """The backward runs no convolution_backward at all."""
     from torch.utils._python_dispatch import TorchDispatchMode
 
     ran: list[str] = []
@@ -185,7 +185,7 @@ def test_expanded_and_sliced_inputs_and_gradients():
     for x in (expanded, sliced):
         x = x.detach().requires_grad_()
         want = oracle(ConvCase("x"), layer, x, torch.ones(4, 8, 7, 6))[1][0]
-        layer(x).sum().backward()  # dy is one number, expanded
+        layer(x).sum().backward()  # dy is a single expanded number
         assert relative_error(x.grad, want) <= 1e-12
 
 
@@ -218,7 +218,7 @@ GOOD = {
 @pytest.mark.parametrize(
     ("change", "error", "text"),
     [
-        ({"x": torch.randn(2, 5, 8, 8)}, ValueError, r"x has 5 channels; weight \(8, 3, 3, 3\) with groups=2 takes 6"),
+        ({"x": torch.randn(2, 5, 8, 8)}, ValueError, r"x has 5 channels; weight \(8, 3, 3, 3\) with groups=2 needs 6"),
         ({"x": torch.randn(2, 6, 8)}, ValueError, "x has"),
         ({"x": torch.randn(6)}, ValueError, r"x has shape \(6,\)"),
         ({"x": [1.0]}, TypeError, "x is a list; give a tensor"),
@@ -233,7 +233,7 @@ GOOD = {
         ({"suffix": [torch.randn(2, 3)]}, ValueError, "a TT core is"),
         ({"bias": torch.randn(3)}, ValueError, r"bias has shape \(3,\)"),
         ({"bias": torch.randn(8).double()}, TypeError, "bias is torch.float64"),
-        ({"groups": 3}, ValueError, "takes 9"),
+        ({"groups": 3}, ValueError, "needs 9"),
         ({"groups": 0}, ValueError, "groups is 0"),
         ({"stride": 0}, ValueError, "stride is 0; each must be at least 1"),
         ({"stride": (1, 2, 3)}, ValueError, "give one int or 2 ints"),

@@ -21,7 +21,7 @@ from lora_edge.nn.fuser.find_blocks import activate_
 from lora_edge.nn.fuser.stock_strides import SizesAndStrides, StockStrides
 from lora_edge.nn.lean import LeanActivation, LeanConv, LeanMaxPool
 from lora_edge.ops.activation import activate
-from lora_edge.ops.strides import laid_out
+from lora_edge.ops.dispatch import laid_out
 
 _INDIFFERENT_LAYERS = (
     FrozenBatchNorm, LeanActivation, LeanConv, LeanMaxPool, nn.modules.batchnorm._BatchNorm, nn.modules.conv._ConvNd,

@@ -1,7 +1,7 @@
 """What an engine checks before compiled code sees addresses: sizes once when a plan is made, tensors at every launch.
 
-A plan is cached by the sizes and dtypes of :class:`lora_edge.ops.plan.Sizes`, so what it was made from needs no second look in
-forward. All else does: a layer's tensors may have been replaced, also between forward and backward, and the operators of torch
+A plan is cached by the sizes and dtypes of :class:`lora_edge.ops.plan.Sizes`, so forward need not check these again. It checks
+everything else: a layer's tensors may have been replaced, also between forward and backward, and torch's custom operators
 (:mod:`lora_edge.ops.custom_ops`) can be called with anything.
 """
 
@@ -14,6 +14,7 @@ from typing import TYPE_CHECKING
 import torch
 from torch import Tensor
 
+from lora_edge.ops.block_tensors import BackwardTensors, BlockTensors
 from lora_edge.ops.conv_args import ConvArgs
 
 if TYPE_CHECKING:
@@ -51,7 +52,7 @@ def check_sizes(sizes: Sizes, args: ConvArgs, op: str) -> None:
 
 
 def check_weight_sizes(weight: Sequence[int], op: str) -> None:
-    """Check the dimensions of a kernel ``(O, I/g, *K)``; ValueError where they are not 3 to 5."""
+    """Check that a weight ``(O, I/g, *K)`` has 3 to 5 dimensions; ValueError if not."""
     if not 3 <= len(weight) <= 5:
         raise ValueError(f"{op}: weight has shape {tuple(weight)}; give (O, I/groups, *K) with 1 to 3 kernel sizes")
 
@@ -74,17 +75,15 @@ def check_factor_sizes(weight: Sequence[int], factors: Sequence[Sequence[int]], 
             )
 
 
-def check_forward(
-    plan: BlockPlan, x: Tensor, weight: Tensor, core: Tensor | None, bias: Tensor | None, residual: Tensor | None,
-    factors: Sequence[Tensor], vectors: Sequence[Tensor | None],
-) -> None:  # fmt: skip
+def check_forward(plan: BlockPlan, tensors: BlockTensors) -> None:
     """Check what is not in the plan's key: the core's and the residual's shapes, vectors' sizes, dtypes, and every device.
 
     Raises:
-        TypeError, ValueError: a tensor is not what the plan takes; the message names it.
+        TypeError, ValueError: a tensor does not fit the plan; the message names it.
     """
+    x, weight, core, bias, residual, factors, *vectors = tensors
     (outputs,) = plan.vector_shape
-    index = x.get_device()  # of all devices the number, -1 of a CPU: a quarter of the time that comparing devices takes
+    index = x.get_device()  # -1 for a CPU; takes a quarter of the time of comparing devices
     good = weight.get_device() == index
     if core is not None:
         good = good and core.shape == plan.core_shape and core.get_device() == index
@@ -97,14 +96,12 @@ def check_forward(
     for vector in vectors:
         good = good and (vector is None or (vector.numel() == outputs and vector.get_device() == index))
     if not good:
-        check_all_forward(plan, x, weight, core, bias, residual, factors, vectors)
+        check_all_forward(plan, tensors)
 
 
-def check_all_forward(
-    plan: BlockPlan, x: Tensor, weight: Tensor, core: Tensor | None, bias: Tensor | None, residual: Tensor | None,
-    factors: Sequence[Tensor], vectors: Sequence[Tensor | None],
-) -> None:  # fmt: skip
+def check_all_forward(plan: BlockPlan, tensors: BlockTensors) -> None:
     """Check every shape, dtype and device, and name what does not fit; raises as :func:`check_forward`."""
+    x, weight, core, bias, residual, factors, *vectors = tensors
     names = ("a", "b", "residual_a", "residual_b")
     _refuse(
         ("weight", weight, plan.weight_shape, weight.dtype), ("core", core, plan.core_shape, plan.dtypes.core),
@@ -115,11 +112,9 @@ def check_all_forward(
     )  # fmt: skip
 
 
-def check_backward(
-    plan: BlockPlan, dy: Tensor, saved: Tensor | None, weight: Tensor, core: Tensor | None, factors: Sequence[Tensor],
-    a: Tensor | None, residual_a: Tensor | None, needs: Sequence[bool],
-) -> None:  # fmt: skip
+def check_backward(plan: BlockPlan, tensors: BackwardTensors, needs: Sequence[bool]) -> None:
     """Check the tensors of a backward against its plan, as :func:`check_forward` does."""
+    dy, saved, weight, core, factors, a, residual_a = tensors
     index, dtypes = dy.get_device(), plan.dtypes
     good = dy.shape == plan.y_shape and dy.dtype is dtypes.x and len(factors) == len(plan.factor_shapes)
     good = good and weight.shape == plan.weight_shape and weight.dtype is dtypes.weight and weight.get_device() == index
@@ -135,16 +130,14 @@ def check_backward(
     else:
         good = good and saved.numel() == plan.saved.bytes and saved.dtype is torch.uint8 and saved.get_device() == index
     if not good:
-        check_all_backward(plan, dy, saved, weight, core, factors, a, residual_a)
+        check_all_backward(plan, tensors)
     if needs[1] and not plan.saves.h:
         raise ValueError("tt_block: the core's gradient is needed, but the plan saves no h; give a trained core with a suffix")
 
 
-def check_all_backward(
-    plan: BlockPlan, dy: Tensor, saved: Tensor | None, weight: Tensor, core: Tensor | None, factors: Sequence[Tensor],
-    a: Tensor | None, residual_a: Tensor | None,
-) -> None:  # fmt: skip
+def check_all_backward(plan: BlockPlan, tensors: BackwardTensors) -> None:
     """Check every shape, dtype and device, and name what does not fit; raises as :func:`check_forward`."""
+    dy, saved, weight, core, factors, a, residual_a = tensors
     dtypes = plan.dtypes
     if len(factors) != len(plan.factor_shapes):
         raise ValueError(f"tt_block: there are {len(factors)} frozen cores; for this plan give {len(plan.factor_shapes)}")
@@ -171,7 +164,7 @@ def check_fuse(plan: FusePlan, weight: Tensor, core: Tensor, factors: Sequence[T
 
 
 def _refuse(*wanted: _Wanted, device: torch.device, op: str = "tt_block") -> None:
-    """Name the first tensor that is not what the plan takes, if there is one."""
+    """Raise and name the first tensor that does not fit the plan, if there is one."""
     for name, tensor, shape, dtype in wanted:
         if tensor is None:
             continue

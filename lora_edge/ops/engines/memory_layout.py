@@ -1,4 +1,4 @@
-"""Tensors as compiled code takes them: near enough to count in 32 bits, parameters dense, places and strides as ints."""
+"""Tensors as compiled code needs them: spans that fit 32-bit offsets, dense parameters, places and strides as ints."""
 
 from __future__ import annotations
 
@@ -8,9 +8,9 @@ _MOST_APART = 2**31 - 1
 
 
 def near(tensor: Tensor, dense_stride: tuple[int, ...] | None = None) -> Tensor:
-    """``tensor``, or a dense copy of a view whose elements lie further apart than the kernels count: 32 bits.
+    """``tensor``, or a dense copy of a view whose span does not fit 32-bit offsets.
 
-    ``dense_stride`` is one that is known to be near, and quick to compare with.
+    ``dense_stride`` is a stride that is known to fit, as a quick first comparison.
     """
     if tensor.stride() == dense_stride or tensor.is_contiguous():
         return tensor
@@ -24,7 +24,7 @@ def dense(tensor: Tensor | None) -> Tensor | None:
 
 
 def channels_last(x: Tensor) -> Tensor:
-    """``x``, or a copy in which neighbours in memory are channels; a 3-D tensor too."""
+    """``x``, or a copy of it in which channels are adjacent in memory; for 3-D tensors too."""
     return x if x.shape[1] == 1 or x.stride(1) == 1 else x.movedim(1, -1).contiguous().movedim(-1, 1)
 
 
@@ -33,18 +33,18 @@ NOWHERE: Place = (0, 0)  # of None
 
 
 def place(tensor: Tensor | None) -> Place:
-    """Where the data of a dense tensor begin and their bytes, zeros for None."""
+    """The address of a dense tensor's data and their bytes; zeros for None."""
     return NOWHERE if tensor is None else (tensor.data_ptr(), tensor.nbytes)
 
 
 def dense_places(tensors: list[Tensor | None]) -> tuple[list[Tensor | None], list[int]]:
-    """The tensors made contiguous, to be held until the launch is done, and their places, flat."""
+    """The tensors made contiguous, which the caller must hold until the launch, and their places, flat."""
     held = [t if t is None or t.is_contiguous() else t.contiguous() for t in tensors]
     return held, [number for t in held for number in (NOWHERE if t is None else (t.data_ptr(), t.nbytes))]
 
 
 def place_of_view(tensor: Tensor | None) -> Place:
-    """Where the data of a tensor of any strides begin, and the bytes from there to the end of its storage; zeros for None."""
+    """The address of any tensor's data, and the bytes from there to the end of its storage; zeros for None."""
     if tensor is None:
         return NOWHERE
     begin = tensor.data_ptr()

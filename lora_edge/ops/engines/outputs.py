@@ -1,4 +1,4 @@
-"""The tensors that a call of an engine writes, from torch's allocator, and the two parts of what it keeps for backward."""
+"""The tensors that an engine's call writes, from torch's allocator, and the two parts of the buffer it keeps for backward."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from lora_edge.ops.plan import BlockPlan
 
 
 def new_outputs(plan: BlockPlan, x: Tensor, overwrites: bool = False) -> tuple[Tensor, Tensor | None]:
-    """``y``, which is ``x`` itself where it overwrites that, and the bytes that backward needs, None where it needs nothing."""
+    """``y``, which is ``x`` itself where that is overwritten, and the buffer for backward, None where it needs nothing."""
     y = x if overwrites else x.new_empty_strided(plan.y_shape, plan.y_stride)
     return y, x.new_empty(plan.saved.bytes, dtype=torch.uint8) if plan.saved.bytes else None
 
@@ -19,7 +19,7 @@ def new_outputs(plan: BlockPlan, x: Tensor, overwrites: bool = False) -> tuple[T
 def new_gradients(
     plan: BlockPlan, dy: Tensor, core: Tensor | None, needs: Sequence[bool]
 ) -> tuple[Tensor | None, Tensor | None, Tensor | None, Tensor | None]:
-    """Gradients of x, core, bias and residual, each None where ``needs`` says so; zeros already where the batch is empty."""
+    """Gradients of x, core, bias and residual, each None where ``needs`` says so; zeros where the batch is empty."""
     needs_x, needs_core, needs_bias, needs_residual = needs
     empty = plan.y_shape[0] == 0
     dx = dy.new_empty_strided(plan.dx_shape, plan.dx_stride) if needs_x else None
@@ -31,7 +31,7 @@ def new_gradients(
 
 
 def saved_parts(plan: BlockPlan, saved: Tensor | None) -> tuple[Tensor | None, Tensor | None]:
-    """``h``, flat, and the packed bits in the bytes of :func:`new_outputs`, each None where it is not saved."""
+    """``h``, flat, and the packed bits, as parts of the buffer of :func:`new_outputs`; each None where it is not saved."""
     if saved is None:
         return None, None
     h = saved[: plan.saved.h_bytes].view(plan.saved.h_dtype) if plan.saves.h else None

@@ -1,6 +1,6 @@
-"""The whole Python side of the Triton backend in the interpreter, on CPU tensors: the tests of the compiled extension's.
+"""The whole Python side of the Triton engine in the interpreter, on CPU tensors, by the tests of the CUDA engine.
 
-Only what :mod:`lora_edge.ops.engines.triton.available` says of the machine is replaced.
+Only the runtime of :mod:`lora_edge.ops.engines.triton.available` is replaced.
 """
 
 from __future__ import annotations
@@ -11,7 +11,7 @@ import torch
 from helpers.backend_tests import (  # noqa: F401
     test_1d_in_channels_last_memory,
     test_a_network_trains_as_on_torch,
-    test_auto_takes_the_kernels_and_torch_does_not,
+    test_auto_uses_the_kernels_and_torch_does_not,
     test_autocast,
     test_bad_input_is_refused_before_any_launch,
     test_compile_without_graph_breaks,
@@ -37,13 +37,13 @@ from helpers.cases import ConvCase
 from lora_edge import check
 from lora_edge.ops import tt_block, tt_conv
 from lora_edge.ops.activation import Activation
-from lora_edge.ops.engines.triton import available as triton_machine
+from lora_edge.ops.engines.triton import available
 from lora_edge.ops.engines.triton.kernels import tt_block as block_launches
 from lora_edge.ops.engines.triton.kernels import tt_fuse as fuse_launches
 
 
 class Launches:
-    """Counts the calls that come to a launch."""
+    """Counts the launches."""
 
     name = "triton"
     count = 0
@@ -58,13 +58,13 @@ class Launches:
 
 @pytest.fixture
 def kernels(monkeypatch):
-    """The kernels take CPU tensors, in full float32; counts their launches."""
+    """The Triton engine on CPU tensors, in full float32; counts its launches."""
     launches = Launches()
     for module in (block_launches, fuse_launches):
         for name in ("forward", "backward"):
             monkeypatch.setattr(module, name, launches.counted(getattr(module, name)))
-    monkeypatch.setattr(triton_machine, "machine", lambda: None)
-    monkeypatch.setattr(triton_machine, "DEVICE_TYPE", "cpu")
+    monkeypatch.setattr(available, "runtime", lambda: available.Runtime("cpu"))
+    monkeypatch.setattr(available, "DEVICE_TYPE", "cpu")
     monkeypatch.setattr(torch.backends.cudnn, "allow_tf32", False)
     return launches
 
@@ -72,29 +72,32 @@ def kernels(monkeypatch):
 @pytest.mark.parametrize(
     ("change", "why"),
     [
-        ({"activation": Activation("leaky_relu", (0.1,))}, "activation leaky_relu; the kernels take relu, relu6 and hardtanh"),
-        ({"saved_dtype": torch.float64}, "saved_dtype is torch.float64; the kernels take float32, float16 and bfloat16"),
-        ({"core": torch.randn(8, 17), "suffix": torch.randn(17, 6, 3, 3)}, "rank 17: the kernels take up to 16"),
+        (
+            {"activation": Activation("leaky_relu", (0.1,))},
+            "activation leaky_relu; the kernels support relu, relu6 and hardtanh",
+        ),
+        ({"saved_dtype": torch.float64}, "saved_dtype is torch.float64; the kernels support float32, float16 and bfloat16"),
+        ({"core": torch.randn(8, 17), "suffix": torch.randn(17, 6, 3, 3)}, "rank 17: the kernels support up to 16"),
         (
             {"suffix": [torch.randn(2, 6, 65), torch.randn(65, 3, 2), torch.randn(2, 3, 1)]},
-            "a bond of 65 between the frozen cores: the kernels take up to 64",
+            "a bond of 65 between the frozen cores: the kernels support up to 64",
         ),
-        ({"x": torch.zeros(1).expand(5_000_000, 6, 9, 8)}, "x has 2160000000 elements; the kernels take fewer than 2..31"),
-        ({"x": torch.zeros(1).expand(4_971_026, 6, 9, 8)}, "2147483232 elements: the kernels take up to 2147479552"),
+        ({"x": torch.zeros(1).expand(5_000_000, 6, 9, 8)}, "x has 2160000000 elements; the kernels support fewer than 2..31"),
+        ({"x": torch.zeros(1).expand(4_971_026, 6, 9, 8)}, "2147483232 elements: the kernels support up to 2147479552"),
     ],
     ids=lambda change: next(iter(change)) if isinstance(change, dict) else "",
 )
-def test_what_the_kernels_do_not_take(change, why, kernels):
+def test_unsupported_calls(change, why, kernels):
     positional, options = arguments(ConvCase("x"), {}, torch.float32)
     names = ("x", "weight", "core", "suffix", "bias", "stride", "padding", "dilation", "groups", "scale")
     call = {**dict(zip(names, positional, strict=True)), **options, **change}
-    with pytest.raises(RuntimeError, match=f"tt_block: backend 'triton' does not take this call: .*{why}") as caught:
+    with pytest.raises(RuntimeError, match=f"tt_block: backend 'triton' does not support this call: .*{why}") as caught:
         tt_block(**call, backend="triton")
     assert "\n" not in str(caught.value)
     assert kernels.count == 0
 
 
-def test_strides_beyond_the_extensions(kernels):
+def test_strides_that_the_cuda_engine_does_not_support(kernels):
     positional, options = arguments(ConvCase("x", stride=(5, 6), padding=2), {"activation": "relu"}, torch.float32)
     y = tt_block(*positional, **options, backend="triton")
     want = tt_block(*positional, **options, backend="torch")

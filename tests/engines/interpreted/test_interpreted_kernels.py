@@ -1,4 +1,4 @@
-"""The Triton kernels against float64, launch by launch of the case matrix, in the interpreter; outputs are poisoned before."""
+"""The Triton kernels against float64, launch by launch of the case matrix, in the interpreter; outputs are poisoned first."""
 
 from __future__ import annotations
 

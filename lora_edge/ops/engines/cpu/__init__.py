@@ -1,1 +1,1 @@
-""
+"""The CPU engine: the C++ kernels of csrc/cpu, on torch's threads."""

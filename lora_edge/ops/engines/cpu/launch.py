@@ -1,7 +1,7 @@
-"""One run of the CPU engine (csrc/cpu): outputs and scratch from torch's allocator, work on torch's own threads.
+"""One call of the CPU engine (csrc/cpu): outputs and scratch from torch's allocator, work on torch's own threads.
 
-Maps are channels-last, in 1-D too, where a 3-D tensor is so in memory: what comes otherwise is copied, what goes out stays so,
-and one copy at a network's door is the only one. ``h`` is computed in float32 and kept in the dtype asked for.
+Maps are channels-last, in 1-D too, where a 3-D tensor is so in memory: other layouts are copied on entry and results stay
+channels-last, so a network needs one copy, at its input. ``h`` is computed in float32 and kept in the requested dtype.
 """
 
 from __future__ import annotations
@@ -12,39 +12,34 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from lora_edge.ops.engines.cpu import available as cpu_machine
+from lora_edge.ops.block_tensors import BackwardTensors, BlockTensors
+from lora_edge.ops.engines.cpu import available
 from lora_edge.ops.engines.launch_checks import check_backward, check_forward
 from lora_edge.ops.engines.memory_layout import NOWHERE, Place, channels_last, dense_places, near, place, place_of_view, strides
 from lora_edge.ops.engines.outputs import new_gradients, new_outputs, saved_parts
-from lora_edge.ops.plan import BlockPlan, FusePlan
+from lora_edge.ops.engines.protocol import Gradients
+from lora_edge.ops.plan import BlockPlan, is_channels_last
+from lora_edge.ops.strides import in_stock_strides
 from lora_edge.tt import contracted
+
+DTYPES = (torch.float32,)
+GROUPS = False
+TF32 = False
+CHANNELS_LAST = True
 
 _NO_CORES = (0,) * 6
 
 
-def block_forward(
-    plan: BlockPlan,
-    x: Tensor,
-    weight: Tensor,
-    core: Tensor | None,
-    bias: Tensor | None,
-    residual: Tensor | None,
-    factors: Sequence[Tensor],
-    a: Tensor | None,
-    b: Tensor | None,
-    residual_a: Tensor | None,
-    residual_b: Tensor | None,
-) -> tuple[Tensor, Tensor | None]:
+def block_forward(plan: BlockPlan, tensors: BlockTensors) -> tuple[Tensor, Tensor | None]:
     """``y``, and what backward needs as one buffer of bytes, None where it needs nothing."""
-    check_forward(plan, x, weight, core, bias, residual, factors, (a, b, residual_a, residual_b))
-    x, residual = (
-        channels_last(near(x, plan.dx_stride)),
-        None if residual is None else channels_last(near(residual, plan.y_stride)),
-    )
+    check_forward(plan, tensors)
+    x, weight, core, bias, residual, factors, *vectors = tensors
+    x = channels_last(near(x, plan.dx_stride))
+    residual = None if residual is None else channels_last(near(residual, plan.y_stride))
     y, saved = new_outputs(plan, x, plan.overwrites and x.stride() == plan.y_stride)
     if plan.y_shape[0] == 0:
         return y, saved
-    _held, at = dense_places([weight, core, _suffix(factors), bias, a, b, residual_a, residual_b])
+    _held, at = dense_places([weight, core, _suffix(factors), bias, *vectors])
     packed = x.new_empty(plan.packed_forward, dtype=torch.uint8)
     at_h, at_bits, kept = _saved(plan, saved)
     if kept is not None:
@@ -63,19 +58,10 @@ def block_forward(
     return y, saved
 
 
-def block_backward(
-    plan: BlockPlan,
-    dy: Tensor,
-    saved: Tensor | None,
-    weight: Tensor,
-    core: Tensor | None,
-    factors: Sequence[Tensor],
-    a: Tensor | None,
-    residual_a: Tensor | None,
-    needs: Sequence[bool],
-) -> tuple[Tensor | None, Tensor | None, Tensor | None, Tensor | None]:
+def block_backward(plan: BlockPlan, tensors: BackwardTensors, needs: Sequence[bool]) -> Gradients:
     """Gradients of x, core, bias and residual, each None where ``needs`` says so. ``dy`` may have any strides."""
-    check_backward(plan, dy, saved, weight, core, factors, a, residual_a, needs)
+    check_backward(plan, tensors, needs)
+    dy, saved, weight, core, factors, a, residual_a = tensors
     dx, dcore, dbias, dresidual = new_gradients(plan, dy, core, needs)
     if plan.y_shape[0] == 0:
         return dx, dcore, dbias, dresidual
@@ -98,25 +84,25 @@ def block_backward(
     return dx, dcore, dbias, dresidual
 
 
-def fuse_forward(plan: FusePlan, weight: Tensor, core: Tensor, factors: Sequence[Tensor]) -> Tensor:
-    """Never called: :class:`Plan` leaves ``tt_fuse`` to torch."""
-    raise NotImplementedError
+def lay_out(x: Tensor) -> Tensor:
+    """``x`` channels-last, as maps stay from block to block; as it is where the engine does not support it."""
+    return channels_last(x) if x.dtype in DTYPES else x
 
 
-def fuse_backward(plan: FusePlan, dout: Tensor, core: Tensor, factors: Sequence[Tensor]) -> Tensor:
-    """Never called: :class:`Plan` leaves ``tt_fuse`` to torch."""
-    raise NotImplementedError
+def in_layout_of(y: Tensor, x: Tensor, weight: Tensor) -> Tensor:
+    """``y`` in the layout of ``x`` or the weight, as the other engines write it."""
+    return y if is_channels_last(x) or is_channels_last(weight) else in_stock_strides(y)
 
 
 class Plan:
     """The extension's plan, asked about the CPU engine."""
 
     def __init__(self, **fields: int | float) -> None:
-        self.run = cpu_machine.machine().module.Plan(**fields)  # type: ignore[union-attr]
+        self.run = available.runtime().module.Plan(**fields)  # type: ignore[union-attr]
 
     def refusal(self, op: str) -> str | None:
-        """Why the engine does not take this plan, None where it does."""
-        return "tt_fuse by itself, which torch does at the memory's rate" if op == "tt_fuse" else self.run.cpu_refusal()
+        """What the engine does not support of this plan, None where it supports all of it."""
+        return self.run.cpu_refusal()
 
     def scratch(self) -> dict[str, int]:
         """Bytes that a run writes besides its results."""
@@ -131,7 +117,7 @@ def plan_type() -> Any:
 def _saved(plan: BlockPlan, saved: Tensor | None) -> tuple[Place, Place, Tensor | None]:
     """Places of ``h`` and of the bits, and ``h`` itself where it is not kept in float32, which the engine computes it in.
 
-    Addresses and no views: each view takes torch about a tenth of the time that the engine takes for a small block.
+    Addresses instead of views, because making a view takes about a tenth of the engine's time for a small block.
     """
     if saved is None:
         return NOWHERE, NOWHERE, None

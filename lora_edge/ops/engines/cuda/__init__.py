@@ -1,1 +1,1 @@
-""
+"""The CUDA engine: the kernels of csrc/cuda."""

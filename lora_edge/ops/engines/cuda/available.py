@@ -1,4 +1,4 @@
-"""The compiled extension on this machine: whether it works, and if not, why. Asked once; the first question imports ``_C``."""
+"""The CUDA engine on this machine: whether the compiled extension works, and if not, why. The first call imports ``_C``."""
 
 from __future__ import annotations
 
@@ -14,12 +14,12 @@ from lora_edge.environment.extension import reason as _extension_reason
 from lora_edge.environment.torch_private import constant_when_traced, current_stream_reader
 
 
-class Machine(NamedTuple):
-    """What a launch needs of the machine. The tests put the host layer and CPU tensors here.
+class Runtime(NamedTuple):
+    """What a launch needs of the machine. The tests put the emulator and CPU tensors here.
 
     Attributes:
         module: the extension.
-        device_type: type of the devices whose tensors it takes.
+        device_type: type of the devices whose tensors it supports.
         stream: address of the current stream of a device, by the device's index.
     """
 
@@ -29,8 +29,8 @@ class Machine(NamedTuple):
 
 
 @functools.cache
-def machine() -> Machine | str:
-    """The machine, or the reason why the extension does not work on it, such as "not built: ..."."""
+def runtime() -> Runtime | str:
+    """The runtime, or the reason why the extension does not work here, such as "not built: ..."."""
     why = _extension_reason()
     if why is not None:
         return why
@@ -45,28 +45,28 @@ def machine() -> Machine | str:
         return str(reasons[0])
     if not torch.cuda.is_available():
         return f"without a torch that has CUDA: this one is {torch.__version__}"
-    return Machine(module, "cuda", current_stream_reader())
+    return Runtime(module, "cuda", current_stream_reader())
 
 
 def device_type() -> str:
-    """Type of the devices whose tensors the kernels take, where the extension works."""
-    return machine().device_type  # type: ignore[union-attr]
+    """Type of the devices whose tensors the kernels support, where the extension works."""
+    return runtime().device_type  # type: ignore[union-attr]
 
 
 @constant_when_traced
 def reason(device: torch.device | None = None) -> str | None:
     """Why the extension's kernels do not run here (on this device), None where they do."""
-    return _reason(machine(), device)
+    return _reason(runtime(), device)
 
 
 @functools.cache
-def _reason(found: Machine | str, device: torch.device | None) -> str | None:
+def _reason(found: Runtime | str, device: torch.device | None) -> str | None:
     if isinstance(found, str):
         return found
     if device is None:
         return None
     if device.type != found.device_type:
-        return f"its tensors are on {device}; the kernels take tensors on {found.device_type}"
+        return f"its tensors are on {device}; the kernels support tensors on {found.device_type}"
     return None if device.type != "cuda" else _not_covered(device.index, found.module)
 
 

@@ -1,7 +1,7 @@
-"""One launch of the compiled kernels: outputs and scratch from torch's allocator, places and strides as a tuple of ints.
+"""One call of the CUDA kernels: outputs and scratch from torch's allocator, places and strides as a tuple of ints.
 
 The tuples follow the order of csrc/fields.h. Nothing waits for the device and nothing is allocated elsewhere, so a CUDA graph
-captures a launch. What backward needs beside the layer's own tensors is one buffer of bytes: ``h``, then the packed bits.
+captures a launch. What backward needs besides the layer's own tensors is one buffer of bytes: ``h``, then the packed bits.
 """
 
 from __future__ import annotations
@@ -12,39 +12,35 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from lora_edge.ops.engines.cuda import available as extension
+from lora_edge.ops.block_tensors import BackwardTensors, BlockTensors
+from lora_edge.ops.engines.cuda import available
 from lora_edge.ops.engines.launch_checks import check_backward, check_forward, check_fuse
 from lora_edge.ops.engines.memory_layout import NOWHERE, Place, dense_places, near, place, place_of_view, strides
 from lora_edge.ops.engines.outputs import new_gradients, new_outputs
+from lora_edge.ops.engines.protocol import Gradients
 from lora_edge.ops.plan import BlockPlan, FusePlan
+
+DTYPES = (torch.float32, torch.float16, torch.bfloat16)
+GROUPS = True
+TF32 = True
+CHANNELS_LAST = False
 
 _ABSENT = (0,) * 8
 
 
-def block_forward(
-    plan: BlockPlan,
-    x: Tensor,
-    weight: Tensor,
-    core: Tensor | None,
-    bias: Tensor | None,
-    residual: Tensor | None,
-    factors: Sequence[Tensor],
-    a: Tensor | None,
-    b: Tensor | None,
-    residual_a: Tensor | None,
-    residual_b: Tensor | None,
-) -> tuple[Tensor, Tensor | None]:
+def block_forward(plan: BlockPlan, tensors: BlockTensors) -> tuple[Tensor, Tensor | None]:
     """``y``, and what backward needs as one buffer of bytes, None where it needs nothing."""
-    check_forward(plan, x, weight, core, bias, residual, factors, (a, b, residual_a, residual_b))
+    check_forward(plan, tensors)
+    x, weight, core, bias, residual, factors, *vectors = tensors
     y, saved = new_outputs(plan, x)
     if plan.y_shape[0] == 0:
         return y, saved
     x, residual = near(x), None if residual is None else near(residual)
-    _held, at = dense_places([weight, core, bias, a, b, residual_a, residual_b])
+    _held, at = dense_places([weight, core, bias, *vectors])
     factors = [t.contiguous() for t in factors]
     packed = x.new_empty(plan.packed_forward, dtype=torch.uint8)
     at_h, at_bits = _saved(plan, saved)
-    found, index = extension.machine(), x.device.index or 0
+    found, index = available.runtime(), x.device.index or 0
     plan.native.tt_block_forward(
         (
             *at[:4], *_places(factors), *place_of_view(x), *strides(x), *at[4:10],
@@ -57,19 +53,10 @@ def block_forward(
     return y, saved
 
 
-def block_backward(
-    plan: BlockPlan,
-    dy: Tensor,
-    saved: Tensor | None,
-    weight: Tensor,
-    core: Tensor | None,
-    factors: Sequence[Tensor],
-    a: Tensor | None,
-    residual_a: Tensor | None,
-    needs: Sequence[bool],
-) -> tuple[Tensor | None, Tensor | None, Tensor | None, Tensor | None]:
+def block_backward(plan: BlockPlan, tensors: BackwardTensors, needs: Sequence[bool]) -> Gradients:
     """Gradients of x, core, bias and residual, each None where ``needs`` says so. ``dy`` may have any strides."""
-    check_backward(plan, dy, saved, weight, core, factors, a, residual_a, needs)
+    check_backward(plan, tensors, needs)
+    dy, saved, weight, core, factors, a, residual_a = tensors
     dx, dcore, dbias, dresidual = new_gradients(plan, dy, core, needs)
     if plan.y_shape[0] == 0:
         return dx, dcore, dbias, dresidual
@@ -82,7 +69,7 @@ def block_backward(
     at_packed = (scratch.data_ptr(), packed_bytes) if packed_bytes else NOWHERE
     at_partial = (scratch.data_ptr() + packed_bytes, partial_bytes) if partial_bytes else NOWHERE
     at_h, at_bits = _saved(plan, saved)
-    found, index = extension.machine(), dy.device.index or 0
+    found, index = available.runtime(), dy.device.index or 0
     plan.native.tt_block_backward(
         (
             *at[:4], *_places(factors), *place_of_view(dy), *strides(dy), *at_h, *at_bits, *at[4:],
@@ -100,7 +87,7 @@ def fuse_forward(plan: FusePlan, weight: Tensor, core: Tensor, factors: Sequence
     check_fuse(plan, weight, core, factors)
     weight, core, factors = weight.contiguous(), core.contiguous(), [t.contiguous() for t in factors]
     out = weight.new_empty(weight.shape)
-    found, index = extension.machine(), weight.device.index or 0
+    found, index = available.runtime(), weight.device.index or 0
     args = (*place(weight), *place(core), *_places(factors), *place(out))
     plan.native.tt_fuse_forward(args, index, found.stream(index))  # type: ignore[union-attr]
     return out
@@ -112,7 +99,7 @@ def fuse_backward(plan: FusePlan, dout: Tensor, core: Tensor, factors: Sequence[
     dout, factors = dout.contiguous(), [t.contiguous() for t in factors]
     dcore = core.new_empty(core.shape)
     partial = dout.new_empty(plan.partial, dtype=torch.uint8)
-    found, index = extension.machine(), dout.device.index or 0
+    found, index = available.runtime(), dout.device.index or 0
     args = (*place(dout), *_places(factors), *place(dcore), *place(partial))
     plan.native.tt_fuse_backward(args, index, found.stream(index))  # type: ignore[union-attr]
     return dcore
@@ -120,7 +107,7 @@ def fuse_backward(plan: FusePlan, dout: Tensor, core: Tensor, factors: Sequence[
 
 def plan_type() -> Any:
     """The extension's class of plans."""
-    return extension.machine().module.Plan  # type: ignore[union-attr]
+    return available.runtime().module.Plan  # type: ignore[union-attr]
 
 
 def _saved(plan: BlockPlan, saved: Tensor | None) -> tuple[Place, Place]:

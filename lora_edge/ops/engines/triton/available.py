@@ -1,6 +1,6 @@
-"""Triton on this machine: whether its kernels work, and if not, why. Asked once; the first question imports triton.
+"""Triton on this machine: whether its kernels work, and if not, why. The first call imports triton.
 
-Importable is not usable: a wheel without a driver imports, so a small launch decides.
+A wheel can be imported without a driver, so a small launch decides.
 """
 
 from __future__ import annotations
@@ -9,19 +9,28 @@ import functools
 import importlib
 import importlib.util
 import re
+from typing import NamedTuple
 
 import torch
 
 OLDEST = (3, 5)  # the first in which a product may be 8 columns wide
 OLDEST_CAPABILITY = (8, 0)  # bfloat16 and TF32
+DEVICE_TYPE = "cuda"  # whose tensors the kernels support; the tests put "cpu" here, for the interpreter
 
 
-DEVICE_TYPE = "cuda"  # whose tensors the kernels take; the tests put "cpu" here, for the interpreter
+class Runtime(NamedTuple):
+    """What a launch needs of the machine.
+
+    Attributes:
+        device_type: type of the devices whose tensors the kernels support.
+    """
+
+    device_type: str
 
 
 @functools.cache
-def machine() -> str | None:
-    """The reason why Triton's kernels do not work on this machine, such as "missing: ...", None where they do."""
+def runtime() -> Runtime | str:
+    """The runtime, or the reason why Triton's kernels do not work here, such as "missing: ..."."""
     if importlib.util.find_spec("triton") is None:
         return "missing: pip install triton, or lora_edge[triton]"
     try:
@@ -39,22 +48,22 @@ def machine() -> str | None:
         _probe(torch.device("cuda", reasons.index(None)))
     except Exception as error:  # compilers, linkers and drivers that are missing or broken, each with an exception of its own
         return f"not usable: a first launch failed: {_first_line(error)}"
-    return None
+    return Runtime(DEVICE_TYPE)
 
 
 def device_type() -> str:
-    """Type of the devices whose tensors the kernels take."""
+    """Type of the devices whose tensors the kernels support."""
     return DEVICE_TYPE
 
 
 def reason(device: torch.device | None = None) -> str | None:
     """Why Triton's kernels do not run here (on this device), None where they do; triton is not imported for another device."""
     if device is not None and device.type != DEVICE_TYPE:
-        return f"its tensors are on {device}; the kernels take tensors on {DEVICE_TYPE}"
-    why = machine()
-    if why is not None or device is None or device.type != "cuda":
-        return why
-    return _not_covered(device.index)
+        return f"its tensors are on {device}; the kernels support tensors on {DEVICE_TYPE}"
+    found = runtime()
+    if isinstance(found, str):
+        return found
+    return None if device is None or device.type != "cuda" else _not_covered(device.index)
 
 
 @functools.cache

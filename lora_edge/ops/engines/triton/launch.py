@@ -1,22 +1,30 @@
-"""One call of Triton's kernels: outputs from torch's allocator, as :mod:`lora_edge.ops.engines.cuda.launch` for the extension.
+"""One call of the Triton kernels: outputs from torch's allocator, as in :mod:`lora_edge.ops.engines.cuda.launch`.
 
-Nothing waits for the device and nothing is allocated elsewhere, so a CUDA graph captures a call. What backward needs beside the
-layer's own tensors is one buffer of bytes: ``h``, then the packed bits.
+Nothing waits for the device and nothing is allocated elsewhere, so a CUDA graph captures a call. What backward needs besides
+the layer's own tensors is one buffer of bytes: ``h``, then the packed bits.
 """
 
 from __future__ import annotations
 
 from collections.abc import Sequence
 
+import torch
 from torch import Tensor
 
+from lora_edge.ops.block_tensors import BackwardTensors, BlockTensors
 from lora_edge.ops.engines.launch_checks import check_all_backward, check_all_forward, check_backward, check_fuse
 from lora_edge.ops.engines.memory_layout import dense, near
 from lora_edge.ops.engines.outputs import new_gradients, new_outputs, saved_parts
+from lora_edge.ops.engines.protocol import Gradients
 from lora_edge.ops.engines.triton.kernels import tt_block, tt_fuse
 from lora_edge.ops.engines.triton.kernels.calls import Backward, Forward
 from lora_edge.ops.engines.triton.plan import Plan
 from lora_edge.ops.plan import BlockPlan, FusePlan
+
+DTYPES = (torch.float32, torch.float16, torch.bfloat16)
+GROUPS = True
+TF32 = True
+CHANNELS_LAST = False
 
 
 def plan_type() -> type[Plan]:
@@ -24,21 +32,10 @@ def plan_type() -> type[Plan]:
     return Plan
 
 
-def block_forward(
-    plan: BlockPlan,
-    x: Tensor,
-    weight: Tensor,
-    core: Tensor | None,
-    bias: Tensor | None,
-    residual: Tensor | None,
-    factors: Sequence[Tensor],
-    a: Tensor | None,
-    b: Tensor | None,
-    residual_a: Tensor | None,
-    residual_b: Tensor | None,
-) -> tuple[Tensor, Tensor | None]:
+def block_forward(plan: BlockPlan, tensors: BlockTensors) -> tuple[Tensor, Tensor | None]:
     """``y``, and what backward needs as one buffer of bytes, None where it needs nothing."""
-    check_all_forward(plan, x, weight, core, bias, residual, factors, (a, b, residual_a, residual_b))
+    check_all_forward(plan, tensors)
+    x, weight, core, bias, residual, factors, a, b, residual_a, residual_b = tensors
     y, saved = new_outputs(plan, x)
     if plan.y_shape[0] == 0:
         return y, saved
@@ -56,20 +53,11 @@ def block_forward(
     return y, saved
 
 
-def block_backward(
-    plan: BlockPlan,
-    dy: Tensor,
-    saved: Tensor | None,
-    weight: Tensor,
-    core: Tensor | None,
-    factors: Sequence[Tensor],
-    a: Tensor | None,
-    residual_a: Tensor | None,
-    needs: Sequence[bool],
-) -> tuple[Tensor | None, Tensor | None, Tensor | None, Tensor | None]:
+def block_backward(plan: BlockPlan, tensors: BackwardTensors, needs: Sequence[bool]) -> Gradients:
     """Gradients of x, core, bias and residual, each None where ``needs`` says so. ``dy`` may have any strides."""
-    check_backward(plan, dy, saved, weight, core, factors, a, residual_a, needs)
-    check_all_backward(plan, dy, saved, weight, core, factors, a, residual_a)
+    check_backward(plan, tensors, needs)
+    check_all_backward(plan, tensors)
+    dy, saved, weight, core, factors, a, residual_a = tensors
     dx, dcore, dbias, dresidual = new_gradients(plan, dy, core, needs)
     if plan.y_shape[0] and any(t is not None for t in (dx, dcore, dbias, dresidual)):
         h, bits = saved_parts(plan, saved)

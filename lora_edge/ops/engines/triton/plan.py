@@ -1,6 +1,7 @@
-"""What Triton's kernels take, and the bytes that a call needs beside its tensors: :class:`Plan` is csrc/problem.h's Problem.
+"""What the Triton kernels support, and the bytes that a call needs besides its tensors.
 
-Its fields are those that the compiled extension's plans have, so that one writer of fields and one case matrix serve both.
+:class:`Plan` has the fields of csrc/problem.h's Problem, like the compiled extension's plans, so that the same code fills both
+and the same test cases cover both.
 """
 
 from __future__ import annotations
@@ -9,14 +10,14 @@ from typing import NamedTuple
 
 import torch
 
-DTYPES = (torch.float32, torch.float16, torch.bfloat16)  # by enum Type of csrc/problem.h
+DTYPES = (torch.float32, torch.float16, torch.bfloat16)  # indexed by enum Type of csrc/problem.h
 UNITS = ("ieee", "tf32", "half")  # by enum Precision
 ACTIVATIONS = ("none", "relu", "clamp")  # by enum Activation
-MOST_RANK = 16  # of a block: its sums and h are tiles of 16
+MOST_RANK = 16  # of tt_block: its sums and h are tiles of 16
 MOST_FUSE_RANK = 64
-MOST_BOND = 64  # of the frozen cores: a tile of the contracted tail has so many rows
+MOST_BOND = 64  # of the frozen cores: the rows of a tile of the contracted tail
 MOST_ELEMENTS = 2**31 - 4096  # tiles round up in 32 bits
-WHOLE = 16  # rows of a composed kernel are padded to so many elements, which makes their addresses multiples of 16 bytes
+WHOLE = 16  # rows of a composed weight are padded to a multiple of this, so their addresses are multiples of 16 bytes
 
 
 class Plan(NamedTuple):
@@ -85,31 +86,31 @@ class Plan(NamedTuple):
 
     @property
     def octets(self) -> int:
-        """Bytes of bits of a position, and of a group where it is not depthwise."""
+        """Bytes of bits per position (depthwise), or per position and group."""
         return -(-(self.outputs if self.is_depthwise else self.group_outputs) // 8)
 
     @property
     def forward_pitch(self) -> int:
-        """Elements of a row of the kernel composed for forward: column = tap * I/g + channel."""
+        """Elements per row of the weight composed for forward: column = tap * I/g + channel."""
         return whole(self.taps * self.group_channels)
 
     @property
     def backward_pitch(self) -> int:
-        """Elements of a row, an input channel, of the kernel composed for backward: column = tap * O/g + output."""
+        """Elements per row, an input channel, of the weight composed for backward: column = tap * O/g + output."""
         return whole(self.taps * self.group_outputs)
 
     def refusal(self, op: str) -> str | None:
-        """The name of what the kernels do not take of ``tt_block`` or ``tt_fuse``."""
+        """What the kernels do not support of ``tt_block`` or ``tt_fuse``, None where they support the call."""
         most = MOST_RANK if op == "tt_block" else MOST_FUSE_RANK
         if self.rank > most:
-            return f"rank {self.rank}: the kernels take up to {most}"
+            return f"rank {self.rank}: the kernels support up to {most}"
         if max(self.bond2, self.bond3) > MOST_BOND:
-            return f"a bond of {max(self.bond2, self.bond3)} between the frozen cores: the kernels take up to {MOST_BOND}"
+            return f"a bond of {max(self.bond2, self.bond3)} between the frozen cores: the kernels support up to {MOST_BOND}"
         if op != "tt_block":
             return None
         elements = max(self.batch * self.channels * self.in_h * self.in_w, self.positions * self.outputs)
         if elements > MOST_ELEMENTS:
-            return f"{elements} elements: the kernels take up to {MOST_ELEMENTS}"
+            return f"{elements} elements: the kernels support up to {MOST_ELEMENTS}"
         return None
 
     def scratch(self) -> dict[str, int]:

@@ -1,1 +1,1 @@
-"""The ops as Triton kernels, the same stems as in csrc/. Importing a kernel's file imports triton."""
+"""The ops as Triton kernels; the file names match csrc/. Importing a kernel's file imports triton."""

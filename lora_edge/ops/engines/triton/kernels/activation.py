@@ -1,4 +1,4 @@
-"""The activation at a block's end, and its slopes packed to bits, as both forward kernels use them."""
+"""The activation at a block's end and its slopes packed to bits, for both forward kernels."""
 
 # ruff: noqa: N803
 
@@ -10,7 +10,7 @@ import triton.language as tl
 
 @triton.jit
 def activate(z, low, high, ACTIVATION: tl.constexpr):
-    """``y`` of ``z``, and where the slope is 1; a NaN stays one and passes its gradient on."""
+    """``y`` of ``z``, and where the slope is 1; a NaN stays NaN and passes its gradient on."""
     if ACTIVATION == "relu":
         below = z <= 0.0
         return tl.where(below, 0.0, z), below == 0
@@ -22,7 +22,7 @@ def activate(z, low, high, ACTIVATION: tl.constexpr):
 
 @triton.jit
 def store_bits(bits, row_at, octet, octets, slope, own, inside, ROWS: tl.constexpr, COLUMNS: tl.constexpr):
-    """A byte for 8 columns: bit j is column ``8 * octet + j``, zero where the column is none of the outputs."""
+    """One byte per 8 columns: bit j is column ``8 * octet + j``, zero where the column is beyond the outputs."""
     ones = tl.reshape((slope & own[None, :]).to(tl.int32), (ROWS, COLUMNS // 8, 8))
     packed = tl.sum(ones << tl.arange(0, 8)[None, None, :], 2)
     tl.store(bits + row_at[:, None] + octet[None, :], packed.to(tl.uint8), mask=inside[:, None] & (octet < octets)[None, :])

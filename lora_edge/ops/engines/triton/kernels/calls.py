@@ -1,4 +1,4 @@
-"""The tensors of a call, ``ForwardCall`` and ``BackwardCall`` of csrc/problem.h. Maps have any strides, the rest is dense."""
+"""The tensors of a launch (``ForwardCall``, ``BackwardCall`` of csrc/problem.h). Maps have any strides, all else is dense."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ from torch import Tensor
 
 
 class Forward(NamedTuple):
-    """Maps ``(N, C, *L)``; bias and affines ``(O,)``; ``h (N, *L', g * r1)``; bits as csrc/problem.h lays them."""
+    """Maps ``(N, C, *L)``; bias and affines ``(O,)``; ``h (N, *L', g * r1)``; bits in the layout of csrc/problem.h."""
 
     x: Tensor
     bias: Tensor | None

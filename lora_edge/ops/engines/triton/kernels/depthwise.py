@@ -1,4 +1,4 @@
-"""tt_block of depthwise convolutions (I/g = 1): no arithmetic to speak of, so everything is about reading each map once.
+"""tt_block of depthwise convolutions (I/g = 1): limited by bandwidth, so each map is read once.
 
   forward    y[o] = act(a * (sum_t w[o, t] x[c, t] + bias) + b + ra * residual + rb), c = o // m, m = O/g
              h[c, q] = sum_t S[q, t] x[c, t]
@@ -6,9 +6,9 @@
              dx[c] = sum over o of c, t: a w[o, t] dz[o] where (position + pad - t * dilation) % stride == 0
              dB[o, q] = scale * a * sum dz[o] h[c, q]      dbias[o] = a * sum dz[o]      dresidual = ra * dz
 
-Tiles: forward ROWS output positions x COLUMNS outputs, backward ROWS input positions x COLUMNS channels; a program's taps meet
-in the L1. The columns of h are further passes over the same taps. Backward divides dy's positions into as many parts as there
-are row tiles and sums and masks part i beside row tile i of dx, as tt_conv_backward.py does. Sums are in two stages.
+Tiles: forward ROWS output positions x COLUMNS outputs, backward ROWS input positions x COLUMNS channels; a program's taps share
+the L1. The columns of h are further passes over the same taps. Backward divides dy's positions into as many parts as there are
+row tiles, and sums and masks part i beside row tile i of dx, as in tt_conv_backward.py. Sums are in two stages.
 Floor: the bytes of x, residual, y, h and bits, backward of dy, bits, h, dx and dresidual, over the bandwidth.
 """
 
@@ -32,12 +32,12 @@ from lora_edge.ops.engines.triton.kernels.units import cast
 from lora_edge.ops.engines.triton.plan import ACTIVATIONS, Plan
 
 CONFIGURATIONS = (Configuration(64, 32, 0, 4, 1), Configuration(32, 32, 0, 4, 1), Configuration(32, 64, 0, 4, 1))
-# numbers that are as good as any other to the compiler: it shall not compile anew for 1 or for multiples of 16
+# sizes that the compiler does not specialise on: no recompilation for 1 or for multiples of 16
 SIZES = (
     "positions", "in_positions", "parts", "share", "out_h", "out_w", "in_h", "in_w", "groups", "outputs", "packed_width",
     "rank", "sums", "octets", "taps", "kernel_w",
 )  # fmt: skip
-MOST_PARTS = 512  # that share the sums of an output
+MOST_PARTS = 512  # that an output's sums are divided into
 
 
 @triton.jit
@@ -63,10 +63,10 @@ def _convolve(
 def depthwise_forward(
     x,  # (N, g, H, W)
     packed,  # (taps, O + r1) float32
-    bias,  # (O,), as a, b, residual_a and residual_b; any may be None
+    bias,  # (O,), like a, b, residual_a and residual_b; any may be None
     a,
     b,
-    residual,  # (N, O, Ho, Wo), as y
+    residual,  # (N, O, Ho, Wo), like y
     residual_a,
     residual_b,
     y,
@@ -78,7 +78,7 @@ def depthwise_forward(
     in_h,
     in_w,
     groups,
-    multiplier,  # outputs of a channel
+    multiplier,  # outputs per channel
     outputs,
     rank,
     octets,
@@ -164,7 +164,7 @@ def depthwise_forward(
 
 
 def forward(p: Plan, packed: Tensor, t: Forward) -> None:
-    """One launch on the composed kernel ``packed (taps, O + r1)``."""
+    """One launch on the composed weight ``packed (taps, O + r1)``."""
 
     def launch(tile: Configuration) -> None:
         grid = (triton.cdiv(p.positions, tile.rows) * triton.cdiv(p.outputs, tile.columns),)
@@ -196,7 +196,7 @@ def depthwise_backward(
     in_positions,
     positions,
     parts,
-    share,  # positions of a part
+    share,  # positions per part
     out_h,
     out_w,
     in_h,
@@ -242,7 +242,7 @@ def depthwise_backward(
         end = tl.minimum((tile + 1) * share, positions)
         for nth in range(multiplier):
             output = channel * multiplier + nth
-            # the column behind h is dbias's; without sums one pass is left, for dresidual
+            # the column after h is dbias's; without sums one pass remains, for dresidual
             for q in range(tl.maximum(sums, 1)):
                 total = tl.zeros((COLUMNS,), tl.float32)
                 for begin in range(0, share, ROWS):
@@ -300,7 +300,7 @@ def depthwise_backward(
 
 
 def backward(p: Plan, packed: Tensor | None, t: Backward) -> None:
-    """One launch, and one more that adds the partial sums; ``packed (taps, O + r1)`` is the kernel with the affine in it."""
+    """One launch, and another that adds the partial sums; ``packed (taps, O + r1)`` is the weight with the affine folded in."""
     wants_sums = t.dcore is not None or t.dbias is not None
     rank = p.rank if t.dcore is not None else 0
     columns = rank + (t.dbias is not None)

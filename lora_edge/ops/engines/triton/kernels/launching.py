@@ -12,17 +12,17 @@ from triton.errors import TritonError
 
 @contextmanager
 def on_device(tensor: Tensor, kernel: str) -> Iterator[None]:
-    """Makes the tensor's device the current one, whose current stream Triton launches on.
+    """Make the tensor's device the current one, on whose current stream Triton launches.
 
     Raises:
-        RuntimeError: Triton can't compile or launch the kernel here; the message says why.
+        RuntimeError: Triton cannot compile or launch the kernel here; the message says why.
     """
     try:
         with torch.cuda.device(tensor.device) if tensor.is_cuda else nullcontext():
             yield
     except TritonError as error:
         lines = str(error).strip().splitlines()
-        raise RuntimeError(f"{kernel}: Triton says {type(error).__name__}: {lines[0] if lines else 'nothing more'}") from error
+        raise RuntimeError(f"{kernel}: Triton raised {type(error).__name__}: {lines[0] if lines else 'no message'}") from error
 
 
 def strides(tensor: Tensor | None) -> tuple[int, int, int, int]:

@@ -1,4 +1,4 @@
-"""Tiles of a map in memory: rows are positions, columns are channels, and either may be the neighbours there."""
+"""Tiles of a map in memory: rows are positions, columns are channels, and either may be adjacent in memory."""
 
 # ruff: noqa: N803
 
@@ -7,15 +7,15 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
-FAR = tl.constexpr(-(1 << 29))  # where positions stand that do not exist: no tap reaches a map from there
+FAR = tl.constexpr(-(1 << 29))  # the coordinate of positions that do not exist: no tap reaches a map from there
 
 
 @triton.jit
 def load_tile(at, ok, CHANNELS_LAST: tl.constexpr):
     """The tile at addresses ``at (rows, columns)``, zero where not ``ok``.
 
-    Triton lets the lanes of a warp run along a tile's last axis where it knows nothing better; so a tile whose positions are
-    neighbours is read turned.
+    By default Triton lets the lanes of a warp run along a tile's last axis, so a tile whose positions are adjacent in memory is
+    read transposed.
     """
     if CHANNELS_LAST:
         return tl.load(at, mask=ok, other=0.0)
@@ -25,7 +25,7 @@ def load_tile(at, ok, CHANNELS_LAST: tl.constexpr):
 
 @triton.jit
 def store_tile(at, value, ok, CHANNELS_LAST: tl.constexpr):
-    """:func:`load_tile`'s counterpart."""
+    """Store a tile; the counterpart of :func:`load_tile`."""
     if CHANNELS_LAST:
         tl.store(at, value, mask=ok)
     else:
@@ -34,7 +34,7 @@ def store_tile(at, value, ok, CHANNELS_LAST: tl.constexpr):
 
 @triton.jit
 def position_of(row, height, width):
-    """Sample, line and place in the line of a row, positions counted along the width first."""
+    """Sample, line and column of a row; positions are counted along the width first."""
     line = row // width
     sample = line // height
     return sample, line - sample * height, row - line * width
@@ -49,10 +49,10 @@ def masked(dy, bits, octet_at, channel, ok):
 
 @triton.jit
 def masked_rows(dy, bits, octet_at, first_octet, octets, ok_row, CHANNELS: tl.constexpr, WORDS: tl.constexpr):
-    """:func:`masked` for up to 32 neighbouring channels that begin at a whole octet: a word a row, read once.
+    """:func:`masked` for up to 32 adjacent channels that begin at a whole octet: one word per row, read once.
 
-    WORDS says that a row's octets are whole words, which are read as such. Bytes would cost more than their reads: from them
-    Triton takes the operand's type to be narrower than it is.
+    WORDS says that a row's octets are whole words and are read as such. Reading bytes costs more than the loads: Triton then
+    infers an operand type that is too narrow.
     """
     at = bits + (octet_at + first_octet)
     if WORDS:
@@ -67,7 +67,7 @@ def masked_rows(dy, bits, octet_at, first_octet, octets, ok_row, CHANNELS: tl.co
 
 @triton.jit
 def next_tile(block, tap_column, tap_row, blocks, width):
-    """The tile of k behind one: the next block of channels, else the next tap of the line, else of the next line."""
+    """The next tile of k: the next block of channels, else the next tap of the line, else the first of the next line."""
     block += 1
     done = block == blocks
     block = tl.where(done, 0, block)

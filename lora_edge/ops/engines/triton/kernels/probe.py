@@ -1,4 +1,4 @@
-"""The smallest kernel there is, to see whether a launch works at all. Floor: nothing to speak of."""
+"""A minimal kernel that shows whether a launch works at all."""
 
 from __future__ import annotations
 

@@ -1,7 +1,7 @@
-"""Adds partial sums (tiles, rows, columns) over the tiles, always in one order, and scales them.
+"""Add partial sums (tiles, rows, columns) over the tiles, always in the same order, and scale them.
 
-dcore = scale * row_factor * the first columns, dbias = row_factor * the one behind them.
-Tiles: a program makes SUMS neighbouring sums and takes TILES tiles at a time.
+dcore = scale * row_factor * the first columns, dbias = row_factor * the column after them.
+Tiles: a program computes SUMS adjacent sums, TILES tiles at a time.
 Floor: 4 * tiles * rows * columns bytes / bandwidth.
 """
 
@@ -16,7 +16,7 @@ from torch import Tensor
 from lora_edge.ops.engines.triton.kernels.units import cast
 
 SUMS, TILES = 32, 32
-SIZES = ("tiles", "sums", "columns", "rank")  # the compiler shall not compile anew for 1 or for multiples of 16
+SIZES = ("tiles", "sums", "columns", "rank")  # not specialised on: no recompilation for 1 or for multiples of 16
 
 
 @triton.jit(do_not_specialize=SIZES)
@@ -54,7 +54,7 @@ def sum_tiles(
 def launch(
     partial: Tensor, rank: int, scale: float, dcore: Tensor | None, dbias: Tensor | None, row_factor: Tensor | None
 ) -> None:
-    """``partial (tiles, rows, columns)``; ``rank`` columns are dcore's."""
+    """Add up ``partial (tiles, rows, columns)``, whose first ``rank`` columns are dcore's."""
     tiles, rows, columns = partial.shape
     sum_tiles[(triton.cdiv(rows * columns, SUMS),)](
         partial, row_factor, dcore, dbias, tiles, rows * columns, columns, rank, scale, SUMS=SUMS, TILES=TILES, num_warps=4

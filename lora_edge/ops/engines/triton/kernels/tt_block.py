@@ -1,4 +1,4 @@
-"""The launches of ``tt_block``, in order: compose the kernel (tt_fuse.py), then convolve. As csrc/cuda/plan.cu."""
+"""The launches of ``tt_block``, in order: compose the weight (tt_fuse.py), then convolve; as in csrc/cuda/plan.cu."""
 
 from __future__ import annotations
 
@@ -25,7 +25,7 @@ def forward(p: Plan, weight: Tensor, core: Tensor | None, factors: Sequence[Tens
 
 
 def backward(p: Plan, weight: Tensor, core: Tensor | None, factors: Sequence[Tensor], t: Backward) -> None:
-    """Fill the gradients that are wanted."""
+    """Fill the requested gradients."""
     packed = None
     if p.is_depthwise:
         if t.dx is not None:

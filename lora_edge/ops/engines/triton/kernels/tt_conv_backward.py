@@ -3,15 +3,15 @@
   dcore[o, q] = s a[o] sum of dz[o] h[q]       dbias[o] = a[o] sum of dz[o]
 in one launch over dy. tt_conv is the same without bits and residual.
 
-dx is an implicit GEMM over the kernel that tt_fuse.py composed for it: rows = input positions, columns = the group's I/g
-inputs, k over (tap, output). A strided dx falls into phases: position ``phase + stride * u`` is reached by every ``step``-th
-tap from a first one on, so each phase is a GEMM over those taps alone and nothing is multiplied by zero. The bits are applied
-as dy is read; the affine is in the composed kernel.
-As many equal parts as there are row tiles divide dy's own positions: the first column tile of row tile i makes part i of
-dresidual and of the sums, where its dx finds dy in the cache. Sums are in two stages, by part and then over the parts in order:
-deterministic, no atomics.
-Tiles: ROWS x COLUMNS sums of dx, DEPTH of k at a time, FLAT as in forward; 16 positions x 32 outputs of a part at a time, as
-float32 products keep whole tiles in registers.
+dx is an implicit GEMM with the weight that tt_fuse.py composed for it: rows = input positions, columns = the group's I/g
+inputs, k over (tap, output). A strided dx is divided into phases: position ``phase + stride * u`` is reached by every
+``step``-th tap from a first one on, so each phase is a GEMM over those taps alone and nothing is multiplied by zero. The bits
+are applied when dy is read; the affine is in the composed weight.
+dy's own positions are divided into as many equal parts as there are row tiles: the first column tile of row tile i computes
+part i of dresidual and of the sums, while dy is in the cache for its dx. Sums are in two stages, by part and then over the
+parts in order: deterministic, no atomics.
+Tiles: ROWS x COLUMNS sums of dx, DEPTH of k at a time, FLAT as in forward; 16 positions x 32 outputs of a part at a time,
+because float32 products keep whole tiles in registers.
 Floor: max(2 N L O (I/g) K + 2 N L O r1 operations / peak, bytes of dy, bits, h, W', dx and dresidual / bandwidth).
 """
 
@@ -35,7 +35,7 @@ from lora_edge.ops.engines.triton.kernels.tuner import Configuration, Tuned
 from lora_edge.ops.engines.triton.kernels.units import cast, product
 from lora_edge.ops.engines.triton.plan import Plan
 
-# numbers that are as good as any other to the compiler: it shall not compile anew for 1 or for multiples of 16
+# sizes that the compiler does not specialise on: no recompilation for 1 or for multiples of 16
 SIZES = ("batch", "positions", "share", "tiles", "out_h", "out_w", "in_h", "in_w", "groups", "rank", "sums", "octets")
 
 SUM_ROWS, SUM_OUTPUTS = tl.constexpr(16), tl.constexpr(32)
@@ -43,14 +43,14 @@ SUM_ROWS, SUM_OUTPUTS = tl.constexpr(16), tl.constexpr(32)
 
 @triton.jit
 def taps_of(phase, kernel, dilation, pad, stride, step):
-    """First tap and number of taps of one axis that reach a phase, ``step`` apart, and where the first one looks at u = 0."""
+    """First tap and number of taps of one axis that reach a phase, ``step`` apart, and the position of the first at u = 0."""
     first = step
     for tap in range(step):
         reached = (tap * dilation + pad * (stride - 1)) % stride == phase
         first = tl.where(reached & (first == step), tap, first)
     there = (first < step) & (first < kernel)
     count = tl.where(there, (kernel - first + step - 1) // step, 0)
-    origin = tl.where(there, (phase + pad - first * dilation) // stride, 0)  # without a rest where a tap is there
+    origin = tl.where(there, (phase + pad - first * dilation) // stride, 0)  # exact where there is a tap
     return first, count, origin
 
 
@@ -63,7 +63,7 @@ def _sum_part(
     dresidual,
     partial,
     part,
-    share,  # positions of a part
+    share,  # positions per part
     positions,
     out_h,
     out_w,
@@ -114,7 +114,7 @@ def _sum_part(
             if partial is not None:
                 found = tl.where(
                     inside[:, None] & (q == rank)[None, :], 1.0, 0.0
-                )  # the column behind h: dbias is summed like dcore
+                )  # the column after h: dbias is summed like dcore
                 if h is not None:
                     from_h = h + (position * groups + group)[:, None] * rank + q[None, :]
                     found += tl.load(from_h, mask=inside[:, None] & (q < rank)[None, :], other=0.0).to(tl.float32)
@@ -137,14 +137,14 @@ def tt_block_backward(
     batch,
     positions,
     share,
-    tiles,  # row tiles of a phase
+    tiles,  # row tiles per phase
     out_h,
     out_w,
     in_h,
     in_w,
     groups,
-    channels,  # of a group
-    outputs,  # of a group
+    channels,  # per group
+    outputs,  # per group
     rank,  # columns of h that are summed
     sums,
     octets,
@@ -175,7 +175,7 @@ def tt_block_backward(
     SUMS_UNIT: tl.constexpr,
     SUMS_TYPE: tl.constexpr,
     FLAT: tl.constexpr,
-    DY_LAST: tl.constexpr,  # channels are neighbours in dy
+    DY_LAST: tl.constexpr,  # channels are adjacent in memory in dy
     DX_LAST: tl.constexpr,
     DR_LAST: tl.constexpr,
     WORDS: tl.constexpr,  # a position's octets are whole words
@@ -267,7 +267,7 @@ def tt_block_backward(
 
 
 def backward(p: Plan, packed: Tensor | None, t: Backward) -> None:
-    """One launch, and one more that adds the partial sums; ``packed (I, pitch)`` is the kernel composed for dx."""
+    """One launch, and another that adds the partial sums; ``packed (I, pitch)`` is the weight composed for dx."""
     wants_sums = t.dcore is not None or t.dbias is not None
     rank = p.rank if t.dcore is not None else 0
     columns = rank + (t.dbias is not None)
@@ -302,13 +302,13 @@ def backward(p: Plan, packed: Tensor | None, t: Backward) -> None:
 
 
 def sums_unit(p: Plan) -> tuple[str, tl.dtype]:
-    """The unit and type of the sums: 16-bit products where dy and h are alike, else float32, so that no sum is of TF32."""
+    """The unit and type of the sums: 16-bit products where dy and h have one 16-bit type, else float32; never TF32."""
     if p.unit != "half" or p.saved_type != p.type:
         return "ieee", tl.float32
     return "half", {torch.float16: tl.float16, torch.bfloat16: tl.bfloat16}[p.dtype]
 
 
 def _tiles(p: Plan, rows: int) -> tuple[int, int]:
-    """Phases, and row tiles of the largest of them."""
+    """The number of phases, and the row tiles of the largest."""
     height, width = triton.cdiv(p.in_h, p.stride_h), triton.cdiv(p.in_w, p.stride_w)
     return p.stride_h * p.stride_w, triton.cdiv(p.batch * height * width, rows)

@@ -1,11 +1,11 @@
-"""tt_block forward: y = act(a * (conv(x, W') + bias) + b + ra * residual + rb), h = conv(x, S) and one bit an element where the
-activation's slope is 1, in one pass over x. tt_conv is the same without a, b, residual and activation.
+"""tt_block forward: y = act(a * (conv(x, W') + bias) + b + ra * residual + rb), h = conv(x, S) and a bit per element, set where
+the activation's slope is 1, in one pass over x. tt_conv is the same without a, b, residual and activation.
 
-An implicit GEMM over the composed kernel of tt_fuse.py: rows = output positions, columns = the group's O/g outputs, k over
+An implicit GEMM with the composed weight of tt_fuse.py: rows = output positions, columns = the group's O/g outputs, k over
 (tap, channel). The r1 rows of S are a second, narrow product with the same tile of x.
 Tiles: ROWS x COLUMNS sums and ROWS x H sums of h, DEPTH of k at a time. Either each tap has whole tiles of channels, so that a
-tile of k has one tap and the borders are a test a row; or, where that would pad too much (3 or 97 channels), k runs FLAT over
-both and the test is one an element.
+tile of k has one tap and the borders need one test per row; or, where that would pad too much (3 or 97 channels), k runs FLAT
+over both, with one test per element.
 Floor: max(2 N L (O + r1) (I/g) K multiply-add operations / peak, bytes of x, W', S, residual, y, h and bits / bandwidth).
 """
 
@@ -26,7 +26,7 @@ from lora_edge.ops.engines.triton.kernels.tuner import Configuration, Tuned
 from lora_edge.ops.engines.triton.kernels.units import cast, product
 from lora_edge.ops.engines.triton.plan import ACTIVATIONS, Plan
 
-# numbers that are as good as any other to the compiler: it shall not compile anew for 1 or for multiples of 16
+# sizes that the compiler does not specialise on: no recompilation for 1 or for multiples of 16
 SIZES = ("positions", "out_h", "out_w", "in_h", "in_w", "groups", "all_outputs", "rank", "octets")
 
 
@@ -34,10 +34,10 @@ SIZES = ("positions", "out_h", "out_w", "in_h", "in_w", "groups", "all_outputs",
 def tt_block_forward(
     x,  # (N, I, H, W)
     packed,  # (O + r1, pitch)
-    bias,  # (O,), as a, b, residual_a and residual_b; any may be None
+    bias,  # (O,), like a, b, residual_a and residual_b; any may be None
     a,
     b,
-    residual,  # (N, O, Ho, Wo), as y
+    residual,  # (N, O, Ho, Wo), like y
     residual_a,
     residual_b,
     y,
@@ -49,8 +49,8 @@ def tt_block_forward(
     in_h,
     in_w,
     groups,
-    channels,  # of a group
-    outputs,  # of a group
+    channels,  # per group
+    outputs,  # per group
     all_outputs,
     rank,
     octets,
@@ -80,7 +80,7 @@ def tt_block_forward(
     ACTIVATION: tl.constexpr,
     UNIT: tl.constexpr,
     FLAT: tl.constexpr,
-    X_LAST: tl.constexpr,  # channels are neighbours in x
+    X_LAST: tl.constexpr,  # channels are adjacent in memory in x
     Y_LAST: tl.constexpr,
     RESIDUAL_LAST: tl.constexpr,
     H: tl.constexpr,
@@ -110,7 +110,7 @@ def tt_block_forward(
     sums_h = tl.zeros((ROWS, H), tl.float32)
     blocks = tl.cdiv(channels, DEPTH)
     depth = tl.cdiv(taps * channels, DEPTH) if FLAT else taps * blocks
-    block, tap_row, tap_column = 0, 0, 0  # counted, for a division would cost as much as the tile's products
+    block, tap_row, tap_column = 0, 0, 0  # counted, since a division would cost as much as the tile's products
     for i in range(depth):
         if FLAT:
             k = i * DEPTH + tl.arange(0, DEPTH)
@@ -173,7 +173,7 @@ def tt_block_forward(
 
 
 def forward(p: Plan, packed: Tensor, t: Forward) -> None:
-    """One launch on the composed kernel ``packed (O + r1, pitch)``."""
+    """One launch on the composed weight ``packed (O + r1, pitch)``."""
 
     def launch(tile: Configuration) -> None:
         grid = (triton.cdiv(p.positions, tile.rows) * p.groups * triton.cdiv(p.group_outputs, tile.columns),)

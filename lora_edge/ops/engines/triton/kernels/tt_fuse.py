@@ -1,13 +1,13 @@
 """tt_fuse: ``W' = W + scale * core * suffix``, and ``dcore = scale * dW' * suffix^T``, in float32 with one cast at the end.
 
-weight (O, C), C = I/g * Kh * Kw      core (O, r1)      suffix (r1, C), or frozen cores that are contracted on the way:
+weight (O, C), C = I/g * Kh * Kw      core (O, r1)      suffix (r1, C), or frozen cores that are contracted on the fly:
 tail[a, kh, kw] = sum_b G3[a, kh, b] G4[b, kw]          suffix[q, i, k] = sum_a G2[q, i, a] tail[a, k]
 
-Tiles: ROWS outputs x COLUMNS elements of a row. A program makes the suffix's row for its columns, one q after the other, from
-memory or from the tail, which it has made before; so a weight is read once and the suffix once for every ROWS outputs.
-``W'`` goes out plain, or composed for a convolution: element (o, i, k) at the strides of :class:`Layout`, the suffix's rows
-behind the outputs, a row scaled, rounded to TF32.
-Floor: 2 * bytes(W) / bandwidth; the gradient bytes(dW') / bandwidth. r1 multiply-adds an element are far below any ridge.
+Tiles: ROWS outputs x COLUMNS elements of a row. A program forms the suffix's row for its columns, one q after the other, from
+memory or from the tail, which it computes first; so the weight is read once, and the suffix once per ROWS outputs.
+``W'`` is written plain, or composed for a convolution: element (o, i, k) at the strides of :class:`Layout`, the suffix's rows
+after the outputs, each row scaled, rounded to TF32.
+Floor: 2 * bytes(W) / bandwidth; the gradient bytes(dW') / bandwidth. r1 multiply-adds per element are far below any ridge.
 """
 
 # ruff: noqa: N803
@@ -30,13 +30,13 @@ from lora_edge.ops.engines.triton.plan import Plan
 
 # rows, columns, (no depth), warps, stages
 CONFIGURATIONS = (Configuration(16, 128, 0, 4, 1), Configuration(8, 256, 0, 4, 1), Configuration(32, 64, 0, 4, 1))
-# numbers that are as good as any other to the compiler: it shall not compile anew for 1 or for multiples of 16
+# sizes that the compiler does not specialise on: no recompilation for 1 or for multiples of 16
 SIZES = ("outputs", "rows", "rank", "bond2", "bond3", "group_outputs", "kernel_h", "kernel_w")
 MOST_TAIL = 4096  # elements of a program's tail
 
 
 class Layout(NamedTuple):
-    """Where element (o, i, k) of a composed kernel goes: ``group(o) * group + (o % O/g) * output + i * channel + k * tap``."""
+    """Where element (o, i, k) of a composed weight is: ``group(o) * group + (o % O/g) * output + i * channel + k * tap``."""
 
     group: int
     output: int
@@ -82,7 +82,7 @@ def compose(
     row_scale,  # (O,), or None
     out,
     outputs,
-    rows,  # O, and r1 more where the suffix's rows are wanted
+    rows,  # O, or O + r1 where the suffix's rows are needed
     channels,
     taps,
     kernel_h,
@@ -181,12 +181,12 @@ def core_gradient(
 
 
 def forward(p: Plan, weight: Tensor, core: Tensor | None, factors: Sequence[Tensor], out: Tensor) -> None:
-    """``W'`` into ``out``, dense. Everything is contiguous."""
+    """Write ``W'`` to ``out``. All tensors are contiguous."""
     _compose(p, weight, core, factors, out, None, p.outputs, None, False)
 
 
 def compose_forward(p: Plan, weight: Tensor, core: Tensor | None, factors: Sequence[Tensor], packed: Tensor, h: bool) -> None:
-    """The kernel ``(O, pitch)`` as the forward GEMM reads it, and the suffix's rows behind it where ``h`` is wanted."""
+    """Compose the weight ``(O, pitch)`` as the forward GEMM reads it, with the suffix's rows after it where ``h`` is needed."""
     pitch = p.forward_pitch
     layout = Layout(p.group_outputs * pitch, pitch, 1, p.group_channels)
     rows = p.outputs + (p.rank if h else 0)
@@ -196,7 +196,7 @@ def compose_forward(p: Plan, weight: Tensor, core: Tensor | None, factors: Seque
 def compose_backward(
     p: Plan, weight: Tensor, core: Tensor | None, factors: Sequence[Tensor], packed: Tensor, a: Tensor | None
 ) -> None:
-    """The kernel ``(I, pitch)`` as the backward GEMM reads it, scaled by the affine."""
+    """Compose the weight ``(I, pitch)`` as the backward GEMM reads it, scaled by the affine."""
     pitch = p.backward_pitch
     layout = Layout(p.group_channels * pitch, 1, pitch, p.group_outputs)
     _compose(p, weight, core, factors, packed, layout, p.outputs, a, p.unit == "tf32")
@@ -205,7 +205,7 @@ def compose_backward(
 def compose_depthwise(
     p: Plan, weight: Tensor, core: Tensor | None, factors: Sequence[Tensor], packed: Tensor, a: Tensor | None
 ) -> None:
-    """The kernel ``(taps, O + r1)`` in float32, its last columns the suffix; the depthwise kernels read it."""
+    """Compose the weight ``(taps, O + r1)`` in float32 for the depthwise kernels; its last columns are the suffix."""
     width = p.outputs + p.rank
     layout = Layout(p.group_outputs, 1, 0, width)
     _compose(p, weight, core, factors, packed, layout, width, a, False)
@@ -238,7 +238,7 @@ def _compose(
 
 
 def backward(p: Plan, dout: Tensor, factors: Sequence[Tensor], dcore: Tensor) -> None:
-    """``dcore (O, r1)`` of ``dout (O, C)``, both dense."""
+    """Write ``dcore (O, r1)`` from ``dout (O, C)``, both dense."""
 
     def launch(tile: Configuration) -> None:
         columns = _columns(p, tile)
@@ -260,7 +260,7 @@ def _bonds(p: Plan) -> int:
 
 
 def _columns(p: Plan, tile: Configuration) -> int:
-    """The tile's columns, or as many as its tail has room for."""
+    """The tile's columns, or as many as fit its tail."""
     return min(tile.columns, MOST_TAIL // _bonds(p))
 
 

@@ -1,4 +1,4 @@
-"""The unit that multiplies: float32 multiply-adds, or tensor cores on TF32 or 16-bit operands, with float32 sums always."""
+"""The unit that multiplies: float32 multiply-adds, or tensor cores on TF32 or 16-bit operands; sums are always float32."""
 
 from __future__ import annotations
 
@@ -12,8 +12,8 @@ INTERPRETED = tl.constexpr(os.environ.get("TRITON_INTERPRET") == "1")
 
 @triton.jit
 def round_tf32(x):
-    """float32 rounded to TF32, ties away from zero as ``cvt.rna`` has it. ``tl.dot`` itself would truncate."""
-    if INTERPRETED:  # there is no inline PTX; the bits of a NaN may not be added to
+    """float32 rounded to TF32, ties away from zero like ``cvt.rna``. ``tl.dot`` itself would truncate."""
+    if INTERPRETED:  # without inline PTX; a NaN's bits must not be added to
         rounded = ((x.to(tl.int32, bitcast=True) + 0x1000) & -0x2000).to(tl.float32, bitcast=True)
         return tl.where(x == x, rounded, x)
     else:
@@ -22,12 +22,12 @@ def round_tf32(x):
 
 @triton.jit
 def product(a, b, sums, UNIT: tl.constexpr):  # noqa: N803
-    """``sums + a @ b``. TF32 rounds ``a``; ``b`` must be rounded already."""
+    """``sums + a @ b``. For TF32 it rounds ``a``; ``b`` must already be rounded."""
     if UNIT == "ieee":
         return tl.dot(a, b, sums, input_precision="ieee")
     elif UNIT == "tf32":
         return tl.dot(round_tf32(a), b, sums, input_precision="tf32")
-    elif INTERPRETED:  # whose products take bfloat16 for integers; float32 holds every product of 16-bit operands exactly
+    elif INTERPRETED:  # its products treat bfloat16 as integers; float32 holds every product of 16-bit operands exactly
         return tl.dot(a.to(tl.float32), b.to(tl.float32), sums)
     else:
         return tl.dot(a, b, sums)
@@ -35,7 +35,7 @@ def product(a, b, sums, UNIT: tl.constexpr):  # noqa: N803
 
 @triton.jit
 def cast(x, TYPE: tl.constexpr):  # noqa: N803
-    """float32 ``x`` in another type, rounded to the nearest, ties to even. The interpreter alone would truncate to bfloat16."""
+    """float32 ``x`` in another type, rounded to nearest, ties to even. The interpreter by itself truncates to bfloat16."""
     if INTERPRETED and TYPE == tl.bfloat16:  # noqa: SIM300
         bits = x.to(tl.int32, bitcast=True)
         rounded = ((bits + 0x7FFF + ((bits >> 16) & 1)) & -0x10000).to(tl.float32, bitcast=True)

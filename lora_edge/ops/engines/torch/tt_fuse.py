@@ -1,0 +1,45 @@
+"""``tt_fuse`` in plain torch, and the gradients from a dense weight's to its factors."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from lora_edge.ops import reference
+from lora_edge.ops.once import once_differentiable
+
+
+class TTFuse(torch.autograd.Function):
+    """Saves the factors only."""
+
+    @staticmethod
+    def forward(ctx: Any, weight: Tensor, core: Tensor, suffix: Tensor, scale: float) -> Tensor:
+        ctx.save_for_backward(core, suffix)
+        ctx.scale = scale
+        return reference.tt_fuse(weight, core, suffix, scale)
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, dw: Tensor) -> tuple[Tensor | None, ...]:  # type: ignore[override]
+        core, suffix = ctx.saved_tensors
+        dcore = core_grad(dw, core, suffix, ctx.scale) if ctx.needs_input_grad[1] else None
+        dsuffix = suffix_grad(dw, core, suffix, ctx.scale) if ctx.needs_input_grad[2] else None
+        return dw if ctx.needs_input_grad[0] else None, dcore, dsuffix, None
+
+
+def core_grad(dw: Tensor, core: Tensor, suffix: Tensor, scale: float) -> Tensor:
+    """``dB = s * dW S^T`` from the dense weight's gradient; groups make no difference to row ``o``."""
+    exact = _exact(dw, suffix)
+    return (scale * (dw.to(exact).flatten(1) @ suffix.to(exact).flatten(1).T)).to(core.dtype)
+
+
+def suffix_grad(dw: Tensor, core: Tensor, suffix: Tensor, scale: float) -> Tensor:
+    """``dS = s * B^T dW``, for a suffix that is trained."""
+    exact = _exact(dw, core)
+    return (scale * (core.to(exact).T @ dw.to(exact).flatten(1))).reshape(suffix.shape).to(suffix.dtype)
+
+
+def _exact(*operands: Tensor) -> torch.dtype:
+    return torch.float64 if any(t.dtype == torch.float64 for t in operands) else torch.float32
