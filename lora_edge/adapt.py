@@ -142,8 +142,7 @@ def adapt(
             convolution shares its weight with something that is not adapted, ``params`` is below the smallest core, or
             ``batches`` is missing, not used or empty, or yields no gradient, NaN or Inf.
         RuntimeError: the model or a part of it is adapted already, is in DistributedDataParallel, cannot be copied for the
-            gradient, or the named backend does not work here.
-        All of them before anything is changed.
+            gradient, or the named backend does not work here. All of these are raised before anything is changed.
     """
     rank = check_rank(rank)
     _check_choice("scaling", scaling, SCALINGS)
