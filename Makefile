@@ -1,7 +1,8 @@
 # `make demo` runs the main job, `make test` the tests, `make test-all` every case in Triton's interpreter too, `make test-isa` the
 # numerics on every instruction set of this processor, `make compat` the core tests on the oldest and the newest torch, `make check`
 # the linters, `make mutate` the test of the kernels' tests, `make sanitize` the CPU engine's tests under the address and
-# undefined-behaviour sanitizers, `make results` writes the README's results from the study's rows. Each does its own set-up.
+# undefined-behaviour sanitizers, `make results` writes the README's results and the tables of docs/ from the rows, `make docs` builds the
+# site into build/site. Each does its own set-up.
 #
 # The virtual environment reuses a torch that python3 already has (as on a Jetson) and never replaces it; without one it
 # installs $(TORCH).
@@ -16,7 +17,7 @@ export LORA_EDGE_CUDA ?= $(if $(wildcard /dev/nvidiactl /dev/nvmap /dev/dxg),,0)
 BIN := $(VENV)/bin
 PIP := $(BIN)/python -m pip --disable-pip-version-check -q
 
-.PHONY: demo test test-all test-isa check mutate sanitize compat results clean
+.PHONY: demo test test-all test-isa check docs mutate sanitize compat results clean
 .DELETE_ON_ERROR:
 
 demo: $(VENV)/har
@@ -33,10 +34,14 @@ TESTS ?=
 test-isa: $(VENV)/test
 	$(BIN)/python tests/tools/isa.py $(TESTS)
 
-check: $(VENV)/check
+check: $(VENV)/check docs
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy
+
+# Warnings are errors (strict in mkdocs.yml). The variable silences an announcement of mkdocs-material's.
+docs: $(VENV)/docs
+	NO_MKDOCS_2_WARNING=1 $(BIN)/mkdocs build --quiet
 
 mutate: $(VENV)/test
 	PYTHONPATH=tests:. $(BIN)/python tests/tools/mutate.py
@@ -46,7 +51,8 @@ compat: $(VENV)/test
 
 results: $(VENV)/har
 	$(BIN)/python -m benchmarks.study.report benchmarks/results/cpu/study_*.csv --page README.md \
-	  --picture benchmarks/results/study.png
+	  --picture docs/study.png
+	$(BIN)/python -m benchmarks.tables
 
 # A copy is built with the sanitizers (setup.py compiles C++ with CXXFLAGS alone); their runtimes must be there before Python is.
 # tests/tools/sanitize.py fails unless the library holds their symbols and planted faults are found. Python itself leaks on purpose, and
@@ -74,7 +80,7 @@ $(VENV)/torch.txt:
 	fi
 	$(BIN)/python -c "import torch; print('torch==' + torch.__version__)" > $@
 
-$(VENV)/har $(VENV)/test $(VENV)/check: $(VENV)/%: $(VENV)/torch.txt pyproject.toml
+$(VENV)/har $(VENV)/test $(VENV)/check $(VENV)/docs: $(VENV)/%: $(VENV)/torch.txt pyproject.toml
 	@echo "installing lora_edge[$*]"
 	$(PIP) install -c $(VENV)/torch.txt -e ".[$*]"
 	@touch $@

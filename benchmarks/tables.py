@@ -1,7 +1,7 @@
 """``python -m benchmarks.tables``: writes the tables of docs/ that come from the committed rows of memory and train_step.
 
-A page holds ``<!-- rows: NAME -->`` and ``<!-- /rows -->``; what stands between is replaced. ``--check`` writes nothing and fails
-where a page is not what the rows say. The study's tables are those of :mod:`benchmarks.study.report`.
+A page holds ``<!-- rows: NAME -->`` and ``<!-- /rows -->``; what stands between is replaced. With ``--check`` it writes nothing
+and fails where a page is not what the rows say. The study's tables are those of :mod:`benchmarks.study.report`.
 """
 
 from __future__ import annotations
@@ -57,7 +57,7 @@ def memory_table(results: Path) -> str:
 
 
 def train_step_table(results: Path) -> str:
-    """Ratios to full fine-tuning unless the line says otherwise; a dash where a method was not timed."""
+    """Ratios to full fine-tuning unless the line says otherwise; a hyphen where a method was not timed."""
     rows = {(r["workload"], int(r["batch"]), r["what"], r["method"]): r for r in _read(results / "cpu/train_step.csv")}
     lines = [HEAD]
     for title, what, method, column, batches in STEP_LINES:
@@ -65,7 +65,7 @@ def train_step_table(results: Path) -> str:
         cells = []
         for workload in WORKLOADS:
             found = [rows.get((workload, batch, what, method)) for batch in batches]
-            cells.append(" / ".join("–" if row is None else f"{float(row[column]):.{digits}f}" for row in found))
+            cells.append(" / ".join("-" if row is None else f"{float(row[column]):.{digits}f}" for row in found))
         bold = "**" if title.startswith("**") else ""
         lines.append(f"| {title} | {' | '.join(f'{bold}{cell}{bold}' for cell in cells)} |")
     return "\n".join(lines)

@@ -1,4 +1,4 @@
-"""Your network and your windows through ``lora-edge adapt``: five people, a phone and a watch, protocol B."""
+"""Your network and your windows through ``lora-edge adapt``: four people, a phone and a watch, protocol B."""
 
 import sys
 
@@ -23,7 +23,7 @@ def build(in_channels: int, num_classes: int) -> nn.Module:
 def write_windows(path: str) -> None:
     """The format of docs/har.md: each person does three activities on two devices, the second of which is turned."""
     rng = np.random.default_rng(0)
-    people, per_class = 5, 60
+    people, per_class = 4, 60
     y = np.tile(np.repeat(np.arange(3), per_class), 2 * people)
     domain = np.tile(np.repeat([0, 1], 3 * per_class), people)
     subject = np.repeat(np.arange(1, people + 1), 6 * per_class)
@@ -37,9 +37,8 @@ def write_windows(path: str) -> None:
 
 if __name__ == "__main__":
     write_windows("windows.npz")
-    sys.exit(
-        main([
-            "adapt", "--data", "windows.npz", "--target-subject", "1", "--protocol", "B", "--target-domain", "watch",
-            "--model", "own_model_and_data:build", "--steps", "20", "--epochs", "30", "--out", "adapted",
-        ])  # fmt: skip
-    )
+    arguments = [
+        "adapt", "--data", "windows.npz", "--target-subject", "1", "--protocol", "B", "--target-domain", "watch",
+        "--model", "own_model_and_data:build", "--steps", "20", "--epochs", "30", "--out", "adapted",
+    ]  # fmt: skip
+    sys.exit(main(arguments))
