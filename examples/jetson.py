@@ -10,7 +10,7 @@ import torch
 import lora_edge
 from lora_edge.har.models import TResNet
 
-BATCH, STEPS = 16, 5
+BATCH, STEPS = 8, 3
 device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
 states = lora_edge.backends()
 for backend, state in states.items():

@@ -27,7 +27,7 @@ def write_windows(path: str) -> None:
     y = np.tile(np.repeat(np.arange(3), per_class), 2 * people)
     domain = np.tile(np.repeat([0, 1], 3 * per_class), people)
     subject = np.repeat(np.arange(1, people + 1), 6 * per_class)
-    x = rng.normal(size=(len(y), 3, 30)) + np.stack([2 * y, -y, 0 * y], axis=1)[:, :, None]
+    x = 0.3 * rng.normal(size=(len(y), 3, 30)) + np.stack([2 * y, -y, 0 * y], axis=1)[:, :, None]
     x[domain == 1] = x[domain == 1][:, [1, 0, 2]]  # worn another way round
     np.savez(
         path, X=x.astype(np.float32), y=y, subject=subject, domain=domain, channels=["ax", "ay", "az"],
@@ -39,6 +39,6 @@ if __name__ == "__main__":
     write_windows("windows.npz")
     arguments = [
         "adapt", "--data", "windows.npz", "--target-subject", "1", "--protocol", "B", "--target-domain", "watch",
-        "--model", "own_model_and_data:build", "--steps", "20", "--epochs", "30", "--out", "adapted",
+        "--model", "own_model_and_data:build", "--steps", "20", "--epochs", "25", "--out", "adapted",
     ]  # fmt: skip
     sys.exit(main(arguments))
