@@ -2,7 +2,7 @@
 
 On a CUDA device the torch backend is cuDNN's convolution with everything else around it. The backends take turns in rounds
 within one process; a row has p20, p50 and p80 in microseconds, the median over rounds of the ratio to torch, and how far the
-median is above the floor of docs/design.md section 5, at the bandwidth and the matrix rate that this device reached first.
+median is above the floor of DESIGN, section 5, at the bandwidth and the matrix product's rate that this device reached first.
 There these are the device's alone, of replayed CUDA graphs of ten calls, which find in the L2 what it holds; ``launched_us`` is
 the median of a call as Python makes it.
 A backend is timed only where it agrees with torch; a call that it leaves to torch has the reason in its row. Rows go to
@@ -147,7 +147,7 @@ def calls(layer: Layer, precision: str, layout: str, device: torch.device) -> di
 
 
 def floor(layer: Layer, op: str, itemsize: int, bandwidth: float, multiply_adds: float) -> float:
-    """Seconds: docs/design.md section 5."""
+    """Seconds: DESIGN, section 5."""
     if op == "tt_fuse_forward":
         return layer.fuse_bytes(itemsize, op) / bandwidth
     if op == "tt_block_forward":

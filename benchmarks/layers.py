@@ -1,4 +1,4 @@
-"""The convolutions of the workloads as a training step runs them, and each op's floor on them (docs/design.md section 5)."""
+"""The convolutions of the workloads as a training step runs them, and the floor of DESIGN, section 5, for each op on them."""
 
 from __future__ import annotations
 

@@ -52,7 +52,7 @@ A100's slices, {orin.L2_BYTES_LOW:.0f} bytes an SM and cycle in all; `over_floor
 - Divergence: a warp takes one way at each branch, the shorter one where the counts allow it.
 - A last row tile that is not whole counts as a whole one.
 
-The floor is that of docs/design.md section 5: useful multiply-adds at the peak, or bytes that must move at the full bandwidth,
+The floor is DESIGN's, section 5: useful multiply-adds at the peak, or the bytes that must move at the full bandwidth,
 whichever is longer. Of x only the positions that a tap reaches count. Where a block's input is the model's, backward computes
 no dx and its floor has none. A bound is on the main launch of an op: what composes the kernel before it and adds partial sums
 after it are launches of their own, and `all` is the sum of an op's launches.

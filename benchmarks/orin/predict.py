@@ -74,7 +74,7 @@ class Case:
         return dataclasses.replace(self, precision="fp32") if is_alike else self
 
     def floor(self, mode: orin.Mode) -> float:
-        """Seconds: docs/design.md section 5."""
+        """Seconds: DESIGN, section 5."""
         itemsize = self.itemsize
         if self.is_fuse:
             return self.layer.fuse_bytes(itemsize, self.op) / mode.bandwidth

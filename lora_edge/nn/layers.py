@@ -192,7 +192,7 @@ class LoRAEdgeConv(nn.modules.conv._ConvNd):
         unexpected_keys: list[str],
         error_msgs: list[str],
     ) -> None:
-        """Load as usual; a base checkpoint (no ``core``, no ``suffix``) keeps or renews the suffix: docs/design.md section 4.
+        """Load as usual; a base checkpoint (no ``core``, no ``suffix``) keeps or renews the suffix, see DESIGN section 4.
 
         A suffix of inputs or gradients belongs to its base: there another weight is an error even while the core is zero.
         """
