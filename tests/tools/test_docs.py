@@ -1,7 +1,7 @@
 """README, CONTRIBUTING and docs/: every Python block runs, and every path, link, command and name in them exists.
 
 The blocks of a page run in order in one namespace, in an empty folder. ``<!-- setup ... -->`` on a page holds Python that a
-reader does not need to see, such as a model to adapt; it runs where it stands. About 15 s.
+reader does not need to see, such as a model to adapt; it runs where it stands. About 30 s.
 """
 
 from __future__ import annotations

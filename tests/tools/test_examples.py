@@ -1,4 +1,4 @@
-"""Every program in examples/ runs to its end, in an empty folder, and writes what it says. About 20 s."""
+"""Every program in examples/ runs to its end, in an empty folder, and writes what it says. About 30 s."""
 
 from __future__ import annotations
 
