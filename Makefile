@@ -1,23 +1,30 @@
-# `make demo` runs the main job, `make test` the tests, `make test-all` every case in Triton's interpreter too, `make test-isa` the
-# numerics on every instruction set of this processor, `make compat` the core tests on the oldest and the newest torch, `make check`
-# the linters, `make mutate` the test of the kernels' tests, `make sanitize` the CPU engine's tests under the address and
-# undefined-behaviour sanitizers, `make results` writes the README's results and the tables of docs/ from the rows, `make docs` builds the
-# site into build/site. Each does its own set-up.
+# make demo       run the main job
+# make check      run the linters and the type checker, and build the site
+# make test       run the tests
+# make test-fast  leave out the tests marked as slow
+# make test-all   run every case in Triton's interpreter too
+# make test-isa   run the tests of numerics on every instruction set of this processor
+# make compat     run the core tests on the oldest and the newest torch
+# make mutate     check that the tests notice each missing barrier and bounds check of the kernels
+# make sanitize   run the CPU engine's tests under the address and undefined-behaviour sanitizers
+# make results    write the README's results, the picture and the tables of docs/ from the committed rows
+# make docs       build the site into build/site
 #
-# The virtual environment reuses a torch that python3 already has (as on a Jetson) and never replaces it; without one it
-# installs $(TORCH).
+# Each installs what it needs.
+#
+# The virtual environment uses the torch that python3 has (as on a Jetson) and never replaces it; without one it installs $(TORCH).
 
 PYTHON ?= python3
 VENV ?= .venv
 TORCH ?= torch==2.13.0
 PERSON ?= 1
-# The CUDA kernels take minutes to compile: done where there is a device to run them. LORA_EDGE_CUDA=1 says to, anywhere.
+# The CUDA kernels take minutes to compile, so they are compiled where there is a device. LORA_EDGE_CUDA=1 compiles them anywhere.
 export LORA_EDGE_CUDA ?= $(if $(wildcard /dev/nvidiactl /dev/nvmap /dev/dxg),,0)
 
 BIN := $(VENV)/bin
 PIP := $(BIN)/python -m pip --disable-pip-version-check -q
 
-.PHONY: demo test test-all test-isa check docs mutate sanitize compat results clean
+.PHONY: demo test test-fast test-all test-isa check docs mutate sanitize compat results clean
 .DELETE_ON_ERROR:
 
 demo: $(VENV)/har
@@ -26,10 +33,13 @@ demo: $(VENV)/har
 test: $(VENV)/test
 	$(BIN)/python -m pytest
 
+test-fast: $(VENV)/test
+	$(BIN)/python -m pytest -m "not slow"
+
 test-all: $(VENV)/test
 	LORA_EDGE_TEST_ALL=1 $(BIN)/python -m pytest
 
-# The whole suite instead of what computes: make test-isa TESTS=tests
+# The whole suite instead of the tests of numerics: make test-isa TESTS=tests
 TESTS ?=
 test-isa: $(VENV)/test
 	$(BIN)/python tests/tools/isa.py $(TESTS)
@@ -43,20 +53,21 @@ check: $(VENV)/check docs
 docs: $(VENV)/docs
 	NO_MKDOCS_2_WARNING=1 $(BIN)/mkdocs build --quiet
 
+# Only one file's sites: make mutate MUTATE="--file tt_fuse.cu"
+MUTATE ?=
 mutate: $(VENV)/test
-	PYTHONPATH=tests:. $(BIN)/python tests/tools/mutate.py
+	PYTHONPATH=tests:. $(BIN)/python tests/tools/mutate.py $(MUTATE)
 
 compat: $(VENV)/test
 	$(BIN)/python tests/tools/compat/run.py $(MACHINES)
 
-results: $(VENV)/har
-	$(BIN)/python -m benchmarks.study.report benchmarks/results/cpu/study_*.csv --page README.md \
-	  --picture docs/study.png
+results: $(VENV)/study
+	$(BIN)/python -m benchmarks.study.report --write .
 	$(BIN)/python -m benchmarks.tables
 
-# A copy is built with the sanitizers (setup.py compiles C++ with CXXFLAGS alone); their runtimes must be there before Python is.
-# tests/tools/sanitize.py fails unless the library holds their symbols and planted faults are found. Python itself leaks on purpose, and
-# an allocation that is too large is left to torch, whose error the tests expect.
+# A copy is built with the sanitizers (setup.py compiles C++ with CXXFLAGS alone); their runtimes must be loaded before Python.
+# tests/tools/sanitize.py fails unless the library holds their symbols and planted faults are found. Leaks are not reported, because
+# Python leaks on purpose; an allocation that is too large is left to torch, whose error the tests expect.
 SANITIZE := -fsanitize=address,undefined -fno-sanitize-recover=undefined
 SANITIZED := -O1 -g $(SANITIZE) -fno-omit-frame-pointer
 sanitize: $(VENV)/test
@@ -69,9 +80,9 @@ sanitize: $(VENV)/test
 	  LD_PRELOAD="$$(for l in asan ubsan stdc++; do $(CXX) -print-file-name=lib$$l.so; done | tr '\n' ' ')" \
 	  ASAN_OPTIONS=detect_leaks=0:allocator_may_return_null=1 UBSAN_OPTIONS=halt_on_error=1:print_stacktrace=1 && \
 	  $(abspath $(BIN))/python tests/tools/sanitize.py && \
-	  $(abspath $(BIN))/python -m pytest -s tests/engines/test_cpu_engine.py tests/ops/test_doors.py
+	  PYTHONPATH=tests:. $(abspath $(BIN))/python -m pytest -s tests/engines/test_cpu_engine.py tests/ops/test_doors.py
 
-# The torch that is there is written down as a constraint, so that no other package can replace it.
+# The installed torch becomes a constraint, so that no other package can replace it.
 $(VENV)/torch.txt:
 	@if $(PYTHON) -c "import torch" 2>/dev/null; then \
 	  echo "using the torch that $(PYTHON) has"; $(PYTHON) -m venv --system-site-packages $(VENV); \
@@ -80,12 +91,12 @@ $(VENV)/torch.txt:
 	fi
 	$(BIN)/python -c "import torch; print('torch==' + torch.__version__)" > $@
 
-$(VENV)/har $(VENV)/test $(VENV)/check $(VENV)/docs: $(VENV)/%: $(VENV)/torch.txt pyproject.toml
+$(VENV)/har $(VENV)/test $(VENV)/check $(VENV)/study $(VENV)/docs: $(VENV)/%: $(VENV)/torch.txt pyproject.toml
 	@echo "installing lora_edge[$*]"
 	$(PIP) install -c $(VENV)/torch.txt -e ".[$*]"
 	@touch $@
 
-$(VENV)/har $(VENV)/test: setup.py $(wildcard csrc/*.* csrc/*/*.*)
+$(VENV)/har $(VENV)/test $(VENV)/study: setup.py $(wildcard csrc/*.* csrc/*/*.*)
 
 clean:
 	rm -rf $(VENV) demo build *.egg-info lora_edge/_C*.so
