@@ -1,5 +1,5 @@
 # make demo       run the main job
-# make check      run the linters and the type checker
+# make check      run the linters and the type checker, and build the site
 # make test       run the tests
 # make test-fast  leave out the tests marked as slow
 # make test-all   run every case in Triton's interpreter too
@@ -7,7 +7,8 @@
 # make compat     run the core tests on the oldest and the newest torch
 # make mutate     check that the tests notice each missing barrier and bounds check of the kernels
 # make sanitize   run the CPU engine's tests under the address and undefined-behaviour sanitizers
-# make results    write the README's results from the study's rows
+# make results    write the README's results, the picture and the tables of docs/ from the committed rows
+# make docs       build the site into build/site
 #
 # Each installs what it needs.
 #
@@ -23,7 +24,7 @@ export LORA_EDGE_CUDA ?= $(if $(wildcard /dev/nvidiactl /dev/nvmap /dev/dxg),,0)
 BIN := $(VENV)/bin
 PIP := $(BIN)/python -m pip --disable-pip-version-check -q
 
-.PHONY: demo test test-fast test-all test-isa check mutate sanitize compat results clean
+.PHONY: demo test test-fast test-all test-isa check docs mutate sanitize compat results clean
 .DELETE_ON_ERROR:
 
 demo: $(VENV)/har
@@ -43,10 +44,14 @@ TESTS ?=
 test-isa: $(VENV)/test
 	$(BIN)/python tests/tools/isa.py $(TESTS)
 
-check: $(VENV)/check
+check: $(VENV)/check docs
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy
+
+# Warnings are errors (strict in mkdocs.yml). The variable silences an announcement of mkdocs-material's.
+docs: $(VENV)/docs
+	NO_MKDOCS_2_WARNING=1 $(BIN)/mkdocs build --quiet
 
 # Only one file's sites: make mutate MUTATE="--file tt_fuse.cu"
 MUTATE ?=
@@ -58,6 +63,7 @@ compat: $(VENV)/test
 
 results: $(VENV)/study
 	$(BIN)/python -m benchmarks.study.report --write .
+	$(BIN)/python -m benchmarks.tables
 
 # A copy is built with the sanitizers (setup.py compiles C++ with CXXFLAGS alone); their runtimes must be loaded before Python.
 # tests/tools/sanitize.py fails unless the library holds their symbols and planted faults are found. Leaks are not reported, because
@@ -85,7 +91,7 @@ $(VENV)/torch.txt:
 	fi
 	$(BIN)/python -c "import torch; print('torch==' + torch.__version__)" > $@
 
-$(VENV)/har $(VENV)/test $(VENV)/check $(VENV)/study: $(VENV)/%: $(VENV)/torch.txt pyproject.toml
+$(VENV)/har $(VENV)/test $(VENV)/check $(VENV)/study $(VENV)/docs: $(VENV)/%: $(VENV)/torch.txt pyproject.toml
 	@echo "installing lora_edge[$*]"
 	$(PIP) install -c $(VENV)/torch.txt -e ".[$*]"
 	@touch $@

@@ -115,8 +115,7 @@ def adapt(
             convolution shares its weight with something that is not adapted, ``params`` is below the smallest core, or
             ``batches`` is missing, not used or empty, or yields no gradient, NaN or Inf.
         RuntimeError: the model or a part of it is already adapted, it contains a DistributedDataParallel, it cannot be copied
-            for the gradient pass, or the named backend does not work here.
-        All of them are raised before anything is changed.
+            for the gradient pass, or the named backend does not work here. All errors are raised before anything is changed.
     """
     rank = check_rank(rank)
     _check_choice("scaling", scaling, SCALINGS)

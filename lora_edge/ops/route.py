@@ -3,8 +3,8 @@
 factor  saves ``h`` (``g * r1`` channels at the output positions), sums ``dB = s * dy h^T``
 dense   saves ``x`` (``I`` channels at the input positions), computes ``dW`` once, then ``dB = s * dW S^T``
 
-The route that saves fewer bytes is chosen unless it costs more than twice the multiply-adds (DESIGN, section 2). Both counts
-exclude the forward convolution and the input gradient, which the routes share: "twice" refers to what differs.
+The route that saves fewer bytes is chosen unless it costs more than twice the multiply-adds (docs/design.md, section 2). Both
+counts exclude the forward convolution and the input gradient, which the routes share: "twice" refers to what differs.
 """
 
 from __future__ import annotations

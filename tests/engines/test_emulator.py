@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from helpers import emulator
-from helpers.emulator import Job, EmulatorError
+from helpers.emulator import EmulatorError, Job
 
 KERNELS = Path(__file__).parent / "emulator_kernels"
 
