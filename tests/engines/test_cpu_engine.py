@@ -167,6 +167,7 @@ def test_threads_do_not_change_a_bit():
         torch.set_num_threads(before)
 
 
+@pytest.mark.slow
 @pytest.mark.other_python
 @pytest.mark.parametrize("instructions", ["avx2", "baseline"])
 def test_other_instruction_sets(instructions):

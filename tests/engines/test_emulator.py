@@ -68,6 +68,7 @@ VERDICTS = {
 X_ELEMENTS = {"global_past_the_end": 64, "async_past_the_end": 256}
 Y_ELEMENTS = {"read_in_the_launch_that_writes": 128}
 N = {"stored_in_part": 40, "overflow": 2**31 - 8}
+pytestmark = pytest.mark.slow  # about 30 s
 
 
 @pytest.fixture(scope="module")

@@ -21,6 +21,7 @@ from lora_edge.environment import extension as _extension
 
 SCHEDULES = 20
 LAUNCHES = {launch.name: launch for launch in launches()}
+pytestmark = pytest.mark.slow  # about 2 minutes
 
 
 def _job(launch: Launch) -> emulator.Job:

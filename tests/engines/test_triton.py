@@ -43,6 +43,7 @@ def interpreted():
         process.kill()
 
 
+@pytest.mark.slow  # about 100 s for both
 @pytest.mark.parametrize("name", ["test_interpreted_kernels", "test_interpreted_backend"])
 def test_in_the_interpreter(name, interpreted):
     output, _ = interpreted[name].communicate()
