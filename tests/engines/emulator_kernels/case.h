@@ -1,7 +1,7 @@
 // A kernel of the emulator's own tests, as an op of the runner: `x` in, `y` out, 64 threads and 4 KB of shared memory.
 #pragma once
 
-#include "gpu.cuh"
+#include "cuda/gpu.cuh"
 #include "emulator/job.h"
 
 namespace lora_edge {
