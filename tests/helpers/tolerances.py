@@ -25,7 +25,7 @@ def assert_near(got: Tensor, want: Tensor, layers: int, terms: int) -> None:
     torch.testing.assert_close(got, want, rtol=0, atol=rounding(layers, terms, want.dtype) * float(want.detach().abs().max()))
 
 
-# relative error ||a - b|| / ||b||, docs/design.md section 4 and the kernel issues
+# relative error ||a - b|| / ||b||: docs/design.md, section 4
 TOLERANCE = {torch.float64: 1e-12, torch.float32: 1e-5, torch.float16: 1e-2, torch.bfloat16: 3e-2}
 
 
