@@ -86,6 +86,7 @@ def test_a_persons_rate_comes_from_two_others(small):
     assert all(len(set(rates(method))) == 5 for method in methods().values())
 
 
+@pytest.mark.slow
 def test_it_resumes_where_it_stopped(small, monkeypatch, capsys):
     said: list[str] = []
 
