@@ -67,7 +67,10 @@ class DeepConvNet(nn.Module):
 
 
 class SEResNet1D(nn.Module):
-    """Ribeiro et al., Nature Communications 2020 with squeeze-and-excitation, as for ECG: residuals by pooling and 1x1."""
+    """Ribeiro et al., Nature Communications 2020, for ECG, with squeeze-and-excitation.
+
+    The shortcuts are max-pool and a 1x1 convolution.
+    """
 
     class Unit(nn.Module):
         def __init__(self, inputs: int, maps: int) -> None:

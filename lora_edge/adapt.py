@@ -19,9 +19,9 @@ from lora_edge.nn.bn_statistics import batch_norms, remember_statistics
 from lora_edge.nn.layers import ADAPTED_CLASS, LoRAEdgeConv, add_core, check_adaptable, check_suffix
 from lora_edge.ops.backends import require_backend
 from lora_edge.subspaces.budget import parse_budget
-from lora_edge.subspaces.choose import choose_suffixes, naming_layer
+from lora_edge.subspaces.choose import FROM_BATCHES, SUBSPACES, choose_suffixes, naming_layer
 from lora_edge.subspaces.samples import MOST_BATCHES
-from lora_edge.subspaces.weight import FROM_BATCHES, SCALINGS, SUBSPACES
+from lora_edge.subspaces.weight import SCALINGS
 from lora_edge.surgery import base_state
 from lora_edge.surgery.adapted import AdaptState, adapt_state, adapted_layers, refuse_adapted, require_adapted, unwrap
 from lora_edge.surgery.head import find_head, named_head

@@ -66,7 +66,7 @@ def spsw_path():
 
 @pytest.fixture(scope="session")
 def poison(tmp_path_factory) -> Path:
-    """A folder for PYTHONPATH with a torch that raises where a build imports it."""
+    """A folder for PYTHONPATH with a fake torch that raises when a build imports it."""
     folder = tmp_path_factory.mktemp("poison")
     (folder / "torch.py").write_text("raise RuntimeError('the build has imported torch')\n")
     return folder

@@ -134,8 +134,8 @@ class Code:
         return found if found is not None and (found.count(is_tensor) or found.count(is_fma)) else None
 
     @cached_property
-    def main(self) -> Loop | None:
-        """The outermost loop around the innermost one: that over the k tiles, if there is one."""
+    def outermost(self) -> Loop | None:
+        """The outermost loop around :attr:`innermost`: that over the k tiles, if there is one. None without an innermost."""
         if self.innermost is None:
             return None
         around = [loop for loop in self.loops if self.innermost.instructions[0] in loop.instructions]
@@ -159,7 +159,7 @@ def parse(text: str) -> dict[str, Code]:
 
 
 def _without_padding(instructions: list[Instruction]) -> tuple[Instruction, ...]:
-    """Without the NOPs and the jump to itself that fill the end of a kernel."""
+    """Return the code without the NOPs and the jump to itself that fill the end of a kernel."""
     while instructions and (instructions[-1].opcode == "NOP" or instructions[-1].target() == instructions[-1].address):
         instructions = instructions[:-1]
     return tuple(instructions)

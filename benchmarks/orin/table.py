@@ -193,7 +193,7 @@ def kernel_rows(kernels: Mapping[str, Kernel], rows: Sequence[Row]) -> list[dict
                 "local_instructions": kernel.code.count(sass.is_local), "static_shared_bytes": kernel.resources.static_shared,
                 "dynamic_shared_bytes": dynamic, "blocks_per_sm": resident, "warps_per_sm": resident * threads // 32,
                 "instructions": len(kernel.code.instructions),
-                **_loop_columns("innermost", kernel.code.innermost), **_loop_columns("main_loop", kernel.code.main),
+                **_loop_columns("innermost", kernel.code.innermost), **_loop_columns("main_loop", kernel.code.outermost),
             }
         )  # fmt: skip
     return found

@@ -198,7 +198,7 @@ def _long_minus_full(study: StudyRows) -> pd.Series:
 
 
 def _long_minus_short(study: StudyRows, name: str) -> pd.Series:
-    """Empty for a study without long runs of the method."""
+    """Return the method's F1 after the long runs minus that after the usual ones; empty for a study without long runs of it."""
     long = study.f1("long", name)
     return long - study.found[name].f1 if len(long) else long
 
@@ -208,7 +208,10 @@ def _few_minus(study: StudyRows, name: str, share: float) -> pd.Series:
 
 
 def _gradient_minus_weight(study: StudyRows, step: int) -> pd.Series:
-    """On the same axes: the gradient's runs are as worn, and A's axes are hardly turned."""
+    """Return F1 in the gradient's subspace minus that in the weight's after ``step`` steps.
+
+    In B the weight's form is the as-worn one, because the gradient's runs do not turn axes; in A turning is rare.
+    """
     weight = {"watch_A": DEFAULTS, "watch_B": "lora_edge_as_worn"}[study.name]
     return study.f1_after("lora_edge_gradient", step) - study.f1_after(weight, step)
 

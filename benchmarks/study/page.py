@@ -18,7 +18,7 @@ from .tables import markdown, methods_table, other_stages, people_table, rates_t
 
 MARKS = ("<!-- results -->", "<!-- /results -->")
 PICTURE_TEXT = (
-    "macro-F1 of six methods beside full fine-tuning on a new user and on the other wrist, and bytes saved for backward"
+    "macro-F1 of six methods beside full fine-tuning on a new user and on the other wrist, and bytes stored for backward"
 )
 NEEDED = ("watch_A", "watch_B")  # the studies of the README's table, the picture and the aims
 # the README's lines: a title, and the method in each of NEEDED
@@ -122,12 +122,14 @@ def readme_part(studies: Mapping[str, StudyRows]) -> str:
             full = study.found["full"]
             cells += [f"{summary.mean:.3f}", "-" if summary is full else signed(*summary.points(full))]
         lines.append(cells)
-    head = ("", "trained", "saved", "A: macro-F1", "minus full, points", "B: macro-F1", "minus full, points")
+    head = ("", "trained", "stored for backward", "A: macro-F1", "minus full, points", "B: macro-F1", "minus full, points")
     people, seeds = (len(both[1].found["full"].f1.index.unique(level)) for level in ("person", "seed"))
     text = f"""A: a new user; B: a new user's other wrist; T-ResNet, {people} people of the watch data left out in turn,
-    {seeds} seeds. Trained parameters and bytes saved for backward are those of B; ± is the 95 % interval, paired by person.
-    LoRA-Edge has rank 2; its defaults and batch mode use their own learning rate, all others a searched one. Axes are
-    turned in the defaults and, in B, in batch mode. [All results](docs/results.md)."""
+    {seeds} seeds. Trained parameters and bytes are those of B; ± is the 95 % interval, paired by person. LoRA-Edge has
+    rank 2. The defaults and batch mode use the library's learning rate, {methods()["lora_edge"].lr:g}; every other row uses
+    the best of {len(RATE_FACTORS)} rates, found on {len(SEARCH_PEOPLE[0])} other people. The defaults first align the
+    target's sensor axes with the source's ([turned axes](docs/har.md#turned-axes)); so does batch mode in B.
+    [All results](docs/results.md)."""
     return "\n\n".join((f"![{PICTURE_TEXT}](docs/study.png)", markdown(head, lines), paragraph(text)))
 
 

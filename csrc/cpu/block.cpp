@@ -11,9 +11,10 @@
 namespace lora_edge::cpu {
 namespace {
 
-constexpr int64_t kMostTaps = 1 << 14, kMostColumns = 1 << 22;  // per kernel; per kernel row, 24 of which are composed at once
-constexpr int64_t kMostPositions = 1 << 28;                     // per sample
-constexpr int64_t kMostOffsets = 1 << 28;                       // per table, 4 bytes each
+constexpr int64_t kMostTaps = 1 << 14;       // per kernel
+constexpr int64_t kMostColumns = 1 << 22;    // per row of a kernel or a suffix; few.cpp composes 24 rows at once
+constexpr int64_t kMostPositions = 1 << 28;  // per sample
+constexpr int64_t kMostOffsets = 1 << 28;    // per table, 4 bytes each
 
 }  // namespace
 

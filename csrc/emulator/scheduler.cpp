@@ -221,8 +221,9 @@ const char* refused(const Launch& launch) {
   if (launch.threads <= 0 || launch.threads > kMostThreads || launch.threads % 32 != 0) {
     return "a block has whole warps of threads, at most 1024";
   }
-  if (launch.shared_bytes < 0 || launch.shared_bytes > kMostSharedBytes) return "a block has at most 163 KB of shared memory";
-  return nullptr;
+  static const std::string too_much =
+      "a block has at most " + std::to_string(kMostSharedBytes / 1024) + " KB of shared memory";
+  return launch.shared_bytes < 0 || launch.shared_bytes > kMostSharedBytes ? too_much.c_str() : nullptr;
 }
 
 }  // namespace

@@ -17,7 +17,7 @@ from lora_edge.calibration import calibrate_bn
 from lora_edge.nn import bn_statistics, frozen_bn
 from lora_edge.nn.layers import LoRAEdgeConv, check_adaptable
 from lora_edge.nn.reparametrised import Reparametrisation, added_tensors, reparametrise
-from lora_edge.subspaces.weight import FROM_BATCHES
+from lora_edge.subspaces.choose import FROM_BATCHES
 from lora_edge.surgery.adapted import AdaptState
 from lora_edge.surgery.base_state import fingerprint
 from lora_edge.surgery.batch_statistics import has_statistics

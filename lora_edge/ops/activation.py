@@ -35,8 +35,8 @@ class _Rule(NamedTuple):
 
 _SIXTH = torch.tensor(1 / 6, dtype=torch.float32).item()  # torch's backward uses this rounding in every dtype
 
-# "not below or equal" instead of "above": a NaN passes its gradient on, as in torch's own backward
 _NUMBERS = {"hardtanh": ("low", "high"), "leaky_relu": ("slope",)}
+# "not below or equal" instead of "above": a NaN passes its gradient on, as in torch's own backward
 _RULES = {
     "relu": _Rule(F.relu, F.relu_, lambda x: x.le(0).logical_not_(), lambda: (1.0, 0.0)),
     "relu6": _Rule(F.relu6, lambda x: F.relu6(x, inplace=True), lambda x: _between(x, 0.0, 6.0), lambda: (1.0, 0.0)),

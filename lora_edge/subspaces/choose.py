@@ -15,6 +15,9 @@ from lora_edge.subspaces.inputs import leading_inputs
 from lora_edge.subspaces.samples import few_inputs, few_samples
 from lora_edge.subspaces.weight import gradient_suffix, row_energies, suffix_along, weight_energies, weight_suffix
 
+FROM_BATCHES = ("input", "gradient")  # made from target batches, which must be given
+SUBSPACES = ("weight", *FROM_BATCHES, "auto")
+
 
 def choose_suffixes(
     model: nn.Module,

@@ -17,8 +17,6 @@ from torch import Tensor
 from lora_edge.tt import contract_suffix, tt_svd
 
 SCALINGS = ("balanced", "paper")
-FROM_BATCHES = ("input", "gradient")  # made from target batches, which must be given
-SUBSPACES = ("weight", *FROM_BATCHES, "auto")
 FRESH_NORM = 3**-0.5  # of a filter as torch initialises it: fan-in entries from U(-1/sqrt(fan-in), 1/sqrt(fan-in))
 FILL = 1e-5  # size of filling rows relative to the others: above float32's noise, too small to rotate them
 

@@ -314,7 +314,7 @@ def test_writing_in_place_between_the_parts_keeps_the_order():
 
 
 class Awkward(nn.Module):
-    """A model that does not trace as a whole, with a block that does."""
+    """A model whose forward is not fused as a whole, with a block that is."""
 
     def __init__(self, kind: str) -> None:
         super().__init__()
@@ -337,7 +337,7 @@ class Awkward(nn.Module):
 
 
 @pytest.mark.parametrize("kind", ["control flow", "writes", "random", "torch random"])
-def test_in_a_model_that_cannot_be_traced_safely_the_children_are_fused(kind):
+def test_in_a_model_that_is_not_fused_as_a_whole_the_children_are(kind):
     x = torch.randn(4, 3, 20, dtype=torch.float64)
     ours, reference = pair(settle(Awkward(kind).double(), x))
     assert ours._lora_edge.blocks == {"block.0": "conv + bn + relu"}
@@ -378,7 +378,7 @@ def test_the_plan_follows_changes_of_the_model():
 
 
 class Flagged(nn.Module):
-    """A block whose forward depends on plain attributes, which the plan was traced with."""
+    """A block whose forward depends on plain attributes, which the plan was made with."""
 
     def __init__(self) -> None:
         super().__init__()

@@ -1,4 +1,4 @@
-"""The lists of test files that the tools and the Makefile keep name files that exist."""
+"""Every test file that a tool or the Makefile lists exists."""
 
 from __future__ import annotations
 

@@ -60,8 +60,8 @@ def test_sass_instructions_and_loops():
     assert [(loop.head, len(loop.instructions)) for loop in code.loops] == [(0x20, 9), (0x70, 2)]
     # the block at 0xd0 is after the exit and jumps back, but is not a loop
     assert code.innermost is not None
-    assert code.main is not None
-    assert code.innermost.head == code.main.head == 0x20
+    assert code.outermost is not None
+    assert code.innermost.head == code.outermost.head == 0x20
     assert sass.parse(SASS)["spilled"].count(sass.is_local) == 1
     assert sass.parse(SASS)["spilled"].innermost is None
 
