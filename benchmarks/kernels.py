@@ -234,7 +234,14 @@ def main(arguments: Sequence[str] | None = None) -> int:
     make_folder(path.parent)
     check_file(path)
     timer = Timer(device)
-    names = ["torch", *(b for b in options.backend if state(b) == AVAILABLE and engines.device_type(b) == device.type)]
+    names = ["torch"]
+    for backend in options.backend:
+        if state(backend) != AVAILABLE:
+            print(f"without {backend}: it is {state(backend)}", file=sys.stderr)
+        elif engines.device_type(backend) != device.type:
+            print(f"without {backend}: it runs on {engines.device_type(backend)}, not on {device.type}", file=sys.stderr)
+        else:
+            names.append(backend)
     about = {"device": title(device), **{key: describe_machine()[key] for key in ("lora_edge", "torch", "date")}}
     rows: list[dict[str, Any]] = []
     side = torch.cuda.stream(torch.cuda.Stream(device)) if timer.cuda else nullcontext()  # graph capture needs its own stream
