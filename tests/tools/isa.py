@@ -39,7 +39,10 @@ print(torch.backends.cpu.get_cpu_capability().lower(), "none" if extension.reaso
 def environment(name: str, threads: int) -> dict[str, str]:
     aten, onednn, engine = SETS[name]
     chosen = {"ATEN_CPU_CAPABILITY": aten, "ONEDNN_MAX_CPU_ISA": onednn, "LORA_EDGE_CPU": engine}
-    return {**os.environ, **chosen, "OMP_NUM_THREADS": str(threads), "PYTHONPATH": f"{ROOT}{os.pathsep}{ROOT / 'tests'}"}
+    # torch.compile's cache does not distinguish instruction sets: it compiles AVX-512 code that it finds there for any set
+    cache = {"TORCHINDUCTOR_CACHE_DIR": str(ROOT / "build" / "inductor" / name)}
+    paths = {"PYTHONPATH": f"{ROOT}{os.pathsep}{ROOT / 'tests'}"}
+    return {**os.environ, **chosen, **cache, **paths, "OMP_NUM_THREADS": str(threads)}
 
 
 def missing(name: str) -> str | None:
