@@ -14,10 +14,11 @@ from collections.abc import Callable
 from pathlib import Path
 
 from . import RESULTS
+from .markdown import table
 
 PAGES = Path(__file__).parents[1] / "docs"
 WORKLOADS = ("W1", "W2", "W3")
-HEAD = "| | W1 T-ResNet | W2 MobileNetV2 | W3 ResNet-18 |\n|---|---|---|---|"
+HEAD = ("", "W1 T-ResNet", "W2 MobileNetV2", "W3 ResNet-18")
 MEMORY_LINES = (
     ("full fine-tuning, saved", "full", ("saved_hooks", "saved_alive")),
     ("adapted, stock layers around (`lean=False`), saved", "stock layers", ("saved_hooks", "saved_alive")),
@@ -49,17 +50,17 @@ STEP_LINES = (
 def memory_table(results: Path) -> str:
     """Decimal MB at batch 64; of two measures of the same bytes the larger one."""
     rows = {(row["workload"], row["variant"]): row for row in _read(results / "cpu/memory.csv") if row["batch"] == "64"}
-    lines = [HEAD]
+    lines = []
     for title, variant, columns in MEMORY_LINES:
         cells = [f"{max(float(rows[w, variant][column]) for column in columns) / 1e6:.2f}" for w in WORKLOADS]
-        lines.append(f"| {title} | {' | '.join(cells)} |")
-    return "\n".join(lines)
+        lines.append((title, *cells))
+    return table(HEAD, lines)
 
 
 def train_step_table(results: Path) -> str:
     """Ratios to full fine-tuning unless the line says otherwise; a hyphen where a method was not timed."""
     rows = {(r["workload"], int(r["batch"]), r["what"], r["method"]): r for r in _read(results / "cpu/train_step.csv")}
-    lines = [HEAD]
+    lines = []
     for title, what, method, column, batches in STEP_LINES:
         digits = 0 if column == "ms_p50" else 2
         cells = []
@@ -67,8 +68,8 @@ def train_step_table(results: Path) -> str:
             found = [rows.get((workload, batch, what, method)) for batch in batches]
             cells.append(" / ".join("-" if row is None else f"{float(row[column]):.{digits}f}" for row in found))
         bold = "**" if title.startswith("**") else ""
-        lines.append(f"| {title} | {' | '.join(f'{bold}{cell}{bold}' for cell in cells)} |")
-    return "\n".join(lines)
+        lines.append((title, *(f"{bold}{cell}{bold}" for cell in cells)))
+    return table(HEAD, lines)
 
 
 TABLES: dict[str, Callable[[Path], str]] = {"memory": memory_table, "train_step": train_step_table}
@@ -81,12 +82,12 @@ def filled(page: str, results: Path = RESULTS) -> str:
         ValueError: a mark names a table that does not exist, or is not closed.
     """
 
-    def table(found: re.Match[str]) -> str:
+    def rewritten(found: re.Match[str]) -> str:
         if found["name"] not in TABLES:
             raise ValueError(f"<!-- rows: {found['name']} -->: there is no such table; there are {', '.join(TABLES)}")
         return f"{found['open']}\n\n{TABLES[found['name']](results)}\n\n<!-- /rows -->"
 
-    filled_page, count = re.subn(r"(?s)(?P<open><!-- rows: (?P<name>\S+) -->).*?<!-- /rows -->", table, page)
+    filled_page, count = re.subn(r"(?s)(?P<open><!-- rows: (?P<name>\S+) -->).*?<!-- /rows -->", rewritten, page)
     if count != page.count("<!-- rows:"):
         raise ValueError("a <!-- rows: NAME --> has no <!-- /rows -->")
     return filled_page

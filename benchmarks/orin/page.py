@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
 from benchmarks.orin import orin
+
+from ..markdown import table
 
 if TYPE_CHECKING:
     from ..layers import Layer
@@ -74,10 +76,6 @@ def page(kernels: Sequence[Mapping[str, Any]], rows: Sequence[Row], failed: Sequ
     return "\n".join(parts)
 
 
-def _table(head: Sequence[str], lines: Iterable[Sequence[object]]) -> str:
-    return "\n".join(["| " + " | ".join(map(str, line)) + " |" for line in (head, ["---"] * len(head), *lines)])
-
-
 def _summary(rows: Sequence[Row]) -> str:
     lines = []
     groups: dict[tuple[str, ...], list[Row]] = {}
@@ -106,7 +104,7 @@ def _summary(rows: Sequence[Row]) -> str:
         "over floors",
         "limits",
     )
-    return _table(head, lines)
+    return table(head, lines)
 
 
 def _kernels(kernels: Sequence[Mapping[str, Any]]) -> str:
@@ -124,7 +122,7 @@ def _kernels(kernels: Sequence[Mapping[str, Any]]) -> str:
         )
         for k in kernels
     ]  # fmt: skip
-    return _table(head, lines)
+    return table(head, lines)
 
 
 def _layers(rows: Sequence[Row], workload: str) -> str:
@@ -149,4 +147,4 @@ def _layers(rows: Sequence[Row], workload: str) -> str:
         more = f" and {len(others)} more" if others else ""
         shape = f"{layer.channels}→{layer.outputs}, {' x '.join(map(str, layer.kernel))}"
         lines.append((first + more, shape, op, layout, *(by_precision.get(p, "") for p in ("fp32", "tf32", "half"))))
-    return _table(("layer", "shape", "op", "layout", "FP32", "TF32", "FP16"), lines)
+    return table(("layer", "shape", "op", "layout", "FP32", "TF32", "FP16"), lines)

@@ -31,6 +31,7 @@ from lora_edge.ops.engines.triton import available
 from .. import RESULTS, write_rows
 from ..kernels import DTYPES, calls
 from ..layers import Layer, layers_of
+from ..markdown import table
 from ..workloads import WORKLOADS
 from .triton_aot import Compiled, Variant, compile_variant, is_spilled, recorded, resources
 
@@ -190,7 +191,7 @@ def side_by_side(by_use: Mapping[Use, Variant], compiled: Mapping[Variant, Compi
         "workload", "layer", "op", "precision", "CUDA: registers", "shared KB", "blocks, warps per SM", "inner loop",
         "Triton: tile", "registers", "shared KB", "blocks, warps per SM", "inner loop",
     )  # fmt: skip
-    return "\n".join(["| " + " | ".join(map(str, line)) + " |" for line in (head, ["---"] * len(head), *lines)])
+    return table(head, lines)
 
 
 def _loop(instructions: object, hmma: object, ffma: object) -> str:

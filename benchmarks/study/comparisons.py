@@ -7,11 +7,12 @@ from functools import partial
 
 import pandas as pd
 
+from ..markdown import table
 from .rows import WITHOUT_TRAINING
 from .stages import LONG_STEPS, SHARES, STEPS
 from .studies import StudyRows
 from .summary import OWN_RATE, Summary, by_person, interval
-from .tables import markdown, signed
+from .tables import signed
 
 DEFAULTS = f"lora_edge{OWN_RATE}"
 AS_WORN = f"lora_edge_as_worn{OWN_RATE}"
@@ -115,7 +116,7 @@ def aims_table(a: StudyRows, b: StudyRows) -> str:
         counts = (ahead(study.found[n], study.found[other]) for n in names for other in ("head_only", "bn_only"))
         return "{} and {} / {} and {}".format(*counts)
 
-    return markdown(
+    return table(
         ("of the watch data", "aim", "a new user (A)", "the other wrist (B)"),
         [
             [f"defaults, {share}, minus full fine-tuning", "at least -1.0", *cells(lambda s, o, f: signed(*o.points(f)))],
@@ -159,7 +160,7 @@ def comparison_tables(studies: Mapping[str, StudyRows]) -> str:
             titles = [f"**{s.found[own].title}** minus {s.found[other].title}" for s in shown if {own, other} <= set(s.found)]
             if titles:
                 lines.append([titles[0], *(_difference(study.found, own, other) for study in shown)])
-        parts.append(f"### {question}\n\n{markdown(['points of macro-F1', *(study.column for study in shown)], lines)}")
+        parts.append(f"### {question}\n\n{table(['points of macro-F1', *(study.column for study in shown)], lines)}")
     return "\n\n".join(parts)
 
 
@@ -187,7 +188,7 @@ def steps_and_labels_table(studies: Mapping[str, StudyRows]) -> str:
         lines.append(
             (f"the gradient's subspace minus the weight's, after {step} steps", partial(_gradient_minus_weight, step=step))
         )
-    return markdown(
+    return table(
         ["points of macro-F1", *(study.column for study in shown)],
         ([title, *(_paired(difference(study)) for study in shown)] for title, difference in lines),
     )

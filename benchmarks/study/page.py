@@ -10,11 +10,12 @@ from lora_edge.har.training import BATCH
 from lora_edge.methods import methods
 from lora_edge.methods.base import SOURCE_SAMPLES
 
+from ..markdown import table
 from .comparisons import BATCH_MODE, DEFAULTS, aims_table, comparison_tables, steps_and_labels_table
 from .problems import SEARCH_PEOPLE
 from .stages import RATE_FACTORS, STEPS
 from .studies import StudyRows
-from .tables import markdown, methods_table, other_stages, people_table, rates_table, signed
+from .tables import methods_table, other_stages, people_table, rates_table, signed
 
 MARKS = ("<!-- results -->", "<!-- /results -->")
 PICTURE_TEXT = (
@@ -130,7 +131,7 @@ def readme_part(studies: Mapping[str, StudyRows]) -> str:
     the best of {len(RATE_FACTORS)} rates, found on {len(SEARCH_PEOPLE[0])} other people. The defaults first align the
     target's sensor axes with the source's ([turned axes](docs/har.md#turned-axes)); so does batch mode in B.
     [All results](docs/results.md)."""
-    return "\n\n".join((f"![{PICTURE_TEXT}](docs/study.png)", markdown(head, lines), paragraph(text)))
+    return "\n\n".join((f"![{PICTURE_TEXT}](docs/study.png)", table(head, lines), paragraph(text)))
 
 
 def _check_needed(studies: Mapping[str, StudyRows]) -> None:

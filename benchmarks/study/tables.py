@@ -11,19 +11,14 @@ runs together. A method at its own rate instead of a searched one has a row of i
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Mapping
 
 import pandas as pd
 
 from lora_edge.methods import methods
 
+from ..markdown import table
 from .summary import RUN, Summary, by_person, interval, title_of
-
-
-def markdown(head: Sequence[object], lines: Iterable[Sequence[object]]) -> str:
-    """A table of cells."""
-    rows = ["| " + " | ".join(map(str, line)) + " |" for line in (head, *lines)]
-    return "\n".join([rows[0], "|---" * len(head) + "|", *rows[1:]])
 
 
 def signed(middle: float, half: float) -> str:
@@ -37,7 +32,7 @@ def methods_table(found: Mapping[str, Summary]) -> str:
         "method", "runs", "rate", "trainable", "saved", "macro-F1", "spread", "minus full, points", "ahead of full",
         "minus LoRA-Edge, points", "behind LoRA-Edge", "s to 95 %", "times shorter", "in total",
     )  # fmt: skip
-    return markdown(head, (_method_cells(summary, found) for summary in found.values()))
+    return table(head, (_method_cells(summary, found) for summary in found.values()))
 
 
 def _method_cells(summary: Summary, found: Mapping[str, Summary]) -> list[str]:
@@ -68,7 +63,7 @@ def people_table(found: Mapping[str, Summary]) -> str:
     """Each person's F1 by method."""
     scores = pd.DataFrame({name: summary.by_person() for name, summary in found.items()})
     lines = [[found[name].title, *map(_cell, scores[name])] for name in found]
-    return markdown(["person", *scores.index], lines)
+    return table(["person", *scores.index], lines)
 
 
 def other_stages(rows: pd.DataFrame) -> str:
@@ -79,7 +74,7 @@ def other_stages(rows: pd.DataFrame) -> str:
     percent = (100 * rows["share"]).map("{:g} %".format)
     column = percent.where(rows["stage"] == "few_shot", rows["steps"].astype(str) + " steps")
     means = rows["f1"].groupby([rows["method"], column], sort=False).mean().unstack(sort=False)
-    return markdown(["method", *means.columns], ([title_of(name), *map(_cell, f1)] for name, f1 in means.T.items()))
+    return table(["method", *means.columns], ([title_of(name), *map(_cell, f1)] for name, f1 in means.T.items()))
 
 
 def _cell(f1: float) -> str:
@@ -121,7 +116,7 @@ def rates_table(studies: Mapping[str, pd.DataFrame]) -> str:
             [heading, title_of(name), rank, by_rate[best].count(), *cells.values(), signed(*behind) if behind else "-"]
         )
     head = ["study", "method", "rank", "runs", *(f"{rate:g}" for rate in rates), "own minus best, points"]
-    return f"### LoRA-Edge's rate, by rank\n\n{markdown(head, lines)}"
+    return f"### LoRA-Edge's rate, by rank\n\n{table(head, lines)}"
 
 
 def best_rate(by_rate: pd.DataFrame) -> float:
