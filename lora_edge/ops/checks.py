@@ -48,8 +48,13 @@ def check_factors(weight: Tensor, core: Tensor, suffix: Tensor | Sequence[Tensor
 def check_weight(weight: Tensor, op: str) -> None:
     """Check a weight ``(O, I/g, *K)``; TypeError for its dtype, ValueError for its shape."""
     _check_tensor(weight, "weight", op)
-    if not 3 <= weight.dim() <= 5:
-        raise ValueError(f"{op}: weight has shape {tuple(weight.shape)}; give (O, I/groups, *K) with 1 to 3 kernel sizes")
+    check_weight_sizes(weight.shape, op)
+
+
+def check_weight_sizes(weight: Sequence[int], op: str) -> None:
+    """Check that a weight ``(O, I/g, *K)`` has 3 to 5 dimensions; ValueError if not."""
+    if not 3 <= len(weight) <= 5:
+        raise ValueError(f"{op}: weight has shape {tuple(weight)}; give (O, I/groups, *K) with 1 to 3 kernel sizes")
 
 
 def check_conv(x: Tensor, weight: Tensor, bias: Tensor | None, groups: int, op: str, *, batched: bool = False) -> None:

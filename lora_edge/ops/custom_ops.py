@@ -15,9 +15,9 @@ from torch.library import custom_op
 from lora_edge.ops import plan
 from lora_edge.ops.activation import Activation
 from lora_edge.ops.block_tensors import BackwardTensors, BlockTensors
+from lora_edge.ops.checks import check_weight_sizes
 from lora_edge.ops.conv_args import ConvArgs
 from lora_edge.ops.engines import registry as engines
-from lora_edge.ops.engines.launch_checks import check_weight_sizes
 from lora_edge.ops.engines.protocol import Engine, FusingEngine
 from lora_edge.ops.plan import BlockPlan, Epilogue, FusePlan, Saves, Sizes
 

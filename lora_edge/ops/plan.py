@@ -17,8 +17,9 @@ from torch import Tensor
 from lora_edge.environment.torch_private import constant_when_traced, convolutions_run_in_tf32
 from lora_edge.ops.activation import Activation
 from lora_edge.ops.block_tensors import BlockTensors
+from lora_edge.ops.checks import check_weight_sizes
 from lora_edge.ops.conv_args import ConvArgs
-from lora_edge.ops.engines.launch_checks import check_factor_sizes, check_sizes, check_weight_sizes
+from lora_edge.ops.engines.launch_checks import check_factor_sizes, check_sizes
 from lora_edge.ops.engines.protocol import Engine, FusingEngine
 from lora_edge.ops.engines.registry import engine
 from lora_edge.ops.route import choose_route

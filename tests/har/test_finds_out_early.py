@@ -16,8 +16,7 @@ from torch import nn
 from helpers.command import exit_code
 from helpers.windows import own
 from lora_edge.cli import main
-from lora_edge.har import main_job as adaptation
-from lora_edge.har import source
+from lora_edge.har import main_job, source
 
 FACTORIES = """
 import torch
@@ -120,7 +119,7 @@ def folder(tmp_path, monkeypatch):
 @pytest.fixture
 def no_training(monkeypatch):
     """Make any training on the windows fail the test."""
-    for module in (source, adaptation):
+    for module in (source, main_job):
         monkeypatch.setattr(module, "pretrain", lambda *_: pytest.fail("trained before the check"), raising=True)
 
 
@@ -215,14 +214,14 @@ def test_one_window_to_adapt_on(folder, factory):
 
 
 def test_a_comparison_that_fails_later_also_gives_a_row(folder, monkeypatch):
-    train = adaptation.train_target
+    train = main_job.train_target
 
     def out_of_memory(model, *rest, steps, **options):
         if steps > 1 and all(p.requires_grad for p in model.parameters()):
             raise MemoryError("no more of it")
         return train(model, *rest, steps=steps, **options)
 
-    monkeypatch.setattr(adaptation, "train_target", out_of_memory)
+    monkeypatch.setattr(main_job, "train_target", out_of_memory)
     assert main(arguments("aliased")) == 0
     assert rows()["full"]["remark"] == "MemoryError: no more of it"
     assert Path("out/f1_over_time.png").stat().st_size > 1000
@@ -245,7 +244,7 @@ def test_a_model_that_cannot_be_trained_or_saved(folder, capsys, no_training, fa
     assert not Path("out").exists() or os.listdir("out") == []
 
 
-@pytest.mark.parametrize("name", adaptation.FILES)
+@pytest.mark.parametrize("name", main_job.FILES)
 def test_a_folder_at_the_path_of_a_file(folder, capsys, no_training, name):
     Path("out", name).mkdir(parents=True)
     assert exit_code(arguments("aliased")) == 2

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import os
-import sys
 from pathlib import Path
 
 import numpy as np
@@ -12,7 +11,7 @@ import torch
 from torch import nn
 
 import lora_edge
-from helpers.command import FACTORY, adapt_arguments, exit_code
+from helpers.command import adapt_arguments, exit_code, folder  # noqa: F401
 from helpers.windows import own
 from lora_edge.files.safetensors_file import read_safetensors, write_safetensors
 from lora_edge.finite import NotFiniteError
@@ -20,15 +19,6 @@ from lora_edge.har.data import load_npz, split
 from lora_edge.har.training import predict, train_source, train_target
 from lora_edge.methods import methods
 from lora_edge.methods.files import load_trained, save_trained
-
-
-@pytest.fixture
-def folder(tmp_path, monkeypatch):
-    own(tmp_path / "own.npz")
-    (tmp_path / "mymodels.py").write_text(FACTORY)
-    monkeypatch.chdir(tmp_path)
-    monkeypatch.delitem(sys.modules, "mymodels", raising=False)
-    return tmp_path
 
 
 @pytest.fixture

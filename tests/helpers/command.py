@@ -1,7 +1,12 @@
-"""Run the ``lora-edge`` command inside the process of the test."""
+"""Run the ``lora-edge`` command inside the process of the test, in a folder as a user has it."""
 
 from __future__ import annotations
 
+import sys
+
+import pytest
+
+from helpers.windows import own
 from lora_edge.cli import main
 
 FACTORY = """
@@ -37,3 +42,13 @@ def exit_code(arguments: list[str]) -> int:
         return main(arguments)
     except SystemExit as stop:  # argparse
         return int(stop.code or 0)
+
+
+@pytest.fixture
+def folder(tmp_path, monkeypatch):
+    """A working folder with data and a model factory of the user's own."""
+    own(tmp_path / "own.npz")
+    (tmp_path / "mymodels.py").write_text(FACTORY)
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.delitem(sys.modules, "mymodels", raising=False)
+    return tmp_path

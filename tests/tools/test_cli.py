@@ -17,23 +17,13 @@ from safetensors.torch import load_file
 from torch import nn
 
 import lora_edge
-from helpers.command import FACTORY, adapt_arguments, exit_code
+from helpers.command import adapt_arguments, exit_code, folder  # noqa: F401
 from helpers.windows import own
 from lora_edge.adapter_format import read_adapter
 from lora_edge.cli import main
-from lora_edge.har import main_job as adaptation
+from lora_edge.har import main_job
 from lora_edge.har.data import load_npz, split
 from lora_edge.har.training import macro_f1
-
-
-@pytest.fixture
-def folder(tmp_path, monkeypatch):
-    """A working folder with data and a model factory of the user's own."""
-    own(tmp_path / "own.npz")
-    (tmp_path / "mymodels.py").write_text(FACTORY)
-    monkeypatch.chdir(tmp_path)
-    monkeypatch.delitem(sys.modules, "mymodels", raising=False)
-    return tmp_path
 
 
 def test_adapt_merge_info(folder, capsys):
@@ -73,7 +63,7 @@ def test_turned_axes_are_in_the_results(folder, capsys, monkeypatch):
     """With the axes named in results.json, the merged model reaches the F1 of its row on raw windows."""
     own("own.npz", channels=np.array(["ax", "ay", "az", "pulse"]))
     turn = np.array([[0, -1, 0, 0], [1, 0, 0, 0], [0, 0, 1, 0], [0, 0, 0, 1.0]])
-    monkeypatch.setattr(adaptation, "find_turn", lambda model, task: turn)
+    monkeypatch.setattr(main_job, "find_turn", lambda model, task: turn)
     assert main(adapt_arguments()) == 0
     assert "Axes turned: LoRA-Edge found that -ay ax az pulse minimises" in capsys.readouterr().out
     results = json.loads(Path("out/results.json").read_text())

@@ -15,6 +15,7 @@ import torch
 from torch import Tensor
 
 from lora_edge.ops.block_tensors import BackwardTensors, BlockTensors
+from lora_edge.ops.checks import check_weight_sizes
 from lora_edge.ops.conv_args import ConvArgs
 
 if TYPE_CHECKING:
@@ -49,12 +50,6 @@ def check_sizes(sizes: Sizes, args: ConvArgs, op: str) -> None:
     if bool(sizes.factors) != (sizes.core_dtype is not None):
         raise ValueError(f"{op}: one of core and suffix is missing; give both, or neither")
     check_factor_sizes(weight, sizes.factors, op)
-
-
-def check_weight_sizes(weight: Sequence[int], op: str) -> None:
-    """Check that a weight ``(O, I/g, *K)`` has 3 to 5 dimensions; ValueError if not."""
-    if not 3 <= len(weight) <= 5:
-        raise ValueError(f"{op}: weight has shape {tuple(weight)}; give (O, I/groups, *K) with 1 to 3 kernel sizes")
 
 
 def check_factor_sizes(weight: Sequence[int], factors: Sequence[Sequence[int]], op: str) -> None:

@@ -8,30 +8,7 @@ from __future__ import annotations
 import pytest
 import torch
 
-from helpers.backend_tests import (  # noqa: F401
-    test_1d_in_channels_last_memory,
-    test_a_network_trains_as_on_torch,
-    test_auto_uses_the_kernels_and_torch_does_not,
-    test_autocast,
-    test_bad_input_is_refused_before_any_launch,
-    test_compile_without_graph_breaks,
-    test_double_backward_is_refused_and_changed_factors_are_noticed,
-    test_factors_in_any_layout,
-    test_frozen_cores_and_routes,
-    test_fuse,
-    test_half_precision,
-    test_matrix,
-    test_opcheck,
-    test_opcheck_of_fuse,
-    test_plans_are_bounded,
-    test_precision_follows_torch,
-    test_residual_without_activation_gets_dy_itself,
-    test_saved_dtype,
-    test_saves_and_computes_only_what_is_needed,
-    test_saves_h_and_bits_and_nothing_else,
-    test_strided_overlapping_and_misaligned_tensors,
-    test_unbatched,
-)
+from helpers.backend_tests import *  # noqa: F403
 from helpers.block_calls import arguments
 from helpers.cases import ConvCase
 from lora_edge import check
