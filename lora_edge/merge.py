@@ -4,12 +4,13 @@ from __future__ import annotations
 
 import torch
 from torch import Tensor, nn
+from torch.nn.modules.conv import _ConvNd
 
 from lora_edge.finite import check_finite, check_variances
 from lora_edge.nn import blocks, frozen_bn, lean
 from lora_edge.nn.bn_statistics import batch_norms, forget_statistics
 from lora_edge.nn.layers import LoRAEdgeConv, remove_core, require_whole, set_weights
-from lora_edge.nn.reparametrised import bake, reparametrised_layers
+from lora_edge.nn.reparametrised import bake, computed_tensors
 from lora_edge.ops import tt_fuse
 from lora_edge.surgery.adapted import Adapted, require_adapted, require_whole_model
 from lora_edge.surgery.base_state import join
@@ -92,6 +93,8 @@ def _trained(one: Adapted) -> dict[str, Tensor]:
 
 
 def _computed(one: Adapted) -> dict[str, Tensor]:
-    """Return the weights that a method's reparametrisation computes, by name."""
-    convs = reparametrised_layers(one.model)
-    return {f"{name}.weight": m.weight.detach() for name, m in one.model.named_modules() if m in convs}  # type: ignore[operator, union-attr]
+    """Return the weights and biases that a method's reparametrisation computes, by name."""
+    names = {m: name for name, m in one.model.named_modules() if isinstance(m, _ConvNd)}
+    return {
+        join(names[conv], kind): value for kind, values in computed_tensors(one.model).items() for conv, value in values.items()
+    }

@@ -15,10 +15,11 @@ from torch import nn
 from lora_edge.finite import NotFiniteError
 from lora_edge.har.data import Split
 from lora_edge.har.frame import find_turn, mirrored, turned
-from lora_edge.har.training import macro_f1, one_batch, tensors, train_target, training_step
+from lora_edge.har.training import macro_f1, one_batch, tensors, train_target
 from lora_edge.memory import saved_bytes
 from lora_edge.methods import methods
 from lora_edge.methods.base import NotApplicableError
+from lora_edge.methods.training import Training, training_step
 
 from .problems import few_shot
 from .rows import Run
@@ -31,7 +32,7 @@ def without_refused(study: Study, task: Split, base: nn.Module, tell: Callable[[
     refused = []
     for method in study.chosen():
         try:
-            method.prepare(copy.deepcopy(base), study.rank, x, y)
+            method.begin(copy.deepcopy(base), study.rank, x, y)
         except NotApplicableError as error:
             refused.append(method.name)
             tell(f"{method.name} is left out: {error}")
@@ -51,18 +52,17 @@ def measure(study: Study, run: Run, task: Split, base: nn.Module) -> dict[str, A
     if method.turns:
         task = turned(task, find_turn(base, task))
     x, y = tensors(task.adapt)
-    parameters = method.prepare(model, run.rank, x, y)
-    model.train()
-    trainable = sum(p.numel() for p in parameters)
+    training = method.begin(model, run.rank, x, y)
+    trained = (training.model or model).train()
     found = {
-        "trainable": trainable,
-        "share_percent": 100 * trainable / sum(p.numel() for p in base.parameters()),
-        "saved_bytes": saved_bytes(copy.deepcopy(model), one_batch(x)),
+        "trainable": training.count,
+        "share_percent": 100 * training.count / sum(p.numel() for p in base.parameters()),
+        "saved_bytes": saved_bytes(copy.deepcopy(trained), one_batch(x)),
     }
     every = study.problem.evaluate_every if run.stage in WITH_CURVES else run.steps
     try:
         curve = train_target(
-            model, parameters, task.adapt, task.test, steps=run.steps, lr=run.lr, seed=run.seed, evaluate_every=every
+            trained, training, task.adapt, task.test, steps=run.steps, lr=run.lr, seed=run.seed, evaluate_every=every
         )
         method.finish(model)
         f1 = macro_f1(model, task.test)
@@ -80,11 +80,11 @@ def speeds(study: Study, tasks: Sequence[tuple[Split, nn.Module]]) -> dict[str, 
     """
     x, y = tensors(tasks[0][0].adapt)
     chosen = {"full": methods()["full"], **{method.name: method for method in study.chosen()}}
-    trained: dict[str, tuple[nn.Module, torch.optim.Optimizer]] = {}
+    trained: dict[str, tuple[nn.Module, Training, torch.optim.Optimizer]] = {}
     for name, method in chosen.items():
         model = copy.deepcopy(tasks[0][1])
-        optimizer = torch.optim.Adam(method.prepare(model, study.rank, x, y), lr=method.lr)
-        trained[name] = model.train(), optimizer
+        training = method.begin(model, study.rank, x, y)
+        trained[name] = (training.model or model).train(), training, training.optimizer(training.parameters, method.lr)
     setups: dict[str, list[float]] = {name: [] for name in chosen}
     steps: dict[str, list[float]] = {name: [] for name in chosen}
     for done in range(WARM_UP + SPEED_ROUNDS):
@@ -93,7 +93,7 @@ def speeds(study: Study, tasks: Sequence[tuple[Split, nn.Module]]) -> dict[str, 
             fresh = copy.deepcopy(base)
             start = time.perf_counter()
             mine = turned(task, find_turn(base, task)) if method.turns else task
-            method.prepare(fresh, study.rank, *tensors(mine.adapt))
+            method.begin(fresh, study.rank, *tensors(mine.adapt))
             between = time.perf_counter()
             training_step(*trained[name], one_batch(x), one_batch(y))
             end = time.perf_counter()

@@ -31,7 +31,7 @@ from lora_edge.har.source import find_weights, pretrain, source_file, task_and_m
 from lora_edge.har.training import BATCH, check_rate, macro_f1, one_batch, tensors, train_source, train_target
 from lora_edge.memory import saved_bytes
 from lora_edge.methods import Method, methods
-from lora_edge.methods.base import StepSkipped
+from lora_edge.methods.backbone import StepSkipped
 
 FILES = ("adapter.safetensors", "merged.safetensors", "results.json", "f1_over_time.png")
 COMPARED = ("head_only", "bn_only", "full", "lora_edge")
@@ -147,17 +147,17 @@ def adapt_by(method: Method, base: nn.Module, task: Split, settings: Settings, t
     x, y = tensors(task.adapt)
     with warnings.catch_warnings(record=True) as caught:
         warnings.simplefilter("always", StepSkipped)
-        parameters = method.prepare(model, settings.rank, x, y)
+        training = method.begin(model, settings.rank, x, y)
+    trained = training.model or model
     setup_seconds = time.perf_counter() - start
     lr = settings.lr if settings.lr is not None and method.name == settings.method else method.lr
-    model.train()
-    trainable = sum(p.numel() for p in parameters)
-    share = 100 * trainable / sum(p.numel() for p in base.parameters())
-    row = Row(method.name, method.title, 0.0, trainable, share, lr=lr, axes=axes, remark=_remark(caught))
-    probe = copy.deepcopy(model)  # the measurement runs a forward, which moves BatchNorm statistics in batch mode
+    trained.train()
+    share = 100 * training.count / sum(p.numel() for p in base.parameters())
+    row = Row(method.name, method.title, 0.0, training.count, share, lr=lr, axes=axes, remark=_remark(caught))
+    probe = copy.deepcopy(trained)  # the measurement runs a forward, which moves BatchNorm statistics in batch mode
     row.saved_bytes = saved_bytes(probe, one_batch(x))
     row.curve = train_target(
-        model, parameters, task.adapt, task.test, steps=settings.steps, lr=lr, seed=settings.seed,
+        trained, training, task.adapt, task.test, steps=settings.steps, lr=lr, seed=settings.seed,
         setup_seconds=setup_seconds, progress=lambda done, total: tell(method.title, done, total),
     )  # fmt: skip
     row.seconds = row.curve.seconds[-1]

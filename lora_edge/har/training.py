@@ -2,19 +2,18 @@
 
 from __future__ import annotations
 
-import math
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
 
 import numpy as np
 import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
 
 from lora_edge.environment.extras import require
-from lora_edge.finite import NotFiniteError, check_finite, check_variances, check_weights
+from lora_edge.finite import NotFiniteError, check_weights
 from lora_edge.har.data import Windows
+from lora_edge.methods.training import Training, training_step
 from lora_edge.nn.training_flags import in_evaluation
 
 BATCH = 64
@@ -82,25 +81,6 @@ def macro_f1(model: nn.Module, windows: Windows) -> float:
     return float(f1_score(y, predict(model, x), labels=present, average="macro", zero_division=0))
 
 
-def training_step(model: nn.Module, optimizer: torch.optim.Optimizer, x: Tensor, y: Tensor, step: int = 1) -> None:
-    """Take one step on one batch with the cross-entropy loss.
-
-    Raises:
-        NotFiniteError: the loss is NaN or infinite; no parameter is changed. The message names ``step`` and, if one is
-            not finite, the batch or a weight.
-    """
-    optimizer.zero_grad(set_to_none=True)
-    loss = F.cross_entropy(model(x), y)
-    if not math.isfinite(value := float(loss.detach())):
-        what = f"step {step} of training: the loss is {value}"
-        remedy = f"check the windows, or give a smaller learning rate than {optimizer.param_groups[0]['lr']:g}"
-        check_finite({"the batch": x, **dict(model.named_parameters())}, what, remedy)  # x itself moves the statistics
-        check_variances(model, what, remedy)
-        raise NotFiniteError(f"{what}, although all weights are finite; {remedy}")
-    loss.backward()
-    optimizer.step()
-
-
 def check_rate(lr: float) -> None:
     """Raise ValueError for a learning rate with which Adam could only produce NaN, or that is not positive."""
     if not 0 < lr <= LARGEST_RATE:
@@ -124,13 +104,14 @@ def train_source(
     check_rate(lr)
     x, y = tensors(windows)
     steps = epochs * max(1, len(y) // BATCH)
-    optimizer = torch.optim.Adam(model.parameters(), lr=lr)
+    training = Training(list(model.parameters()))
+    optimizer = training.optimizer(training.parameters, lr)
     schedule = torch.optim.lr_scheduler.OneCycleLR(optimizer, max_lr=lr, total_steps=steps)
     stream = batches(len(y), BATCH, torch.Generator().manual_seed(seed))
     model.train()
     for done in range(1, steps + 1):
         index = next(stream)
-        training_step(model, optimizer, x[index], y[index], done)
+        training_step(model, training, optimizer, x[index], y[index], done, steps)
         schedule.step()
         if progress is not None:
             progress(done, steps)
@@ -140,7 +121,7 @@ def train_source(
 
 def train_target(
     model: nn.Module,
-    parameters: list[nn.Parameter],
+    training: Training | Sequence[nn.Parameter],
     windows: Windows,
     test: Windows,
     *,
@@ -151,16 +132,19 @@ def train_target(
     setup_seconds: float = 0.0,
     progress: Callable[[int, int], None] | None = None,
 ) -> Curve:
-    """Adapt ``model`` by Adam at a constant rate; the clock starts at ``setup_seconds`` and pauses during evaluation.
+    """Adapt ``model`` at a constant rate; the clock starts at ``setup_seconds`` and pauses during evaluation.
 
-    Every step draws a batch of up to 64 windows. The test windows are only evaluated; no choice depends on them.
+    Every step draws a batch of up to 64 windows. The test windows are only evaluated; no choice depends on them. ``training``
+    is what :meth:`lora_edge.methods.Method.begin` returns, or parameters for Adam and the cross-entropy; ``model`` is
+    ``training.model`` where there is one.
 
     Raises:
         NotFiniteError: the loss or a final weight is NaN or infinite, or a test window's logit is NaN.
     """
     check_rate(lr)
-    x, y = tensors(windows)
-    optimizer = torch.optim.Adam(parameters, lr=lr)
+    training = training if isinstance(training, Training) else Training(list(training))
+    x, y = tensors(windows) if training.data is None else training.data
+    optimizer = training.optimizer(training.parameters, lr)
     stream = batches(len(y), BATCH, torch.Generator().manual_seed(seed))
     curve = Curve([0], [setup_seconds], [macro_f1(model, test)])
     model.train()
@@ -168,7 +152,7 @@ def train_target(
     for step in range(1, steps + 1):
         index = next(stream)
         start = time.perf_counter()
-        training_step(model, optimizer, x[index], y[index], step)
+        training_step(model, training, optimizer, x[index], y[index], step, steps)
         seconds += time.perf_counter() - start
         if step % evaluate_every == 0 or step == steps:
             curve.step.append(step)

@@ -1,7 +1,8 @@
 """Ways to adapt a model, one file per method. The study, the demo and the benchmarks compare them.
 
 To add one, add a file here that defines ``METHOD``, or ``METHODS`` for several forms of one method, as ``lora_edge.py`` does;
-:func:`methods` finds it and nothing else changes.
+:func:`methods` finds it and nothing else changes. The files without either are what methods are made of: ``base.py`` (the
+interface), ``training.py`` (how a method trains), ``backbone.py``, ``facts.py`` and ``files.py``.
 """
 
 from __future__ import annotations
@@ -10,8 +11,9 @@ import importlib
 import pkgutil
 
 from lora_edge.methods.base import Method
+from lora_edge.methods.training import Training
 
-__all__ = ["Method", "methods"]
+__all__ = ["Method", "Training", "methods"]
 
 
 def methods() -> dict[str, Method]:

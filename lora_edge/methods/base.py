@@ -1,44 +1,33 @@
-"""The interface of a method, and the parts that several methods share."""
+"""The interface of a method: :class:`Method`, and the two ways in which most methods prepare a model."""
 
 from __future__ import annotations
 
-import warnings
 from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
-import torch
 from torch import Tensor, nn
-from torch.nn.modules.batchnorm import _BatchNorm
 from torch.nn.modules.conv import _ConvNd
 
 from lora_edge.adapt import adapt, trainable_parameters
-from lora_edge.calibration import calibrate_bn
-from lora_edge.nn import bn_statistics, frozen_bn
-from lora_edge.nn.layers import LoRAEdgeConv, check_adaptable
-from lora_edge.nn.reparametrised import Reparametrisation, added_tensors, reparametrise
-from lora_edge.subspaces.choose import FROM_BATCHES
+from lora_edge.merge import merge
+from lora_edge.methods.backbone import SOURCE_SAMPLES, freeze_backbone, move_statistics
+from lora_edge.methods.training import Training
+from lora_edge.nn.layers import check_adaptable
+from lora_edge.nn.reparametrised import Reparametrisation, reparametrise
+from lora_edge.subspaces.choose import FROM_BATCHES, naming_layer
 from lora_edge.surgery.adapted import AdaptState
 from lora_edge.surgery.base_state import fingerprint
-from lora_edge.surgery.batch_statistics import has_statistics
 from lora_edge.surgery.selection import select
 from lora_edge.tt import check_rank
 
-SOURCE_SAMPLES = 16  # weight of the source's BatchNorm statistics, counted in windows of the target
-TARGET_SAMPLES = 64  # most of the target's windows that are read for it: needs no more memory than a training step
-Prepare = Callable[[nn.Module, int, Tensor, Tensor], list[nn.Parameter]]
+Prepare = Callable[[nn.Module, int, Tensor, Tensor], "list[nn.Parameter] | Training"]
+PrepareList = Callable[[nn.Module, int, Tensor, Tensor], list[nn.Parameter]]
+Make = Callable[[nn.Module, dict[str, _ConvNd], int, Tensor, Tensor], dict[str, Reparametrisation]]
 
 
 class NotApplicableError(ValueError):
     """A method has nothing to train in this model; a comparison continues without it."""
-
-
-class StepSkipped(UserWarning):
-    """An optional step of a method does not apply to this model or these windows and was skipped."""
-
-
-def _nothing_to_do(model: nn.Module) -> nn.Module:
-    return model
 
 
 @dataclass(frozen=True)
@@ -48,56 +37,43 @@ class Method:
     Attributes:
         name: used on the command line and in result rows.
         title: used in tables and pictures.
-        lr: the default learning rate of Adam.
-        prepare: ``prepare(model, rank, inputs, labels)`` freezes and changes ``model`` in place and returns the parameters
-            to train. ``inputs (N, ...)`` and ``labels (N,)`` are the target's adaptation windows, which most methods ignore.
+        lr: the default learning rate.
+        prepare: ``prepare(model, rank, inputs, labels)`` freezes and changes ``model`` in place and returns the parameters to
+            train, or a :class:`Training`. ``inputs (N, ...)`` and ``labels (N,)`` are the target's adaptation windows, which
+            most methods ignore. ``rank`` is the method's own measure of its size.
         finish: ``finish(model)`` returns the plain model, with the base's module types, after training.
         turns: whether the target's sensor axes are first turned to the orientation of the source's; see
             :mod:`lora_edge.har.frame`.
+        starts_at_base: whether the prepared model computes what the base model does, up to rounding.
+        merges: whether ``finish`` gives a model of the base's architecture; otherwise inference costs more than the base's.
+        needs_labels: whether it uses the target's labels at all. A method that does not is given None for them.
+        source: the paper, as "arXiv 2106.09685"; empty for a baseline without one.
     """
 
     name: str
     title: str
     lr: float
     prepare: Prepare
-    finish: Callable[[nn.Module], nn.Module] = _nothing_to_do
+    finish: Callable[[nn.Module], nn.Module] = merge
     turns: bool = False
+    starts_at_base: bool = True
+    merges: bool = True
+    needs_labels: bool = True
+    source: str = ""
+
+    def begin(self, model: nn.Module, rank: int, inputs: Tensor, labels: Tensor) -> Training:
+        """Call ``prepare``, without labels for a method that needs none, and return what it trains as a :class:`Training`."""
+        prepared = self.prepare(model, rank, inputs, labels if self.needs_labels else None)  # type: ignore[arg-type]
+        return prepared if isinstance(prepared, Training) else Training(list(prepared))
 
 
-def freeze_backbone(model: nn.Module) -> None:
-    """Freeze every parameter and keep BatchNorm on its running statistics."""
-    model.requires_grad_(False)
-    for _, norm in bn_statistics.batch_norms(model):
-        if frozen_bn.why_not_frozen(norm) is None:
-            frozen_bn.freeze_bn(norm)
+def unchanged(model: nn.Module) -> nn.Module:
+    """The ``finish`` of a method that trains the model's own parameters and changes nothing else."""
+    return model
 
 
-def unfreeze_backbone(model: nn.Module) -> nn.Module:
-    """Unfreeze every parameter and the BatchNorm layers, which keep their statistics; returns ``model``."""
-    for module in list(model.modules()):
-        if isinstance(module, frozen_bn.FrozenNorm):
-            bn_statistics.forget_statistics(module)
-            frozen_bn.unfreeze_bn(module)
-    return model.requires_grad_(True)
-
-
-def move_statistics(model: nn.Module, inputs: Tensor, source_samples: float = SOURCE_SAMPLES) -> None:
-    """Move BatchNorm's statistics, if the model has any, to the target's windows; see :func:`lora_edge.calibrate_bn`.
-
-    Reads one batch, evenly spread over the windows because neighbours overlap. If a BatchNorm would get a single value per
-    channel, which has no variance, all of them keep their statistics and a :class:`StepSkipped` warning says so.
-    """
-    if next(bn_statistics.batch_norms(model), None) is not None:
-        spread = torch.linspace(0, len(inputs) - 1, min(len(inputs), TARGET_SAMPLES)).round().long()
-        if len(spread) == 1 and not has_statistics(model, inputs[spread]):
-            what = "BatchNorm keeps the source's statistics: one window gives it a single value per channel"
-            warnings.warn(what, StepSkipped, stacklevel=2)
-            return
-        calibrate_bn(model, [inputs[spread]], source_samples=source_samples)
-
-
-def adapted(*, source_samples: float | None = SOURCE_SAMPLES, **options: Any) -> Prepare:
-    """Return ``prepare`` for a form of LoRA-Edge; its ``finish`` is :func:`lora_edge.merge`.
+def adapted(*, source_samples: float | None = SOURCE_SAMPLES, **options: Any) -> PrepareList:
+    """Return ``prepare`` for a form of LoRA-Edge.
 
     Args:
         source_samples: for :func:`lora_edge.calibrate_bn` on the target's windows; None keeps the source's statistics.
@@ -115,47 +91,51 @@ def adapted(*, source_samples: float | None = SOURCE_SAMPLES, **options: Any) ->
     return prepare
 
 
-def reparametrised(kind: Callable[[_ConvNd, int], Reparametrisation]) -> Prepare:
+def reparametrised(kind: Callable[[_ConvNd, int], Reparametrisation]) -> PrepareList:
     """Return ``prepare`` for a method that trains ``kind(conv, rank)`` in every convolution of a frozen backbone.
 
-    Its ``finish`` is :func:`lora_edge.merge`. A layer that ``adapt`` refuses raises ValueError with the layer's name before
-    anything is changed.
+    A layer that ``kind`` refuses by ValueError is named in the message; nothing is changed then.
+    """
+
+    def make(
+        model: nn.Module, convs: dict[str, _ConvNd], rank: int, inputs: Tensor, labels: Tensor
+    ) -> dict[str, Reparametrisation]:
+        made = {}
+        for name, conv in convs.items():
+            with naming_layer(name):
+                made[name] = kind(conv, rank)
+        return made
+
+    return jointly(make)
+
+
+def jointly(make: Make) -> PrepareList:
+    """Return ``prepare`` for a method whose layers are made together: shared bases and vectors, pairs, budgets, gradients.
+
+    Args:
+        make: ``make(model, convs, rank, inputs, labels)`` returns a reparametrisation for some or all of the convolutions of
+            ``convs``, by dotted name; the others stay frozen. It changes nothing. Facts about the base that need a forward or
+            a backward are in :mod:`lora_edge.methods.facts`; tensors that layers share go through
+            :func:`lora_edge.nn.reparametrised.share`.
+
+    The model's BatchNorm is frozen on its statistics. A layer that ``adapt`` refuses raises ValueError with its name.
     """
 
     def prepare(model: nn.Module, rank: int, inputs: Tensor, labels: Tensor) -> list[nn.Parameter]:
         rank = check_rank(rank)
-        made: list[tuple[_ConvNd, Reparametrisation]] = []
+        convs: dict[str, _ConvNd] = {}
         for name in select(model, None, None):
             conv: _ConvNd = model.get_submodule(name)  # type: ignore[assignment]
-            try:
+            with naming_layer(name):
                 check_adaptable(conv)
-                made.append((conv, kind(conv, rank)))
-            except ValueError as error:
-                raise ValueError(f"{name or 'model'}: {error}") from None
+            convs[name] = conv
+        made = make(model, convs, rank, inputs, labels)
         requires_grad = {name: p.requires_grad for name, p in model.named_parameters()}
         state = AdaptState("frozen", "none", fingerprint(model), requires_grad)
         freeze_backbone(model)
-        for conv, reparametrisation in made:
-            reparametrise(conv, reparametrisation)
+        for name, reparametrisation in made.items():
+            reparametrise(convs[name], reparametrisation)
         model._lora_edge = state  # type: ignore[assignment]
         return [p for p in model.parameters() if p.requires_grad]
 
     return prepare
-
-
-def trained_state(model: nn.Module) -> dict[str, Tensor]:
-    """Return copies of the tensors that a method added to the base model or trains in it, by their names in ``state_dict``.
-
-    They are the trainable parameters, all factors and suffixes, frozen ones too, and the statistics of each BatchNorm that
-    is not frozen or was calibrated. A shared tensor appears under each of its names.
-    """
-    own = {name for name, p in model.named_parameters(remove_duplicate=False) if p.requires_grad}
-    own.update(name for name, _ in added_tensors(model))
-    for prefix, module in model.named_modules(remove_duplicate=False):
-        start = f"{prefix}." if prefix else ""
-        if isinstance(module, LoRAEdgeConv):
-            own.add(f"{start}suffix")
-        is_frozen = isinstance(module, frozen_bn.FrozenNorm) and not bn_statistics.base_statistics(module)
-        if isinstance(module, _BatchNorm) and not is_frozen:
-            own.update(f"{start}{name}" for name in bn_statistics.STATISTICS)
-    return {name: value.detach().clone() for name, value in model.state_dict().items() if name in own}

@@ -7,7 +7,8 @@ from __future__ import annotations
 
 from torch import Tensor, nn
 
-from lora_edge.methods.base import Method, NotApplicableError, freeze_backbone, unfreeze_backbone
+from lora_edge.methods.backbone import freeze_backbone, unfreeze_backbone
+from lora_edge.methods.base import Method, NotApplicableError
 
 
 def prepare(model: nn.Module, rank: int, inputs: Tensor, labels: Tensor) -> list[nn.Parameter]:
@@ -21,4 +22,4 @@ def prepare(model: nn.Module, rank: int, inputs: Tensor, labels: Tensor) -> list
     return biases
 
 
-METHOD = Method("bias_only", "bias only", lr=1e-2, prepare=prepare, finish=unfreeze_backbone)
+METHOD = Method("bias_only", "bias only", lr=1e-2, prepare=prepare, finish=unfreeze_backbone, source="arXiv 2106.10199")

@@ -8,7 +8,6 @@ from __future__ import annotations
 from torch import Tensor
 from torch.nn.modules.conv import _ConvNd
 
-from lora_edge.merge import merge
 from lora_edge.methods.base import Method, reparametrised
 from lora_edge.nn.reparametrised import Reparametrisation, random, zeros
 
@@ -29,5 +28,8 @@ class ConvLoRA(Reparametrisation):
     def delta(self) -> Tensor:
         return self.scaling * (self.lora_B @ self.lora_A.flatten(1))
 
+    def low_rank(self) -> tuple[Tensor, Tensor, float] | None:
+        return self.lora_B, self.lora_A, self.scaling
 
-METHOD = Method("conv_lora", "conv LoRA", lr=1e-2, prepare=reparametrised(ConvLoRA), finish=merge)
+
+METHOD = Method("conv_lora", "conv LoRA", lr=1e-2, prepare=reparametrised(ConvLoRA), source="arXiv 2106.09685")

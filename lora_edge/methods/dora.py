@@ -9,7 +9,6 @@ import torch
 from torch import Tensor, nn
 from torch.nn.modules.conv import _ConvNd
 
-from lora_edge.merge import merge
 from lora_edge.methods.base import Method, reparametrised
 from lora_edge.methods.conv_lora import ConvLoRA
 from lora_edge.nn.reparametrised import exact_dtype, parameter
@@ -30,9 +29,12 @@ class DoRA(ConvLoRA):
         norms = _row_norms(direction.detach()).clamp_min(torch.finfo(weight.dtype).tiny)
         return self.magnitude.view(norms.shape) / norms * direction
 
+    def low_rank(self) -> tuple[Tensor, Tensor, float] | None:
+        return None  # the norms change every row
+
 
 def _row_norms(weight: Tensor) -> Tensor:
     return torch.linalg.vector_norm(weight, dim=tuple(range(1, weight.dim())), keepdim=True)
 
 
-METHOD = Method("dora", "DoRA", lr=5e-3, prepare=reparametrised(DoRA), finish=merge)
+METHOD = Method("dora", "DoRA", lr=5e-3, prepare=reparametrised(DoRA), source="arXiv 2402.09353")

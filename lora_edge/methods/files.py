@@ -3,13 +3,42 @@
 from __future__ import annotations
 
 from torch import Tensor, nn
+from torch.nn.modules.batchnorm import _BatchNorm
 
 from lora_edge.files.safetensors_file import PathLike, read_safetensors, write_safetensors
 from lora_edge.finite import check_finite, check_variances
-from lora_edge.methods.base import trained_state
-from lora_edge.surgery.base_state import fingerprint_state
+from lora_edge.nn import bn_statistics, frozen_bn
+from lora_edge.nn.layers import LoRAEdgeConv
+from lora_edge.nn.reparametrised import added_tensors
+from lora_edge.surgery.base_state import fingerprint_state, join
 
 FORMAT = "lora_edge trained 1"
+
+
+def trained_state(model: nn.Module) -> dict[str, Tensor]:
+    """Return copies of the tensors that a method added to the base model or trains in it, by their names in ``state_dict``.
+
+    They are the trainable parameters, all factors and suffixes, frozen ones too, and the statistics of each BatchNorm that
+    is not frozen or was calibrated. A shared tensor appears once, under the first of its names.
+    """
+    found: dict[int, str] = {}
+    for name, value in _own_tensors(model).items():
+        found.setdefault(id(value), name)
+    state = model.state_dict()
+    return {name: state[name].detach().clone() for name in found.values()}
+
+
+def _own_tensors(model: nn.Module) -> dict[str, Tensor]:
+    """The tensors themselves, under each of their names."""
+    own = {name for name, p in model.named_parameters(remove_duplicate=False) if p.requires_grad}
+    own.update(name for name, _ in added_tensors(model))
+    for prefix, module in model.named_modules(remove_duplicate=False):
+        if isinstance(module, LoRAEdgeConv):
+            own.add(join(prefix, "suffix"))
+        is_frozen = isinstance(module, frozen_bn.FrozenNorm) and not bn_statistics.base_statistics(module)
+        if isinstance(module, _BatchNorm) and not is_frozen:
+            own.update(join(prefix, name) for name in bn_statistics.STATISTICS)
+    return {name: value for name, value in model.state_dict(keep_vars=True).items() if name in own}
 
 
 def save_trained(model: nn.Module, path: PathLike) -> None:
@@ -36,7 +65,10 @@ def load_trained(model: nn.Module, path: PathLike) -> nn.Module:
     trained, metadata = read_safetensors(path, "save_trained")
     if metadata.get("format") != FORMAT or metadata.get("checksum") != fingerprint_state(trained):
         raise ValueError(f"{path}: damaged, or not written by save_trained; save it again")
-    own = trained_state(model)
+    own, names = trained_state(model), _own_tensors(model)
+    trained = {
+        name: value for name, value in trained.items() if name in own or name not in names
+    }  # once, as older files do not
     for name in sorted({*trained, *own}):
         there, here = (tuple(t[name].shape) if name in t else "missing" for t in (trained, own))
         if there != here:
@@ -56,4 +88,5 @@ def _check(trained: dict[str, Tensor], what: str, remedy: str) -> None:
 
 
 def _base(model: nn.Module, trained: dict[str, Tensor]) -> str:
-    return fingerprint_state({name: value for name, value in model.state_dict().items() if name not in trained})
+    names = _own_tensors(model).keys() | trained.keys()
+    return fingerprint_state({name: value for name, value in model.state_dict().items() if name not in names})

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from torch import Tensor, nn
 
-from lora_edge.methods.base import Method
+from lora_edge.methods.base import Method, unchanged
 
 
 def prepare(model: nn.Module, rank: int, inputs: Tensor, labels: Tensor) -> list[nn.Parameter]:
@@ -12,4 +12,4 @@ def prepare(model: nn.Module, rank: int, inputs: Tensor, labels: Tensor) -> list
     return list(model.parameters())
 
 
-METHOD = Method("full", "full fine-tuning", lr=1e-3, prepare=prepare)
+METHOD = Method("full", "full fine-tuning", lr=1e-3, prepare=prepare, finish=unchanged)

@@ -5,7 +5,8 @@ from __future__ import annotations
 from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _BatchNorm
 
-from lora_edge.methods.base import Method, freeze_backbone, move_statistics, unfreeze_backbone
+from lora_edge.methods.backbone import freeze_backbone, move_statistics, unfreeze_backbone
+from lora_edge.methods.base import Method
 
 
 def prepare(model: nn.Module, rank: int, inputs: Tensor, labels: Tensor) -> list[nn.Parameter]:
@@ -18,4 +19,6 @@ def prepare(model: nn.Module, rank: int, inputs: Tensor, labels: Tensor) -> list
     return trained
 
 
-METHOD = Method("full_frozen_bn", "full fine-tuning, BN frozen", lr=1e-3, prepare=prepare, finish=unfreeze_backbone)
+METHOD = Method(
+    "full_frozen_bn", "full fine-tuning, BN frozen", lr=1e-3, prepare=prepare, finish=unfreeze_backbone, starts_at_base=False
+)

@@ -10,7 +10,6 @@ import math
 from torch import Tensor
 from torch.nn.modules.conv import _ConvNd
 
-from lora_edge.merge import merge
 from lora_edge.methods.base import Method, reparametrised
 from lora_edge.nn.reparametrised import Reparametrisation, random, zeros
 
@@ -33,4 +32,4 @@ class LoRAC(Reparametrisation):
         return self.scaling * (self.lora_B @ self.lora_A)
 
 
-METHOD = Method("lora_c", "LoRA-C", lr=1e-2, prepare=reparametrised(LoRAC), finish=merge)
+METHOD = Method("lora_c", "LoRA-C", lr=1e-2, prepare=reparametrised(LoRAC), source="arXiv 2410.16954")

@@ -8,7 +8,6 @@ from __future__ import annotations
 from torch import Tensor
 from torch.nn.modules.conv import _ConvNd
 
-from lora_edge.merge import merge
 from lora_edge.methods.base import Method, reparametrised
 from lora_edge.nn.reparametrised import Reparametrisation, random, zeros
 
@@ -32,4 +31,4 @@ class LoRACFactors(Reparametrisation):
         return self.scaling * product.transpose(1, 2).contiguous()  # (O, Kh, I, Kw) to (O, I, Kh, Kw)
 
 
-METHOD = Method("lora_c_factors", "LoRA-C, factors", lr=1e-2, prepare=reparametrised(LoRACFactors), finish=merge)
+METHOD = Method("lora_c_factors", "LoRA-C, factors", lr=1e-2, prepare=reparametrised(LoRACFactors), source="arXiv 2410.16954")

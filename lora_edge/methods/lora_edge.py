@@ -4,14 +4,16 @@ from __future__ import annotations
 
 from torch import Tensor, nn
 
-from lora_edge.merge import merge
-from lora_edge.methods.base import Method, Prepare, adapted
+from lora_edge.methods.base import Method, PrepareList, adapted
 from lora_edge.surgery.selection import select
 from lora_edge.tt import attainable_ranks, check_rank
 
 
-def _form(name: str, title: str, prepare: Prepare, *, lr: float = 2e-2, turns: bool = False) -> Method:
-    return Method(name, title, lr=lr, prepare=prepare, finish=merge, turns=turns)
+def _form(
+    name: str, title: str, prepare: PrepareList, *, lr: float = 2e-2, turns: bool = False, starts_at_base: bool = False
+) -> Method:
+    """A form of LoRA-Edge. Most move BatchNorm's statistics first, so they start near the base model and not at it."""
+    return Method(name, title, lr=lr, prepare=prepare, turns=turns, starts_at_base=starts_at_base, source="arXiv 2511.03765")
 
 
 def prepare_by_budget(model: nn.Module, rank: int, inputs: Tensor, labels: Tensor) -> list[nn.Parameter]:
@@ -30,7 +32,13 @@ METHODS = [
     # The defaults on the axes as they come: shows what turning them is worth. All forms below also leave the axes as worn.
     _form("lora_edge_as_worn", "LoRA-Edge, axes as worn", adapted()),
     # As published (arXiv 2511.03765): the weight's suffix with its singular values, BatchNorm frozen.
-    _form("lora_edge_paper", "LoRA-Edge, as published", adapted(source_samples=None, scaling="paper"), lr=1e-2),
+    _form(
+        "lora_edge_paper",
+        "LoRA-Edge, as published",
+        adapted(source_samples=None, scaling="paper"),
+        lr=1e-2,
+        starts_at_base=True,
+    ),
     # The suffix holds the principal directions of each layer's inputs.
     _form("lora_edge_input", "LoRA-Edge, the inputs' subspace", adapted(subspace="input")),
     # The suffix holds the leading right singular directions of the first gradients.
@@ -38,6 +46,6 @@ METHODS = [
     _form("lora_edge_budget", "LoRA-Edge, ranks by energy", prepare_by_budget),
     BATCH_BN,
     # BatchNorm frozen on the source's statistics alone, or on the target's alone.
-    _form("lora_edge_source_bn", "LoRA-Edge, BN of the source", adapted(source_samples=None)),
+    _form("lora_edge_source_bn", "LoRA-Edge, BN of the source", adapted(source_samples=None), starts_at_base=True),
     _form("lora_edge_target_bn", "LoRA-Edge, BN of the target", adapted(source_samples=0)),
 ]

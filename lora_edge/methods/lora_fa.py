@@ -7,7 +7,6 @@ from __future__ import annotations
 
 from torch.nn.modules.conv import _ConvNd
 
-from lora_edge.merge import merge
 from lora_edge.methods.base import Method, reparametrised
 from lora_edge.methods.conv_lora import ConvLoRA
 
@@ -20,4 +19,4 @@ class LoRAFA(ConvLoRA):
         self.lora_A.requires_grad_(False)
 
 
-METHOD = Method("lora_fa", "LoRA-FA", lr=1e-2, prepare=reparametrised(LoRAFA), finish=merge)
+METHOD = Method("lora_fa", "LoRA-FA", lr=1e-2, prepare=reparametrised(LoRAFA), source="arXiv 2308.03303")

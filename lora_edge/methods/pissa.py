@@ -9,7 +9,6 @@ import torch
 from torch import Tensor
 from torch.nn.modules.conv import _ConvNd
 
-from lora_edge.merge import merge
 from lora_edge.methods.base import Method, reparametrised
 from lora_edge.methods.conv_lora import ConvLoRA
 from lora_edge.tt import attainable_ranks
@@ -41,5 +40,9 @@ class PiSSA(ConvLoRA):
     def delta(self) -> Tensor:
         return super().delta() - self.scaling * (self.b0 @ self.a0.flatten(1))
 
+    def low_rank(self) -> tuple[Tensor, Tensor, float] | None:
+        """Plain LoRA of rank ``2r`` on the base's own weight: ``[B, -B0]`` and ``[A; A0]``."""
+        return torch.cat([self.lora_B, -self.b0], dim=1), torch.cat([self.lora_A, self.a0]), self.scaling
 
-METHOD = Method("pissa", "PiSSA", lr=5e-3, prepare=reparametrised(PiSSA), finish=merge)
+
+METHOD = Method("pissa", "PiSSA", lr=5e-3, prepare=reparametrised(PiSSA), source="arXiv 2404.02948")

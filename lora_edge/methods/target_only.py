@@ -5,7 +5,7 @@ from __future__ import annotations
 from torch import Tensor, nn
 
 from lora_edge.methods import full
-from lora_edge.methods.base import Method
+from lora_edge.methods.base import Method, unchanged
 
 
 def prepare(model: nn.Module, rank: int, inputs: Tensor, labels: Tensor) -> list[nn.Parameter]:
@@ -16,4 +16,6 @@ def prepare(model: nn.Module, rank: int, inputs: Tensor, labels: Tensor) -> list
     return full.prepare(model, rank, inputs, labels)
 
 
-METHOD = Method("target_only", "target only, from random weights", lr=1e-3, prepare=prepare)
+METHOD = Method(
+    "target_only", "target only, from random weights", lr=1e-3, prepare=prepare, finish=unchanged, starts_at_base=False
+)

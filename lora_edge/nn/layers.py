@@ -365,19 +365,25 @@ def require_whole(layers: Mapping[str, LoRAEdgeConv]) -> None:
 
 
 def set_weights(weights: Mapping[nn.modules.conv._ConvNd, Tensor]) -> None:
-    """Write each convolution's new weight in place; call it inside ``torch.no_grad()``.
+    """Write each convolution's new weight in place, as :func:`set_values` does."""
+    set_values("weight", weights)
 
-    Convolutions that share a weight go on sharing it if their new weights are equal.
+
+def set_values(name: str, values: Mapping[nn.modules.conv._ConvNd, Tensor]) -> None:
+    """Write each convolution's new weight or bias, by ``name``, in place; call it inside ``torch.no_grad()``.
+
+    Convolutions that share a parameter go on sharing it if their new values are equal.
     """
     by_memory: dict[tuple[Any, ...], list[nn.modules.conv._ConvNd]] = {}
-    for conv in weights:
-        by_memory.setdefault((conv.weight.device, conv.weight.data_ptr(), conv.weight.shape), []).append(conv)
+    for conv in values:
+        old = getattr(conv, name)
+        by_memory.setdefault((old.device, old.data_ptr(), old.shape), []).append(conv)
     for convs in by_memory.values():
-        if all(torch.equal(weights[conv], weights[convs[0]]) for conv in convs[1:]):
-            convs[0].weight.copy_(weights[convs[0]])
-        else:  # built separately, they learned different updates and now need separate weights
+        if all(torch.equal(values[conv], values[convs[0]]) for conv in convs[1:]):
+            getattr(convs[0], name).copy_(values[convs[0]])
+        else:  # built separately, they learned different updates and now need separate parameters
             for conv in convs:
-                conv._parameters["weight"] = nn.Parameter(weights[conv], conv.weight.requires_grad)
+                conv._parameters[name] = nn.Parameter(values[conv], getattr(conv, name).requires_grad)
 
 
 def _read_from_outside() -> bool:

@@ -108,12 +108,12 @@ def _gradients(
     backend: str,
 ) -> dict[str, Tensor]:
     """Return the gradient of the mean cross-entropy for every core or suffix, as ``wanted``; the other of the two is zero."""
-    twin = _twin(model)
-    for module in twin.modules():
+    copied = twin(model)
+    for module in copied.modules():
         module.training = False
     layers: dict[str, LoRAEdgeConv] = {}
     for name, suffix in suffixes.items():
-        layer: Any = twin.get_submodule(name)
+        layer: Any = copied.get_submodule(name)
         layer.__class__ = ADAPTED_CLASS[type(layer)]
         # no kernel computes the gradient of a suffix
         add_core(layer, suffix, cores[name], backend="torch" if wanted == "suffix" else backend)
@@ -121,16 +121,16 @@ def _gradients(
         layer.suffix.requires_grad_(wanted == "suffix")
         layer.trains_suffix = wanted == "suffix"
         layers[name] = layer
-    for _, norm in batch_norms(twin):
+    for _, norm in batch_norms(copied):
         if frozen_bn.why_not_frozen(norm) is None:
             frozen_bn.freeze_bn(norm, lean=True)
-    lean.make_lean(twin, backend)
-    blocks.fuse(twin)
+    lean.make_lean(copied, backend)
+    blocks.fuse(copied)
     count = sum(len(x) for x, _ in samples)
     for x, y in samples:
         if len(x):
             with torch.enable_grad():
-                loss = _summed_cross_entropy(twin, x, y) / count
+                loss = _summed_cross_entropy(copied, x, y) / count
             if loss.requires_grad:
                 loss.backward()  # type: ignore[no-untyped-call]
     found = {}
@@ -169,7 +169,7 @@ def _summed_cross_entropy(model: nn.Module, x: Tensor, y: Tensor) -> Tensor:
     return loss
 
 
-def _twin(model: nn.Module) -> nn.Module:
+def twin(model: nn.Module) -> nn.Module:
     """Return a copy of the model with separate modules and flags that shares the weights' memory."""
     shared: dict[int, Any] = {}
     for module in model.modules():

@@ -43,7 +43,7 @@ NEEDED = ["numpy", "safetensors", "pytest", "hypothesis", "tensorly", "pybind11>
 FOLDERS = ("core", "ops", "engines")
 ALSO = {"tools/test_models_benchmark.py"}
 LEFT_OUT = {  # they need extras, a compiler or a device
-    "core/test_methods.py", "core/test_peft.py", "engines/test_cuda_backend.py", "engines/test_emulator.py",
+    "core/test_peft.py", "engines/test_cuda_backend.py", "engines/test_emulator.py",
     "engines/test_kernels.py", "engines/test_triton.py",
 }  # fmt: skip
 ONLY_NATIVE = {"core/test_integration.py"}  # torch.compile and DistributedDataParallel need a compiler and several processes

@@ -1,0 +1,102 @@
+"""Facts about the base model that some methods start from, gathered on a copy before anything is changed."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+from torch.nn.modules.conv import _ConvNd
+
+from lora_edge.methods.backbone import spread
+from lora_edge.nn.training_flags import in_evaluation
+from lora_edge.ops.padding import pad
+from lora_edge.subspaces.gradient import twin
+
+
+def dense_gradients(model: nn.Module, names: Iterable[str], inputs: Tensor, labels: Tensor) -> dict[str, Tensor]:
+    """Return the gradient ``(O, I/g, *K)`` of each named convolution's weight, on the CPU, in float32 or float64.
+
+    It is that of the mean cross-entropy over at most 64 of the windows, evenly spread, with BatchNorm on its running
+    statistics and dropout off. The model is not changed.
+
+    Args:
+        model: the base model.
+        names: dotted names of convolutions.
+        inputs: windows ``(N, ...)``.
+        labels: their classes ``(N,)``.
+
+    Raises:
+        ValueError: a gradient holds NaN or Inf, or none arrives; the message names the layer.
+        RuntimeError: the model cannot be copied.
+    """
+    copied, chosen = twin(model), spread(len(inputs))
+    copied.eval().requires_grad_(False)
+    weights: dict[str, Tensor] = {
+        name: copied.get_submodule(name).weight.requires_grad_(True)  # type: ignore[union-attr, operator, misc]
+        for name in names
+    }
+    with torch.enable_grad():
+        loss = F.cross_entropy(copied(inputs[chosen]), labels[chosen])
+        found = torch.autograd.grad(loss, list(weights.values()), allow_unused=True)
+    gradients = {}
+    for (name, weight), gradient in zip(weights.items(), found, strict=True):
+        exact = torch.promote_types(weight.dtype, torch.float32)
+        gradients[name] = torch.zeros_like(weight, dtype=exact).cpu() if gradient is None else gradient.to(exact).cpu()
+        if not bool(torch.isfinite(gradients[name]).all()):
+            raise ValueError(f"{name or 'model'}: the gradient holds NaN or Inf; give finite windows")
+    return gradients
+
+
+def second_moments(model: nn.Module, names: Iterable[str], inputs: Tensor) -> dict[str, Tensor]:
+    """Return ``XᵀX (g, n, n)`` in float64 on the CPU of each named convolution's inputs, ``n = (I/g)·ΠK``.
+
+    The rows of ``X`` are the patches that the outputs of a group read, padding included, over at most 64 of the windows, evenly
+    spread, in evaluation mode. The model is not changed.
+
+    Args:
+        model: the base model.
+        names: dotted names of convolutions.
+        inputs: windows ``(N, ...)``.
+    """
+    found: dict[str, Tensor] = {}
+
+    def hook_of(name: str) -> Any:
+        def hook(layer: _ConvNd, given: tuple[Any, ...]) -> None:
+            rows = patches(layer, given[0]).double()
+            found[name] = found.get(name, 0) + (rows.transpose(1, 2) @ rows).cpu()
+
+        return hook
+
+    hooks = [model.get_submodule(name).register_forward_pre_hook(hook_of(name)) for name in names]
+    try:
+        with torch.no_grad(), in_evaluation(model):
+            model(inputs[spread(len(inputs))])
+    finally:
+        for hook in hooks:
+            hook.remove()
+    return found
+
+
+def patches(conv: _ConvNd, x: Tensor) -> Tensor:
+    """Return the patches ``(g, N·ΠL', (I/g)·ΠK)`` that a convolution's outputs read of ``x (N, I, *L)``, padding included.
+
+    ``patches(conv, x)[k] @ weight_of_group_k.flatten(1).T`` is the group's output without bias, ``(N·ΠL', O/g)``.
+    """
+    if x.dim() == conv.weight.dim() - 1:
+        x = x[None]
+    if conv.padding_mode != "zeros":
+        x = pad(x, conv._reversed_padding_repeated_twice, conv.padding_mode)
+    elif isinstance(conv.padding, str):
+        x = F.pad(x, conv._reversed_padding_repeated_twice)
+    else:
+        x = F.pad(x, [side for size in reversed(conv.padding) for side in (size, size)])
+    spatial = x.dim() - 2
+    for axis in range(spatial):
+        span = (conv.kernel_size[axis] - 1) * conv.dilation[axis] + 1
+        x = x.unfold(2 + axis, span, conv.stride[axis])[..., :: conv.dilation[axis]]
+    x = x.unflatten(1, (conv.groups, -1))  # (N, g, I/g, *L', *K)
+    x = x.movedim(2, 2 + spatial)  # (N, g, *L', I/g, *K)
+    return x.transpose(0, 1).flatten(1, 1 + spatial).flatten(2)

@@ -1,0 +1,101 @@
+"""The updates of a model's convolutions, dense or as a product of two factors."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+
+import torch
+from torch import Tensor, nn
+from torch.nn.modules.conv import _ConvNd
+
+from lora_edge.nn.layers import LoRAEdgeConv
+from lora_edge.nn.reparametrised import evaluated, exact_dtype, reparametrised_layers
+from lora_edge.tt import check_rank
+
+
+def deltas(model: nn.Module, base: nn.Module | Mapping[str, Tensor] | None = None) -> dict[str, Tensor]:
+    """Return ``ΔW (O, I/g, *K)`` of every adapted convolution by dotted name: the weight that is merged minus the base's.
+
+    Args:
+        model: prepared by any method of :mod:`lora_edge.methods` or by :func:`lora_edge.adapt`; or any model, with ``base``.
+        base: the base model or its state dict, for a model that does not keep its base's weights: one that was merged or
+            fine-tuned in full. All convolutions with a weight in it are returned then.
+
+    Returns:
+        Copies in float32, or float64 for a float64 weight. The weights of :func:`lora_edge.merge` are these updates added to
+        the base's and rounded once.
+
+    Raises:
+        RuntimeError: nothing in the model is adapted, and ``base`` is not given.
+        ValueError: a weight of ``base`` has another shape than the model's.
+    """
+    with torch.no_grad(), evaluated(model):
+        if base is not None:
+            return _beside(model, base.state_dict() if isinstance(base, nn.Module) else base)
+        found = {}
+        for name, module in model.named_modules():
+            if isinstance(module, LoRAEdgeConv):
+                update = module.scale * (module.core @ module.suffix.flatten(1))
+                found[name] = update.view(module.weight.shape).to(exact_dtype(module.weight))
+            elif module in reparametrised_layers(module):
+                weight = module.parametrizations["weight"].original  # type: ignore[index, union-attr]
+                exact = weight.to(exact_dtype(weight))  # type: ignore[operator, arg-type]
+                found[name] = module.parametrizations["weight"][0].adapted(exact) - exact  # type: ignore[index, union-attr]
+        if not found:
+            raise RuntimeError("deltas: nothing in the model is adapted, so it keeps no base weights; give base=")
+        return {name: update.detach() for name, update in found.items()}
+
+
+def _beside(model: nn.Module, base: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    found = {}
+    for name, module in model.named_modules():
+        before = base.get(f"{name}.weight" if name else "weight")
+        if before is None or not isinstance(module, _ConvNd):
+            continue
+        weight = module.weight
+        if isinstance(module, LoRAEdgeConv):
+            weight = weight + module.scale * (module.core @ module.suffix.flatten(1)).view(weight.shape)
+        if weight.shape != before.shape:
+            shapes = f"{tuple(before.shape)} in the base and {tuple(weight.shape)} in the model"
+            raise ValueError(f"deltas: {name or 'the weight'} is {shapes}; give the model's own base")
+        exact = exact_dtype(weight)
+        found[name] = (weight.to(exact) - before.to(weight.device, exact)).detach()
+    return found
+
+
+def low_rank(model: nn.Module, rank: int | None = None) -> dict[str, tuple[Tensor, Tensor, float]]:
+    """Return each adapted convolution's update as ``(B (O, r), A (r, I/g, *K), scale)`` with ``ΔW = scale · B A``.
+
+    Args:
+        model: as for :func:`deltas`.
+        rank: None for the factors that the methods themselves have. Otherwise the update's best approximation of at most this
+            rank, by SVD, with balanced factors and scale 1; of any update.
+
+    Raises:
+        RuntimeError: nothing in the model is adapted.
+        ValueError: without ``rank``, for a layer whose update has no such form, which the message names.
+        TypeError: ``rank`` is no integer.
+    """
+    if rank is not None:
+        return {name: (*_truncated(update, check_rank(rank)), 1.0) for name, update in deltas(model).items()}
+    found: dict[str, tuple[Tensor, Tensor, float]] = {}
+    with torch.no_grad(), evaluated(model) as layers:
+        for name, module in model.named_modules():
+            if isinstance(module, LoRAEdgeConv):
+                found[name] = (module.core.detach().clone(), module.suffix.detach().clone(), module.scale)
+            elif module in layers:
+                factors = layers[module].low_rank()  # type: ignore[index]
+                if factors is None:
+                    kind = type(layers[module]).__name__  # type: ignore[index]
+                    raise ValueError(f"low_rank: the update of {name or 'the layer'} by {kind} is no product; give a rank")
+                found[name] = (factors[0].detach().clone(), factors[1].detach().clone(), factors[2])
+    if not found:
+        raise RuntimeError("low_rank: nothing in the model is adapted; prepare it by a method first")
+    return found
+
+
+def _truncated(update: Tensor, rank: int) -> tuple[Tensor, Tensor]:
+    u, values, vt = torch.linalg.svd(update.flatten(1).double(), full_matrices=False)
+    roots = values[:rank].sqrt()
+    b, a = u[:, :rank] * roots, roots[:, None] * vt[:rank]
+    return b.to(update.dtype), a.to(update.dtype).unflatten(1, update.shape[1:])
