@@ -320,9 +320,8 @@ def test_trained_tensors_are_saved_and_loaded(name, base, x, tmp_path):
     own |= {id(whole[key]): whole[key].numel() for key in whole if key.endswith((".core", ".suffix"))}
     moved = moves_statistics(model) or any(base_statistics(module) for module in model.modules())
     if moved:
-        own |= {
-            id(whole[k]): whole[k].numel() for k in whole if k.endswith(("running_mean", "running_var", "num_batches_tracked"))
-        }
+        statistics = [key for key in whole if key.rpartition(".")[2] in STATISTICS]
+        own |= {id(whole[key]): whole[key].numel() for key in statistics}
     assert sum(v.numel() for v in saved.values()) == sum(own.values())
     torch.manual_seed(7)
     fresh, _ = prepared(base, name, x)
