@@ -29,9 +29,7 @@ def at_rank(model: nn.Module, rank: int) -> Iterator[nn.Module]:
     layers = [kind for kind in reparametrised_layers(model).values() if kind.ranks]
     ranks = sorted({k for kind in layers for k in kind.ranks})
     if not ranks:
-        raise ValueError(
-            "at_rank: no layer of the model can be evaluated at several ranks; prepare it by matryoshka, for example"
-        )
+        raise ValueError("at_rank: no layer of the model has several ranks; prepare it by matryoshka, for example")
     if rank not in ranks:
         raise ValueError(f"at_rank: rank is {rank}; give one of {', '.join(map(str, ranks))}")
     was = [kind.active for kind in layers]
