@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Mapping
 from dataclasses import replace
 from pathlib import Path
@@ -19,7 +20,9 @@ from benchmarks.study.stages import Study, chosen_rate, planned, rates
 from benchmarks.study.studies import committed, read_studies
 from benchmarks.study.summary import RUN, Summary, interval, summaries
 from lora_edge.har.data import load_npz, split
-from lora_edge.methods import methods
+from lora_edge.har.training import tensors
+from lora_edge.methods import Method, Training, methods
+from lora_edge.methods.equal_count import nearest_rank
 
 PEOPLE = (1, 2, 3, 4, 5)
 METHODS = ("full", "head_only", "lora_edge")
@@ -86,6 +89,58 @@ def test_a_persons_rate_comes_from_two_others(small):
     assert all(len(set(rates(method))) == 5 for method in methods().values())
 
 
+def test_all_means_every_method(small):
+    every = replace(small, methods=["all"], refused=["bn_only"])
+    assert {method.name for method in every.chosen()} == set(methods()) - {"bn_only"}
+    with pytest.raises(ValueError, match="there is no method 'none'; give all, or some of"):
+        replace(small, methods=["none"]).chosen()
+
+
+def test_the_rank_nearest_to_a_count(small):
+    task, base = small.problem.task(Run("study", 1, 0, "full", 2, 0.0, 0), lambda line: None)
+    x, y = tensors(task.adapt)
+    by_rank = {r: methods()["conv_lora"].begin(copy.deepcopy(base), r, x, y).count for r in range(1, 10)}
+    for count in (1, by_rank[3] - 1, by_rank[3] + 1, by_rank[7], (by_rank[5] + by_rank[6]) // 2, 10**9):
+        want = min(by_rank, key=lambda r: (abs(by_rank[r] - count), r)) if count < 10**9 else 511
+        assert nearest_rank(methods()["conv_lora"], base, count, x, y) == want
+    assert nearest_rank(methods()["full"], base, 100, x, y) is None
+    falling = Method(
+        "falling", "falling", 0.1, lambda model, rank, x, y: Training([torch.nn.Parameter(torch.zeros(1000 // rank))])
+    )
+    assert nearest_rank(falling, base, 100, x, y) == 10
+
+    def odd(model, rank, x, y):
+        if rank % 2:
+            raise ValueError("rank is odd")
+        return [torch.nn.Parameter(torch.zeros(rank))]
+
+    assert nearest_rank(Method("even", "even", 0.1, odd), base, 7, x, y) == 6
+    with pytest.raises(ValueError, match="rank is 256"):
+        nearest_rank(Method("never", "never", 0.1, refuses), base, 7, x, y)
+
+
+def refuses(model, rank, x, y):
+    raise ValueError(f"rank is {rank}")
+
+
+def test_the_searched_rate_is_the_best_mean_and_searched_once(small):
+    runs = [
+        (person, lr, f1) for person, f1s in ((1, (0.5, 0.9)), (2, (0.7, 0.5))) for lr, f1 in zip((0.1, 0.3), f1s, strict=True)
+    ]
+    rows = table_of(*({"stage": "equal_search", "method": "full", "person": p, "lr": lr, "f1": f1} for p, lr, f1 in runs))
+    assert stages.searched_rate(rows, "full") == 0.3
+    assert not stages.is_searched(rows, "full")
+    many = [{"stage": "equal_search", "method": "full", "person": p, "lr": lr} for p in (1, 2) for lr in range(5)]
+    assert stages.is_searched(table_of(*many), "full")
+    assert not stages.is_searched(table_of(*many[:-1]), "full")
+    with pytest.raises(ValueError, match="no equal_search rows of dora"):
+        stages.searched_rate(rows, "dora")
+    study = replace(small, stages=["equal_search", "equal"], equal_ranks=dict.fromkeys(METHODS, 3))
+    planned_runs = list(planned(study, lambda: table_of(*many)))
+    assert {run.method for run in planned_runs if run.stage == "equal_search"} == {"head_only", "lora_edge"}
+    assert {run.rank for run in planned_runs} == {3}
+
+
 @pytest.mark.slow
 def test_it_resumes_where_it_stopped(small, monkeypatch, capsys):
     said: list[str] = []
@@ -106,7 +161,8 @@ def test_it_resumes_where_it_stopped(small, monkeypatch, capsys):
     assert run_study(small, print) == 0
     searched, compared = 4 * len(METHODS) * 5, len(PEOPLE) * len(METHODS)
     rated = len(PEOPLE) * 5
-    assert len(rows) == searched + len(PEOPLE) + compared * (1 + 1 + 1 + len(stages.SHARES)) + rated + len(METHODS)
+    equal = len(METHODS) * (2 * 5 + len(PEOPLE))
+    assert len(rows) == searched + len(PEOPLE) + compared * (1 + 1 + 1 + len(stages.SHARES)) + rated + len(METHODS) + equal
     assert set(rows[(rows["stage"] == "study") & (rows["method"] == "full")]["lr"]) <= {0.0001, 0.0003, 0.001, 0.003, 0.01}
 
     monkeypatch.setattr("sys.argv", ["study_report", str(small.rows)])
@@ -178,7 +234,7 @@ def test_digits_of_search_and_study_are_apart(monkeypatch):
 
 
 def test_bad_input(small):
-    with pytest.raises(ValueError, match="there is no method 'nothing'; give some of bias_only, bn_only"):
+    with pytest.raises(ValueError, match="there is no method 'nothing'; give all, or some of bias_only, bn_only"):
         replace(small, methods=("nothing",)).chosen()
     pd.DataFrame(columns=FIELDS).to_csv(small.rows, index=False)
     with pytest.raises(ValueError, match=r"no rows of the stage study; run benchmarks\.study first"):
