@@ -48,6 +48,7 @@ PER_LAYER: dict[str, Callable[[Layer], int]] = {
     "lora_c_factors": lambda c: RANK * (c.into * c.kernel[-1] + c.out * math.prod(c.kernel[:-1])),
     "lora_fa": _core,
     "pissa": _lora,
+    "rslora": _lora,
 }
 # of the others: the elements of a model with these convolutions
 OF_MODEL: dict[str, Callable[[nn.Module, list[Layer]], int]] = {
@@ -57,6 +58,7 @@ OF_MODEL: dict[str, Callable[[nn.Module, list[Layer]], int]] = {
     "bn_only": lambda model, _: 2 * _maps(model),
     "bias_only": lambda model, _: sum(m.bias.numel() for m in model.modules() if getattr(m, "bias", None) is not None),
     "head_only": lambda model, _: (_head(model).in_features + 1) * _head(model).out_features,
+    "one_for_all": lambda _, layers: sum(map(_lora, [*layers[:1], *layers[1:][-1:]])),
 }
 
 
