@@ -47,6 +47,7 @@ PER_LAYER: dict[str, Callable[[Layer], int]] = {
     "lora_c": lambda c: RANK * c.kernel[-1] * (c.into * c.groups * c.kernel[-1] + c.out // c.groups * math.prod(c.kernel[:-1])),
     "lora_c_factors": lambda c: RANK * (c.into * c.kernel[-1] + c.out * math.prod(c.kernel[:-1])),
     "lora_fa": _core,
+    "matryoshka": _lora,
     "pissa": _lora,
     "rslora": _lora,
 }
