@@ -50,6 +50,7 @@ PER_LAYER: dict[str, Callable[[Layer], int]] = {
     "matryoshka": _lora,
     "pissa": _lora,
     "rslora": _lora,
+    "tera": lambda c: sum(min(size, RANK) for size in (c.out, c.into, *c.kernel)),
 }
 # of the others: the elements of a model with these convolutions
 OF_MODEL: dict[str, Callable[[nn.Module, list[Layer]], int]] = {
