@@ -42,6 +42,7 @@ def _core(layer: Layer) -> int:
 
 # of methods that train every convolution on its own: the elements of one
 PER_LAYER: dict[str, Callable[[Layer], int]] = {
+    "block_lora": lambda c: RANK // 2 * c.n + RANK * c.out,
     "conv_lora": _lora,
     "dora": lambda c: _lora(c) + c.out,
     "lora_c": lambda c: RANK * c.kernel[-1] * (c.into * c.groups * c.kernel[-1] + c.out // c.groups * math.prod(c.kernel[:-1])),
