@@ -42,12 +42,16 @@ def _core(layer: Layer) -> int:
 
 # of methods that train every convolution on its own: the elements of one
 PER_LAYER: dict[str, Callable[[Layer], int]] = {
+    "block_lora": lambda c: RANK // 2 * c.n + RANK * c.out,
     "conv_lora": _lora,
     "dora": lambda c: _lora(c) + c.out,
     "lora_c": lambda c: RANK * c.kernel[-1] * (c.into * c.groups * c.kernel[-1] + c.out // c.groups * math.prod(c.kernel[:-1])),
     "lora_c_factors": lambda c: RANK * (c.into * c.kernel[-1] + c.out * math.prod(c.kernel[:-1])),
     "lora_fa": _core,
+    "matryoshka": _lora,
     "pissa": _lora,
+    "rslora": _lora,
+    "tera": lambda c: sum(min(size, RANK) for size in (c.out, c.into, *c.kernel)),
 }
 # of the others: the elements of a model with these convolutions
 OF_MODEL: dict[str, Callable[[nn.Module, list[Layer]], int]] = {
@@ -57,6 +61,7 @@ OF_MODEL: dict[str, Callable[[nn.Module, list[Layer]], int]] = {
     "bn_only": lambda model, _: 2 * _maps(model),
     "bias_only": lambda model, _: sum(m.bias.numel() for m in model.modules() if getattr(m, "bias", None) is not None),
     "head_only": lambda model, _: (_head(model).in_features + 1) * _head(model).out_features,
+    "one_for_all": lambda _, layers: sum(map(_lora, [*layers[:1], *layers[1:][-1:]])),
 }
 
 
