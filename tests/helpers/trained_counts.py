@@ -47,6 +47,10 @@ PER_LAYER: dict[str, Callable[[Layer], int]] = {
     "lora_c": lambda c: RANK * c.kernel[-1] * (c.into * c.groups * c.kernel[-1] + c.out // c.groups * math.prod(c.kernel[:-1])),
     "lora_c_factors": lambda c: RANK * (c.into * c.kernel[-1] + c.out * math.prod(c.kernel[:-1])),
     "lora_fa": _core,
+    "one_bit": _lora,
+    "one_bit_2": _lora,
+    "one_bit_4": _lora,
+    "one_bit_8": _lora,
     "pissa": _lora,
 }
 # of the others: the elements of a model with these convolutions
