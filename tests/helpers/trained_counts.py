@@ -40,6 +40,11 @@ def _core(layer: Layer) -> int:
     return RANK * layer.out
 
 
+def _salt(layer: Layer) -> int:
+    scaled = max(1, layer.m // 10)
+    return 2 * scaled + 2 * RANK * (layer.m - scaled)
+
+
 # of methods that train every convolution on its own: the elements of one
 PER_LAYER: dict[str, Callable[[Layer], int]] = {
     "conv_lora": _lora,
@@ -48,6 +53,8 @@ PER_LAYER: dict[str, Callable[[Layer], int]] = {
     "lora_c_factors": lambda c: RANK * (c.into * c.kernel[-1] + c.out * math.prod(c.kernel[:-1])),
     "lora_fa": _core,
     "pissa": _lora,
+    "salt": _salt,
+    "salt_linear": _salt,
 }
 # of the others: the elements of a model with these convolutions
 OF_MODEL: dict[str, Callable[[nn.Module, list[Layer]], int]] = {

@@ -42,7 +42,8 @@ from lora_edge.surgery.base_state import fingerprint_state
 from lora_edge.tools import deltas
 
 BASE, SMALL = (11, 776), (4, 80)  # convolutions in a row and the terms of the largest, of T-ResNet and of networks.py
-STRAIGHT_THROUGH: set[str] = set()  # their gradient is not that of their loss, so a small step need not lower it
+# their gradient is not that of their loss, so a small step need not lower it
+STRAIGHT_THROUGH: set[str] = {"salt", "salt_linear"}  # start at the kink of their penalty, a norm at zero
 NOT_FOR: dict[str, set[str]] = {}  # networks of BUILD in which a method has nothing to train
 AT_BASE = [name for name in REPARAMETRISED if METHODS[name].starts_at_base]
 MERGING = [name for name in NAMES if METHODS[name].merges]
