@@ -40,6 +40,11 @@ def _core(layer: Layer) -> int:
     return RANK * layer.out
 
 
+def _salt(layer: Layer) -> int:
+    scaled = max(1, layer.m // 10)
+    return 2 * scaled + 2 * RANK * (layer.m - scaled)
+
+
 # of methods that train every convolution on its own: the elements of one
 PER_LAYER: dict[str, Callable[[Layer], int]] = {
     "block_lora": lambda c: RANK // 2 * c.n + RANK * c.out,
@@ -60,6 +65,8 @@ PER_LAYER: dict[str, Callable[[Layer], int]] = {
     "pissa": _lora,
     "rslora": _lora,
     "tera": lambda c: sum(min(size, RANK) for size in (c.out, c.into, *c.kernel)),
+    "salt": _salt,
+    "salt_linear": _salt,
 }
 # of the others: the elements of a model with these convolutions
 OF_MODEL: dict[str, Callable[[nn.Module, list[Layer]], int]] = {

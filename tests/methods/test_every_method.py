@@ -43,7 +43,11 @@ from lora_edge.tools import deltas
 
 BASE, SMALL = (11, 776), (4, 80)  # convolutions in a row and the terms of the largest, of T-ResNet and of networks.py
 # their gradient is not that of their loss, so a small step need not lower it
+<<<<<<< HEAD
 STRAIGHT_THROUGH: set[str] = {"one_bit", "one_bit_2", "one_bit_4", "one_bit_8"}
+=======
+STRAIGHT_THROUGH: set[str] = {"salt", "salt_linear"}  # start at the kink of their penalty, a norm at zero
+>>>>>>> h-salt
 NOT_FOR: dict[str, set[str]] = {}  # networks of BUILD in which a method has nothing to train
 AT_BASE = [name for name in REPARAMETRISED if METHODS[name].starts_at_base]
 MERGING = [name for name in NAMES if METHODS[name].merges]
