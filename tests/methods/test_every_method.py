@@ -42,12 +42,10 @@ from lora_edge.surgery.base_state import fingerprint_state
 from lora_edge.tools import deltas
 
 BASE, SMALL = (11, 776), (4, 80)  # convolutions in a row and the terms of the largest, of T-ResNet and of networks.py
-# their gradient is not that of their loss, so a small step need not lower it
-<<<<<<< HEAD
-STRAIGHT_THROUGH: set[str] = {"one_bit", "one_bit_2", "one_bit_4", "one_bit_8"}
-=======
-STRAIGHT_THROUGH: set[str] = {"salt", "salt_linear"}  # start at the kink of their penalty, a norm at zero
->>>>>>> h-salt
+MAY_RISE: set[str] = {  # a small step against the gradient need not lower their loss
+    *("one_bit", "one_bit_2", "one_bit_4", "one_bit_8"),  # the gradient goes straight through the rounding
+    *("salt", "salt_linear"),  # they start at the kink of their penalty, a norm at zero
+}
 NOT_FOR: dict[str, set[str]] = {}  # networks of BUILD in which a method has nothing to train
 AT_BASE = [name for name in REPARAMETRISED if METHODS[name].starts_at_base]
 MERGING = [name for name in NAMES if METHODS[name].merges]
@@ -76,7 +74,7 @@ def moves_statistics(model):
 def test_every_file_is_found_once():
     assert sorted(NAMES) == NAMES
     assert {"conv_lora", "dora", "lora_c", "lora_c_factors", "lora_fa", "pissa"} <= set(REPARAMETRISED)
-    assert {"bias_only", "head_only", "lora_edge", *STRAIGHT_THROUGH, *NOT_FOR} <= set(NAMES)
+    assert {"bias_only", "head_only", "lora_edge", *MAY_RISE, *NOT_FOR} <= set(NAMES)
     assert len({m.title for m in METHODS.values()}) == len(NAMES)
 
 
@@ -115,7 +113,7 @@ def test_training_changes_the_returned_parameters_and_nothing_else(name, base, x
     assert {key for key, value in model.state_dict().items() if not torch.equal(value, before[key])} == named
 
 
-@pytest.mark.parametrize("name", sorted(set(NAMES) - STRAIGHT_THROUGH))
+@pytest.mark.parametrize("name", sorted(set(NAMES) - MAY_RISE))
 def test_a_training_step_lowers_the_loss(name, base, x):
     model, training = begun(base, name, x)
     model.train()
