@@ -40,9 +40,17 @@ def _core(layer: Layer) -> int:
     return RANK * layer.out
 
 
+def _kernel(layer: Layer) -> int:
+    return layer.out * min(RANK, layer.into) * math.prod(layer.kernel)
+
+
 # of methods that train every convolution on its own: the elements of one
 PER_LAYER: dict[str, Callable[[Layer], int]] = {
     "conv_lora": _lora,
+    "kernel_core": _kernel,
+    "memflora": _kernel,
+    "memflora_balanced": _kernel,
+    "paca": _kernel,
     "dora": lambda c: _lora(c) + c.out,
     "lora_c": lambda c: RANK * c.kernel[-1] * (c.into * c.groups * c.kernel[-1] + c.out // c.groups * math.prod(c.kernel[:-1])),
     "lora_c_factors": lambda c: RANK * (c.into * c.kernel[-1] + c.out * math.prod(c.kernel[:-1])),
