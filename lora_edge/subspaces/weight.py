@@ -11,6 +11,8 @@ scaling.
 
 from __future__ import annotations
 
+import math
+
 import torch
 from torch import Tensor
 
@@ -102,6 +104,36 @@ def suffix_along(weight: Tensor, rows: Tensor, rank: int, scaling: str = "balanc
     factor = size / contract_suffix(cores).norm()
     dtype = torch.float64 if weight.dtype == torch.float64 else torch.float32
     return [(core if k else core * factor).to(dtype) for k, core in enumerate(cores)]
+
+
+def kernel_suffix(weight: Tensor, rank: int, scaling: str = "balanced") -> Tensor:
+    """Return the rows ``(r, I/g)`` that a trained kernel ``(O, r, *K)`` reads the input through.
+
+    They are the leading right singular directions of the weight's input side: of the matrix ``(O·ΠK, I/g)`` whose rows are the
+    weight's filters tap by tap.
+
+    Args:
+        weight: pre-trained weight ``(O, I/g, *K)``.
+        rank: cap of ``r``, which is at most ``I/g`` and ``O·ΠK``.
+        scaling: as for :func:`weight_suffix`; the balanced norm is :func:`kernel_norm`.
+    """
+    (rows,) = weight_suffix(weight.movedim(1, -1).flatten(0, -2), rank, scaling)
+    return scaled_rows(weight, rows.squeeze(-1)) if scaling == "balanced" else rows.squeeze(-1)
+
+
+def scaled_rows(weight: Tensor, rows: Tensor) -> Tensor:
+    """Return rows ``(r, I/g)`` of any lengths with the norm of :func:`kernel_norm`, on the CPU in their own dtype."""
+    return rows * (kernel_norm(weight, len(rows)) / rows.norm(dim=1, keepdim=True))
+
+
+def kernel_norm(weight: Tensor, rank: int) -> float:
+    """Return the norm of a balanced row under a trained kernel: :func:`common_norm` over ``√ΠK``.
+
+    Adam's first step moves all ``r·ΠK`` entries of an output channel, at each of the ``ΠK`` taps along the same rows, so the
+    update of that channel is again ``rate / √2`` of the layer's usual filter norm.
+    """
+    exact = weight.detach().cpu().to(torch.float64)
+    return common_norm(exact, rank) / math.prod(weight.shape[2:]) ** 0.5
 
 
 def row_energies(tensor: Tensor, rank: int) -> Tensor:

@@ -43,12 +43,18 @@ def _core(layer: Layer) -> int:
 def _salt(layer: Layer) -> int:
     scaled = max(1, layer.m // 10)
     return 2 * scaled + 2 * RANK * (layer.m - scaled)
+def _kernel(layer: Layer) -> int:
+    return layer.out * min(RANK, layer.into) * math.prod(layer.kernel)
 
 
 # of methods that train every convolution on its own: the elements of one
 PER_LAYER: dict[str, Callable[[Layer], int]] = {
     "block_lora": lambda c: RANK // 2 * c.n + RANK * c.out,
     "conv_lora": _lora,
+    "kernel_core": _kernel,
+    "memflora": _kernel,
+    "memflora_balanced": _kernel,
+    "paca": _kernel,
     "dora": lambda c: _lora(c) + c.out,
     "lora_c": lambda c: RANK * c.kernel[-1] * (c.into * c.groups * c.kernel[-1] + c.out // c.groups * math.prod(c.kernel[:-1])),
     "lora_c_factors": lambda c: RANK * (c.into * c.kernel[-1] + c.out * math.prod(c.kernel[:-1])),
