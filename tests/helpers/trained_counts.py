@@ -43,6 +43,8 @@ def _core(layer: Layer) -> int:
 def _salt(layer: Layer) -> int:
     scaled = max(1, layer.m // 10)
     return 2 * scaled + 2 * RANK * (layer.m - scaled)
+
+
 def _kernel(layer: Layer) -> int:
     return layer.out * min(RANK, layer.into) * math.prod(layer.kernel)
 

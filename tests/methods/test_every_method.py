@@ -46,7 +46,6 @@ MAY_RISE: set[str] = {  # a small step against the gradient need not lower their
     *("one_bit", "one_bit_2", "one_bit_4", "one_bit_8"),  # the gradient goes straight through the rounding
     *("salt", "salt_linear"),  # they start at the kink of their penalty, a norm at zero
 }
-STRAIGHT_THROUGH: set[str] = set()  # their gradient is not that of their loss, so a small step need not lower it
 DRAWS_CHANNELS = {"paca"}  # a layer whose drawn input channels are all dead, as a ReLU leaves some, learns nothing
 NOT_FOR: dict[str, set[str]] = {}  # networks of BUILD in which a method has nothing to train
 AT_BASE = [name for name in REPARAMETRISED if METHODS[name].starts_at_base]
@@ -76,8 +75,7 @@ def moves_statistics(model):
 def test_every_file_is_found_once():
     assert sorted(NAMES) == NAMES
     assert {"conv_lora", "dora", "lora_c", "lora_c_factors", "lora_fa", "pissa"} <= set(REPARAMETRISED)
-    assert {"bias_only", "head_only", "lora_edge", *MAY_RISE, *NOT_FOR} <= set(NAMES)
-    assert {"bias_only", "head_only", "lora_edge", *STRAIGHT_THROUGH, *DRAWS_CHANNELS, *NOT_FOR} <= set(NAMES)
+    assert {"bias_only", "head_only", "lora_edge", *MAY_RISE, *DRAWS_CHANNELS, *NOT_FOR} <= set(NAMES)
     assert len({m.title for m in METHODS.values()}) == len(NAMES)
 
 
