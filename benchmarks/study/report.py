@@ -1,7 +1,7 @@
 """``python -m benchmarks.study.report [ROWS.csv ...]``: the study's tables, its page, the README's part and the picture.
 
 Prints the tables of :mod:`benchmarks.study.tables` as Markdown. With ``--write FOLDER``, as ``make results`` runs it, writes
-docs/results.md, docs/study.png and the part of README.md between its marks, all in that folder.
+docs/results.md, docs/study.png, docs/methods.png and the part of README.md between its marks, all in that folder.
 """
 
 from __future__ import annotations
@@ -25,6 +25,7 @@ def main() -> int:
     options = parser.parse_args()
     try:
         check_requirements()
+        from .equal import draw_equal, equal_rows
         from .page import all_tables, readme_part, replace_between_marks, results_page
         from .picture import draw
         from .studies import committed, read_studies
@@ -40,6 +41,8 @@ def main() -> int:
         write_text(docs / "results.md", page)
         write_text(readme, text)
         draw(studies, docs / "study.png")
+        if (equal := equal_rows(studies)).names:
+            draw_equal(equal, docs / "methods.png")
     except (ValueError, RuntimeError, OSError) as error:
         print(f"study_report: error: {error}", file=sys.stderr)
         return 2

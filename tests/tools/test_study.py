@@ -12,7 +12,8 @@ import pandas as pd
 import pytest
 import torch
 
-from benchmarks.study import comparisons, digits, page, report, stages, tables
+from benchmarks.study import comparisons, digits, equal, page, report, stages, studies, tables
+from benchmarks.study.claims import CLAIMS
 from benchmarks.study.command import run_study
 from benchmarks.study.problems import Activities, few_shot
 from benchmarks.study.rows import FIELDS, Run, append_row, key_of, read_rows, typed
@@ -325,3 +326,59 @@ def test_comparisons_are_of_methods_that_were_run():
     for _, pairs in comparisons.COMPARISONS:
         for own, other in pairs:
             assert any({own, other} <= set(study.found) for study in studies.values()), (own, other)
+
+
+def equal_study(tmp_path: Path, f1: Mapping[str, Mapping[str, list[float]]]) -> dict[str, studies.StudyRows]:
+    """Rows of the stage ``equal``: F1 by protocol, method and person."""
+    about = {"stage": "equal", "trainable": 2304, "saved_bytes": 1.3e6, "rank": 2, "lr": 0.01}
+    return {
+        f"watch_{protocol}": studies.StudyRows(
+            f"watch_{protocol}",
+            table_of(
+                *(
+                    {**about, "method": name, "person": person, "f1": score}
+                    for name, scores in of_protocol.items()
+                    for person, score in enumerate(scores)
+                )
+            ),
+        )
+        for protocol, of_protocol in f1.items()
+    }
+
+
+def test_methods_at_equal_count_are_sorted_by_f1_and_compared_by_person(tmp_path):
+    scores = {"full": [0.8, 0.9, 0.7], "lora_edge": [0.9, 0.9, 0.9], "conv_lora": [0.6, 0.7, 0.5], "dora": [0.9, 0.9]}
+    found = equal.equal_rows(equal_study(tmp_path, {"A": scores, "B": scores}))
+    assert found.names == ["lora_edge", "full", "conv_lora"]  # dora lacks a person
+    lines = equal.equal_table(found).splitlines()
+    assert [line.split(" | ")[0] for line in lines[2:]] == ["| LoRA-Edge", "| full fine-tuning", "| conv LoRA"]
+    points, half = found.minus("conv_lora", "full")[0]
+    assert (points, half) == (pytest.approx(-20), pytest.approx(0, abs=1e-9))
+    assert "-20.0 ± 0.0" in lines[4]
+    equal.draw_equal(found, tmp_path / "methods.png")
+    assert (tmp_path / "methods.png").stat().st_size > 1000
+    assert equal.equal_rows({}).names == []
+
+
+def test_a_claim_is_confirmed_by_its_interval():
+    for measured, at_least, want in (
+        ([(1.0, 0.5), (2.0, 2.0)], 0.0, "confirmed"),
+        ([(1.0, 0.5), (-3.0, 2.0)], 0.0, "not confirmed"),
+        ([(1.0, 1.5), (2.0, 0.1)], 0.0, "holds in the mean, within the noise"),
+        ([(-0.5, 1.5), (2.0, 0.1)], 0.0, "undecided"),
+        ([(-0.5, 0.2), (-0.1, 0.3)], -1.0, "confirmed"),
+    ):
+        assert equal.verdict(measured, at_least) == want
+
+
+def test_claims_are_of_methods_that_exist():
+    names = set(methods())
+    assert {name for claim in CLAIMS for name in (claim.method, claim.other) if name} <= names
+    assert all(bool(claim.other) != bool(claim.elsewhere) for claim in CLAIMS)
+
+
+def test_a_methods_own_rate_is_the_one_that_its_search_found():
+    rows = read_rows(ROOT / "benchmarks" / "results" / "cpu" / "study_watch_A.csv")
+    for name, method in methods().items():
+        if stages.is_searched(rows, name):
+            assert method.lr == stages.searched_rate(rows, name), name
