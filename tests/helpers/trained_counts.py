@@ -48,6 +48,7 @@ PER_LAYER: dict[str, Callable[[Layer], int]] = {
     "lora_c_factors": lambda c: RANK * (c.into * c.kernel[-1] + c.out * math.prod(c.kernel[:-1])),
     "lora_fa": _core,
     "pissa": _lora,
+    "randlora": lambda c: math.ceil(c.m / RANK) * (RANK + c.m),
     **dict.fromkeys(("shira", "shira_grad", "shira_snip", "shira_struct", "shira_wm"), _core),
 }
 # of the others: the elements of a model with these convolutions
