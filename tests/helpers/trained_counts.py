@@ -75,6 +75,7 @@ PER_LAYER: dict[str, Callable[[Layer], int]] = {
     "tera": lambda c: sum(min(size, RANK) for size in (c.out, c.into, *c.kernel)),
     "salt": _salt,
     "salt_linear": _salt,
+    "randlora": lambda c: math.ceil(c.m / RANK) * (RANK + c.m),
     **dict.fromkeys(("shira", "shira_grad", "shira_snip", "shira_struct", "shira_wm"), _core),
 }
 # of the others: the elements of a model with these convolutions
