@@ -56,6 +56,10 @@ class S2LoRA(Reparametrisation):
         self.coefficients = zeros(conv, rank)
         self.sizes = tuple(conv.weight.shape)
 
+    @property
+    def pair(self) -> Pair:
+        return self.shared  # type: ignore[return-value]
+
     def delta(self) -> Tensor:
         b, a, _ = self.low_rank()
         return b @ a.flatten(1)
@@ -63,8 +67,8 @@ class S2LoRA(Reparametrisation):
     def low_rank(self) -> tuple[Tensor, Tensor, float]:
         out, *into = map(slice, self.sizes)
         crop = (slice(None), *into)
-        a = self.shared.lora_A[crop].to(self.coefficients)  # type: ignore[index, operator]
-        b = self.shared.lora_B[out].to(self.coefficients)  # type: ignore[index, operator]
+        a = self.pair.lora_A[crop].to(self.coefficients)
+        b = self.pair.lora_B[out].to(self.coefficients)
         return b * self.coefficients, a, 1.0
 
 
@@ -86,10 +90,10 @@ class Sparse:
     @torch.no_grad()
     def shrink(self, step: int, steps: int) -> None:
         threshold = self.penalty * self.optimizer.param_groups[0]["lr"]
-        factors = {pair: pair.normalise() for pair in {kind.shared for kind in self.kinds} if isinstance(pair, Pair)}
+        factors = {pair: pair.normalise() for pair in {kind.pair for kind in self.kinds}}
         for kind in self.kinds:
-            exact = kind.coefficients * factors[kind.shared].to(kind.coefficients)  # type: ignore[index]
-            kind.coefficients.copy_(F.softshrink(exact, threshold))
+            grown = kind.coefficients * factors[kind.pair].to(kind.coefficients)
+            kind.coefficients.copy_(F.softshrink(grown, threshold))
 
 
 def _with_shared_pair(
