@@ -87,6 +87,7 @@ OF_MODEL: dict[str, Callable[[nn.Module, list[Layer]], int]] = {
     "bias_only": lambda model, _: sum(m.bias.numel() for m in model.modules() if getattr(m, "bias", None) is not None),
     "head_only": lambda model, _: (_head(model).in_features + 1) * _head(model).out_features,
     "one_for_all": lambda _, layers: sum(map(_lora, [*layers[:1], *layers[1:][-1:]])),
+    "s2_lora": lambda _, layers: RANK * (_largest_lora(layers) + len(layers)),
 }
 
 
@@ -101,6 +102,12 @@ def expected_trainable(model: nn.Module, name: str) -> int:
 
 def convolutions(model: nn.Module) -> list[_ConvNd]:
     return [m for m in model.modules() if isinstance(m, _ConvNd)]
+
+
+def _largest_lora(layers: list[Layer]) -> int:
+    """The elements of one component of a pair of factors that fits every layer."""
+    kernel = [max(sizes) for sizes in zip(*(c.kernel for c in layers), strict=True)]
+    return max(c.out for c in layers) + max(c.into for c in layers) * math.prod(kernel)
 
 
 def _maps(model: nn.Module) -> int:
