@@ -49,9 +49,12 @@ PER_LAYER: dict[str, Callable[[Layer], int]] = {
     "lora_fa": _core,
     "loldu": lambda c: min(RANK, c.m),
     "loldu_full": lambda c: c.m,
+    "lora_ga": _lora,
     "lora_sb": lambda c: min(RANK, c.m) ** 2,
     "lora_xs": lambda c: min(RANK, c.m) ** 2,
     "pissa": _lora,
+    "pissa_4bit": _lora,
+    "pissa_fast": _lora,
 }
 # of the others: the elements of a model with these convolutions
 OF_MODEL: dict[str, Callable[[nn.Module, list[Layer]], int]] = {
