@@ -13,6 +13,7 @@ from torch import Tensor
 from torch.nn.modules.conv import _ConvNd
 
 from lora_edge.methods.base import Method, reparametrised
+from lora_edge.methods.factors import truncated_svd
 from lora_edge.nn.reparametrised import Reparametrisation, parameter
 
 
@@ -53,15 +54,9 @@ class LoRAXS(Latent):
     """
 
     def __init__(self, conv: _ConvNd, rank: int, alpha: float | None = None) -> None:
-        u, values, vt = truncated_svd(conv.weight.detach(), rank)
+        u, values, vt = truncated_svd(conv.weight, rank)
         rank = len(values)
         super().__init__(conv, u, values[:, None] * vt, torch.zeros(rank, rank), 1.0 if alpha is None else alpha / rank)
-
-
-def truncated_svd(weight: Tensor, rank: int) -> tuple[Tensor, Tensor, Tensor]:
-    """Return ``U (O, r)``, ``Σ (r,)`` and ``Vᵀ (r, n)`` of the unfolded weight in float64 on the CPU; ``r <= min(O, n)``."""
-    u, values, vt = torch.linalg.svd(weight.cpu().double().flatten(1), full_matrices=False)
-    return u[:, :rank], values[:rank], vt[:rank]
 
 
 METHOD = Method("lora_xs", "LoRA-XS", lr=1e-2, prepare=reparametrised(LoRAXS), source="arXiv 2405.17604")

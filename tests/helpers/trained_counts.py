@@ -64,6 +64,7 @@ PER_LAYER: dict[str, Callable[[Layer], int]] = {
     "matryoshka": _lora,
     "loldu": lambda c: min(RANK, c.m),
     "loldu_full": lambda c: c.m,
+    "lora_ga": _lora,
     "lora_sb": lambda c: min(RANK, c.m) ** 2,
     "lora_xs": lambda c: min(RANK, c.m) ** 2,
     "one_bit": _lora,
@@ -77,6 +78,8 @@ PER_LAYER: dict[str, Callable[[Layer], int]] = {
     "salt_linear": _salt,
     "randlora": lambda c: math.ceil(c.m / RANK) * (RANK + c.m),
     **dict.fromkeys(("shira", "shira_grad", "shira_snip", "shira_struct", "shira_wm"), _core),
+    "pissa_4bit": _lora,
+    "pissa_fast": _lora,
 }
 # of the others: the elements of a model with these convolutions
 OF_MODEL: dict[str, Callable[[nn.Module, list[Layer]], int]] = {
