@@ -2,8 +2,8 @@
 
 To add one, add a file here that defines ``METHOD``, or ``METHODS`` for several forms of one method, as ``lora_edge.py`` does;
 :func:`methods` finds it and nothing else changes. The files without either are what methods are made of: ``base.py`` (the
-interface), ``training.py`` (how a method trains), ``backbone.py``, ``facts.py``, ``files.py``, ``packing.py`` and
-``quantisation.py``.
+interface), ``training.py`` (how a method trains), ``backbone.py``, ``facts.py``, ``files.py``, ``hadamard.py``,
+``packing.py`` and ``quantisation.py``.
 """
 
 from __future__ import annotations
