@@ -6,6 +6,8 @@ interface), ``training.py`` (how a method trains), ``backbone.py`` and ``facts.p
 ``quantisation.py``, ``files.py`` and ``packing.py`` (what is saved), ``equal_count.py`` (ranks that compare).
 interface), ``training.py`` (how a method trains), ``backbone.py``, ``facts.py``, ``factors.py``, ``quantisation.py`` and
 ``files.py``.
+interface), ``training.py`` (how a method trains), ``backbone.py``, ``facts.py``, ``files.py``, ``hadamard.py``,
+``packing.py`` and ``quantisation.py``.
 """
 
 from __future__ import annotations

@@ -36,6 +36,10 @@ def _lora(layer: Layer) -> int:
     return RANK * (layer.n + layer.out)
 
 
+def _qwha(layer: Layer) -> int:
+    return min(_lora(layer), layer.out * layer.n)
+
+
 def _core(layer: Layer) -> int:
     return RANK * layer.out
 
@@ -80,6 +84,10 @@ PER_LAYER: dict[str, Callable[[Layer], int]] = {
     **dict.fromkeys(("shira", "shira_grad", "shira_snip", "shira_struct", "shira_wm"), _core),
     "pissa_4bit": _lora,
     "pissa_fast": _lora,
+    "qwha": _qwha,
+    "qwha_2bit": _qwha,
+    "qwha_3bit": _qwha,
+    "qwha_8bit": _qwha,
 }
 # of the others: the elements of a model with these convolutions
 OF_MODEL: dict[str, Callable[[nn.Module, list[Layer]], int]] = {
