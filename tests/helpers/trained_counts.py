@@ -40,6 +40,10 @@ def _core(layer: Layer) -> int:
     return RANK * layer.out
 
 
+def _behind(layer: Layer) -> int:
+    return 2 * min(RANK, layer.out // layer.groups) * layer.out
+
+
 def _salt(layer: Layer) -> int:
     scaled = max(1, layer.m // 10)
     return 2 * scaled + 2 * RANK * (layer.m - scaled)
@@ -49,6 +53,8 @@ def _salt(layer: Layer) -> int:
 PER_LAYER: dict[str, Callable[[Layer], int]] = {
     "conv_lora": _lora,
     "dora": lambda c: _lora(c) + c.out,
+    "hydra": lambda c: _lora(c) + _behind(c),
+    "hydra_sequential": _behind,
     "lora_c": lambda c: RANK * c.kernel[-1] * (c.into * c.groups * c.kernel[-1] + c.out // c.groups * math.prod(c.kernel[:-1])),
     "lora_c_factors": lambda c: RANK * (c.into * c.kernel[-1] + c.out * math.prod(c.kernel[:-1])),
     "lora_fa": _core,
