@@ -61,6 +61,7 @@ PER_LAYER: dict[str, Callable[[Layer], int]] = {
     "pissa": _lora,
     "salt": _salt,
     "salt_linear": _salt,
+    "snell": _lora,
 }
 # of the others: the elements of a model with these convolutions
 OF_MODEL: dict[str, Callable[[nn.Module, list[Layer]], int]] = {
