@@ -49,6 +49,11 @@ def _salt(layer: Layer) -> int:
     return 2 * scaled + 2 * RANK * (layer.m - scaled)
 
 
+def _wara(layer: Layer) -> int:
+    paired = layer.into if layer.into > 1 else layer.n  # the axis that is transformed beside the output's
+    return RANK * ((layer.out + 1) // 2 + (paired + 1) // 2 * (layer.n // paired))
+
+
 # of methods that train every convolution on its own: the elements of one
 PER_LAYER: dict[str, Callable[[Layer], int]] = {
     "conv_lora": _lora,
@@ -62,6 +67,8 @@ PER_LAYER: dict[str, Callable[[Layer], int]] = {
     "salt": _salt,
     "salt_linear": _salt,
     "snell": _lora,
+    "wara": _wara,
+    "wara_per_subband": lambda c: 4 * _wara(c),
 }
 # of the others: the elements of a model with these convolutions
 OF_MODEL: dict[str, Callable[[nn.Module, list[Layer]], int]] = {
