@@ -44,6 +44,10 @@ def _core(layer: Layer) -> int:
     return RANK * layer.out
 
 
+def _behind(layer: Layer) -> int:
+    return 2 * min(RANK, layer.out // layer.groups) * layer.out
+
+
 def _salt(layer: Layer) -> int:
     scaled = max(1, layer.m // 10)
     return 2 * scaled + 2 * RANK * (layer.m - scaled)
@@ -51,6 +55,9 @@ def _salt(layer: Layer) -> int:
 
 def _kernel(layer: Layer) -> int:
     return layer.out * min(RANK, layer.into) * math.prod(layer.kernel)
+def _wara(layer: Layer) -> int:
+    paired = layer.into if layer.into > 1 else layer.n  # the axis that is transformed beside the output's
+    return RANK * ((layer.out + 1) // 2 + (paired + 1) // 2 * (layer.n // paired))
 
 
 # of methods that train every convolution on its own: the elements of one
@@ -62,6 +69,8 @@ PER_LAYER: dict[str, Callable[[Layer], int]] = {
     "memflora_balanced": _kernel,
     "paca": _kernel,
     "dora": lambda c: _lora(c) + c.out,
+    "hydra": lambda c: _lora(c) + _behind(c),
+    "hydra_sequential": _behind,
     "lora_c": lambda c: RANK * c.kernel[-1] * (c.into * c.groups * c.kernel[-1] + c.out // c.groups * math.prod(c.kernel[:-1])),
     "lora_c_factors": lambda c: RANK * (c.into * c.kernel[-1] + c.out * math.prod(c.kernel[:-1])),
     "lora_fa": _core,
@@ -88,6 +97,9 @@ PER_LAYER: dict[str, Callable[[Layer], int]] = {
     "qwha_2bit": _qwha,
     "qwha_3bit": _qwha,
     "qwha_8bit": _qwha,
+    "snell": _lora,
+    "wara": _wara,
+    "wara_per_subband": lambda c: 4 * _wara(c),
 }
 # of the others: the elements of a model with these convolutions
 OF_MODEL: dict[str, Callable[[nn.Module, list[Layer]], int]] = {
