@@ -55,6 +55,8 @@ def _salt(layer: Layer) -> int:
 
 def _kernel(layer: Layer) -> int:
     return layer.out * min(RANK, layer.into) * math.prod(layer.kernel)
+
+
 def _wara(layer: Layer) -> int:
     paired = layer.into if layer.into > 1 else layer.n  # the axis that is transformed beside the output's
     return RANK * ((layer.out + 1) // 2 + (paired + 1) // 2 * (layer.n // paired))
