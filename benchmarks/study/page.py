@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import textwrap
 from collections.abc import Mapping
 
 from lora_edge.har import frame
@@ -12,13 +11,13 @@ from lora_edge.methods.backbone import SOURCE_SAMPLES
 
 from ..markdown import table
 from .comparisons import BATCH_MODE, DEFAULTS, aims_table, comparison_tables, steps_and_labels_table
-from .equal import Equal, claims_table, equal_rows, equal_table
+from .equal import Equal, equal_rows, equal_table
 from .problems import SEARCH_PEOPLE
 from .stages import RATE_FACTORS, STEPS
 from .studies import StudyRows
 from .tables import methods_table, other_stages, people_table, rates_table, signed
+from .text import paragraph
 
-MARKS = ("<!-- results -->", "<!-- /results -->")
 PICTURE_TEXT = (
     "macro-F1 of six methods beside full fine-tuning on a new user and on the other wrist, and bytes stored for backward"
 )
@@ -35,11 +34,6 @@ HEADLINE: tuple[tuple[str, tuple[str, str]], ...] = (
     ("BN only", ("bn_only", "bn_only")),
     ("head only", ("head_only", "head_only")),
 )
-
-
-def paragraph(text: str) -> str:
-    """Text on lines of at most 128 characters."""
-    return textwrap.fill(" ".join(text.split()), 128, break_long_words=False, break_on_hyphens=False)
 
 
 def tables_of(study: StudyRows) -> str:
@@ -101,13 +95,6 @@ def _equal_part(equal: Equal) -> list[str]:
         ),
         f"![{EQUAL_TEXT}](methods.png)",
         equal_table(equal),
-        "### What the papers claim",
-        paragraph(
-            """Confirmed: in both protocols the whole 95 % interval is at or above what the claim asks for; not confirmed: in
-            one of them the whole interval is below it. The claims are those of other tasks, restated for this one at equal
-            trained count."""
-        ),
-        claims_table(equal),
     ]
 
 
@@ -166,15 +153,3 @@ def _check_needed(studies: Mapping[str, StudyRows]) -> None:
     missing = [f"study_{name}.csv" for name in NEEDED if name not in studies]
     if missing:
         raise ValueError(f"the page needs the rows of {' and '.join(missing)}; give these files too")
-
-
-def replace_between_marks(page: str, text: str) -> str:
-    """The page with ``text`` between its two marks.
-
-    Raises:
-        ValueError: the page does not have both marks once each.
-    """
-    begin, end = MARKS
-    if page.count(begin) != 1 or page.count(end) != 1:
-        raise ValueError(f"the page must hold {begin} and {end} once each")
-    return f"{page[: page.index(begin)]}{begin}\n\n{text}\n\n{page[page.index(end) :]}"

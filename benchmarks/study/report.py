@@ -26,9 +26,11 @@ def main() -> int:
     try:
         check_requirements()
         from .equal import draw_equal, equal_rows
-        from .page import all_tables, readme_part, replace_between_marks, results_page
+        from .methods_page import methods_part
+        from .page import all_tables, readme_part, results_page
         from .picture import draw
         from .studies import committed, read_studies
+        from .text import replace_between_marks
 
         studies = read_studies(options.rows or committed(RESULTS / "cpu"))
         if options.write is None:
@@ -38,10 +40,14 @@ def main() -> int:
         page = results_page(studies)
         text = replace_between_marks(readme.read_text(encoding="utf-8"), readme_part(studies))
         make_folder(docs, "give another --write")
+        equal, methods_page = equal_rows(studies), docs / "methods.md"
+        if methods_page.is_file():
+            whole = replace_between_marks(methods_page.read_text(encoding="utf-8"), methods_part(equal))
+            write_text(methods_page, whole)
         write_text(docs / "results.md", page)
         write_text(readme, text)
         draw(studies, docs / "study.png")
-        if (equal := equal_rows(studies)).names:
+        if equal.names:
             draw_equal(equal, docs / "methods.png")
     except (ValueError, RuntimeError, OSError) as error:
         print(f"study_report: error: {error}", file=sys.stderr)

@@ -12,7 +12,7 @@ import pandas as pd
 import pytest
 import torch
 
-from benchmarks.study import comparisons, digits, equal, page, report, stages, studies, tables
+from benchmarks.study import comparisons, digits, equal, page, report, stages, studies, tables, text
 from benchmarks.study.claims import CLAIMS
 from benchmarks.study.command import run_study
 from benchmarks.study.problems import Activities, few_shot
@@ -245,7 +245,7 @@ def test_bad_input(small):
     with pytest.raises(ValueError, match="no rows of the stage study"):
         read_studies([small.rows])
     with pytest.raises(ValueError, match="the page must hold <!-- results --> and <!-- /results --> once each"):
-        page.replace_between_marks("no marks", "text")
+        text.replace_between_marks("no marks", "text")
     with pytest.raises(ValueError, match=r"the page needs the rows of study_watch_A\.csv and study_watch_B\.csv"):
         page.results_page({})
 
@@ -317,7 +317,7 @@ def test_the_committed_rows_keep_the_aims():
 def test_the_readmes_results_are_those_of_the_committed_rows():
     readme = (ROOT / "README.md").read_text()
     part = page.readme_part(read_studies(committed(ROOT / "benchmarks/results/cpu")))
-    assert page.replace_between_marks(readme, part) == readme, "run make results"
+    assert text.replace_between_marks(readme, part) == readme, "run make results"
 
 
 def test_comparisons_are_of_methods_that_were_run():
