@@ -50,6 +50,7 @@ PER_LAYER: dict[str, Callable[[Layer], int]] = {
     "pissa": _lora,
     "randlora": lambda c: math.ceil(c.m / RANK) * (RANK + c.m),
     **dict.fromkeys(("shira", "shira_grad", "shira_snip", "shira_struct", "shira_wm"), _core),
+    **dict.fromkeys(("unilora", "unilora_exact"), _core),  # in one vector
 }
 # of the others: the elements of a model with these convolutions
 OF_MODEL: dict[str, Callable[[nn.Module, list[Layer]], int]] = {
