@@ -102,6 +102,7 @@ PER_LAYER: dict[str, Callable[[Layer], int]] = {
     "snell": _lora,
     "wara": _wara,
     "wara_per_subband": lambda c: 4 * _wara(c),
+    **dict.fromkeys(("unilora", "unilora_exact"), _core),  # in one vector
 }
 # of the others: the elements of a model with these convolutions
 OF_MODEL: dict[str, Callable[[nn.Module, list[Layer]], int]] = {
