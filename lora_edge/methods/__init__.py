@@ -5,6 +5,7 @@ To add one, add a file here that defines ``METHOD``, or ``METHODS`` for several 
 interface), ``training.py`` (how a method trains), ``backbone.py`` and ``facts.py`` (what they do to the base, and learn of it),
 ``factors.py``, ``hadamard.py`` and ``quantisation.py`` (algebra), ``files.py`` and ``packing.py`` (what is saved), and
 ``equal_count.py`` (ranks that compare).
+interface), ``training.py`` (how a method trains), ``backbone.py``, ``facts.py``, ``channel_pairs.py`` and ``files.py``.
 """
 
 from __future__ import annotations

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import math
 from collections.abc import Callable
 from typing import NamedTuple
@@ -9,6 +10,8 @@ from typing import NamedTuple
 from torch import nn
 from torch.nn.modules.batchnorm import _BatchNorm
 from torch.nn.modules.conv import _ConvNd
+
+from lora_edge.har.models import TResNetBlock
 
 RANK = 2
 
@@ -111,6 +114,9 @@ OF_MODEL: dict[str, Callable[[nn.Module, list[Layer]], int]] = {
     "full_frozen_bn": lambda model, _: sum(p.numel() for p in model.parameters()) - 2 * _maps(model),
     "bn_only": lambda model, _: 2 * _maps(model),
     "bias_only": lambda model, _: sum(m.bias.numel() for m in model.modules() if getattr(m, "bias", None) is not None),
+    "s2ft": lambda model, layers: _s2ft(model, layers, rows=True, columns=True),
+    "s2ft_columns": lambda model, layers: _s2ft(model, layers, columns=True),
+    "s2ft_rows": lambda model, layers: _s2ft(model, layers, rows=True),
     "head_only": lambda model, _: (_head(model).in_features + 1) * _head(model).out_features,
     "one_for_all": lambda _, layers: sum(map(_lora, [*layers[:1], *layers[1:][-1:]])),
     "s2_lora": lambda _, layers: RANK * (_largest_lora(layers) + len(layers)),
@@ -124,6 +130,20 @@ def expected_trainable(model: nn.Module, name: str) -> int:
     if name in OF_MODEL:
         return OF_MODEL[name](model, layers)
     return sum(map(_core if name.startswith("lora_edge") else PER_LAYER[name], layers))
+
+
+def _s2ft(model: nn.Module, layers: list[Layer], rows: bool = False, columns: bool = False) -> int:
+    """One more hidden channel for each pair in turn, the cheapest first, within ``RANK`` elements per output channel."""
+    chains = [convolutions(block)[:3] for block in model.children() if isinstance(block, TResNetBlock)] or [convolutions(model)]
+    costs = []
+    for chain in chains:
+        for producer, consumer in itertools.pairwise(chain):
+            costs.append(rows * producer.weight[0].numel() + columns * consumer.weight[:, 0].numel())
+    total, budget = 0, RANK * sum(layer.out for layer in layers)
+    while any(total + cost <= budget for cost in costs):
+        for cost in sorted(costs):
+            total += cost if total + cost <= budget else 0
+    return total or min(costs)
 
 
 def convolutions(model: nn.Module) -> list[_ConvNd]:
