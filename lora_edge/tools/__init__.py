@@ -1,4 +1,4 @@
-"""What is done with the update of any method, whichever made it: its dense, low-rank and sparse forms, its ranks, its export."""
+"""What is done with the update of any method, whichever made it: its dense, low-rank and sparse forms, ranks, export."""
 
 from __future__ import annotations
 

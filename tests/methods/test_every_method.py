@@ -42,19 +42,13 @@ from lora_edge.surgery.base_state import fingerprint_state
 from lora_edge.tools import deltas
 
 BASE, SMALL = (11, 776), (4, 80)  # convolutions in a row and the terms of the largest, of T-ResNet and of networks.py
-<<<<<<< HEAD
 MAY_RISE: set[str] = {  # a small step against the gradient need not lower their loss
     *("one_bit", "one_bit_2", "one_bit_4", "one_bit_8"),  # the gradient goes straight through the rounding
     *("salt", "salt_linear"),  # they start at the kink of their penalty, a norm at zero
 }
 DRAWS_CHANNELS = {"paca"}  # a layer whose drawn input channels are all dead, as a ReLU leaves some, learns nothing
-NOT_FOR: dict[str, set[str]] = {}  # networks of BUILD in which a method has nothing to train
-=======
-# their gradient is not that of their loss, so a small step need not lower it
-STRAIGHT_THROUGH: set[str] = {"salt", "salt_linear"}  # start at the kink of their penalty, a norm at zero
 # networks of BUILD in which a method has nothing to train
 NOT_FOR: dict[str, set[str]] = {name: {"2-D", "3-D"} for name in ("s2ft", "s2ft_columns", "s2ft_rows")}
->>>>>>> h-salt
 AT_BASE = [name for name in REPARAMETRISED if METHODS[name].starts_at_base]
 MERGING = [name for name in NAMES if METHODS[name].merges]
 
