@@ -144,7 +144,7 @@ def _of_bits(bits: int) -> Method:
     return Method(
         name="one_bit" if bits == 1 else f"one_bit_{bits}",
         title=f"{bits}-bit adapters",
-        lr=5e-3,
+        lr=1e-2,
         prepare=reparametrised(lambda conv, rank: QuantisedLoRA(conv, rank, bits=bits)),
         starts_at_base=False,
         source="arXiv 2307.16867",
