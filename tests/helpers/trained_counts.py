@@ -50,6 +50,7 @@ PER_LAYER: dict[str, Callable[[Layer], int]] = {
     "kernel_core": _kernel,
     "memflora": _kernel,
     "memflora_balanced": _kernel,
+    "memflora_sg": lambda c: _kernel(c) + min(RANK, c.into) * c.into,
     "paca": _kernel,
     "dora": lambda c: _lora(c) + c.out,
     "lora_c": lambda c: RANK * c.kernel[-1] * (c.into * c.groups * c.kernel[-1] + c.out // c.groups * math.prod(c.kernel[:-1])),
