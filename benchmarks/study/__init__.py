@@ -2,7 +2,8 @@
 
 To run it: problems.py and digits.py (what is adapted to), stages.py (which runs), measure.py (one run), rows.py (the files),
 command.py (``python -m benchmarks.study``). To report it: summary.py (what the rows say of each method), studies.py (several
-files), tables.py, comparisons.py, page.py, picture.py and report.py (``python -m benchmarks.study.report``, ``make results``).
+files), tables.py, comparisons.py, equal.py with claims.py (all methods at equal trained count), page.py, picture.py and
+report.py (``python -m benchmarks.study.report``, ``make results``).
 """
 
 from lora_edge.environment.extras import require

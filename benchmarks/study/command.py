@@ -9,6 +9,9 @@ Stages, each a value of the column ``stage``:
     long      the compared few to convergence, 500 steps, one seed
     few_shot  the compared few on the first 1, 2, 5 and 10 % of each of the target's recordings, at least one window of each
     speed     seconds of a method's set-up and of a step, all methods in turn in each of some rounds
+    equal_search, equal
+              every method at the rank whose trained count is nearest to LoRA-Edge's, axes turned, one seed: five rates on
+              people 1 and 2, then every person at the method's own rate
 
 A run whose loss or weights become NaN counts as an F1 of 0. A method that has nothing to train in the network, such as BN only
 without a BatchNorm, is reported and left out. Only the stage ``speed`` is timed: the others may run beside other work. Rows go
@@ -30,10 +33,10 @@ from lora_edge.environment.machine import describe_machine
 from lora_edge.error_text import first_line
 from lora_edge.har.data import Split
 
-from .measure import measure, speeds, without_refused
+from .measure import measure, speeds, with_equal_ranks, without_refused
 from .problems import Activities, Problem
 from .rows import Run, append_row, key_of, read_rows
-from .stages import STAGES, Study, planned
+from .stages import EQUAL, STAGES, Study, planned
 
 
 def run_study(study: Study, tell: Callable[[str], None] = print) -> int:
@@ -43,9 +46,11 @@ def run_study(study: Study, tell: Callable[[str], None] = print) -> int:
     loaded: tuple[tuple[int, int, bool], Split, nn.Module] | None = None
     timed: dict[str, dict[str, float]] = {}
     count = 0
+    first = Run("study", study.problem.people[0], 0, "zero_shot", 0, 0.0, 0)
     if not {method.name for method in study.chosen()} <= set(rows["method"]):
-        first = Run("study", study.problem.people[0], 0, "zero_shot", 0, 0.0, 0)
         study = without_refused(study, *study.problem.task(first, tell), tell)
+    if set(EQUAL) & set(study.stages):
+        study = with_equal_ranks(study, *study.problem.task(first, tell), tell)
     for run in planned(study, lambda: read_rows(study.rows)):
         if key_of(run._asdict()) in done:
             continue
@@ -67,7 +72,7 @@ def add_options(parser: argparse.ArgumentParser) -> None:
     """Add the options of every study."""
     parser.add_argument("--seeds", type=int, default=3)
     parser.add_argument("--rank", type=int, default=2)
-    parser.add_argument("--methods", nargs="+", default=[], help="default: all")
+    parser.add_argument("--methods", nargs="+", default=[], help="names, or all, the default")
     parser.add_argument("--stages", nargs="+", choices=STAGES, default=list(STAGES))
     parser.add_argument("--results", type=Path, default=Path("benchmarks/results"), help="folder of the rows")
     parser.add_argument("--device", default="cpu", help="folder of the results")

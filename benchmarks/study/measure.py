@@ -19,11 +19,12 @@ from lora_edge.har.training import macro_f1, one_batch, tensors, train_target
 from lora_edge.memory import saved_bytes
 from lora_edge.methods import methods
 from lora_edge.methods.base import NotApplicableError
+from lora_edge.methods.equal_count import nearest_rank
 from lora_edge.methods.training import Training, training_step
 
 from .problems import few_shot
-from .rows import Run
-from .stages import SPEED_ROUNDS, WARM_UP, WITH_CURVES, Study
+from .rows import Run, read_rows
+from .stages import EQUAL, SPEED_ROUNDS, WARM_UP, WITH_CURVES, Study, compared_at_equal_count
 
 
 def without_refused(study: Study, task: Split, base: nn.Module, tell: Callable[[str], None]) -> Study:
@@ -39,6 +40,25 @@ def without_refused(study: Study, task: Split, base: nn.Module, tell: Callable[[
     return replace(study, refused=refused)
 
 
+def with_equal_ranks(study: Study, task: Split, base: nn.Module, tell: Callable[[str], None]) -> Study:
+    """The study with the rank of each method at which it trains about as many elements as LoRA-Edge at the study's rank.
+
+    A method that has rows of the stages of EQUAL keeps its rank.
+    """
+    x, y = tensors(task.adapt)
+    rows = read_rows(study.rows)
+    rows = rows[rows["stage"].isin(EQUAL)]
+    known = dict(zip(rows["method"], rows["rank"], strict=True))
+    count = methods()["lora_edge"].begin(copy.deepcopy(base), study.rank, x, y).count
+    ranks = {}
+    for method in compared_at_equal_count(study):
+        rank = known.get(method.name) or nearest_rank(method, base, count, x, y) or study.rank
+        if method.name not in known:
+            tell(f"{method.name}: rank {rank} is nearest to {count} trained elements")
+        ranks[method.name] = int(rank)
+    return replace(study, equal_ranks=ranks)
+
+
 def measure(study: Study, run: Run, task: Split, base: nn.Module) -> dict[str, Any]:
     """Do one run and return its columns except those that identify it. A run that becomes NaN has an F1 of 0."""
     if run.method == "zero_shot":
@@ -49,7 +69,7 @@ def measure(study: Study, run: Run, task: Split, base: nn.Module) -> dict[str, A
         task = few_shot(task, run.share)
     torch.manual_seed(run.seed)
     model, method = copy.deepcopy(base), methods()[run.method]
-    if method.turns:
+    if method.turns or run.stage in EQUAL:
         task = turned(task, find_turn(base, task))
     x, y = tensors(task.adapt)
     training = method.begin(model, run.rank, x, y)

@@ -1,7 +1,7 @@
 """``python -m benchmarks.study.report [ROWS.csv ...]``: the study's tables, its page, the README's part and the picture.
 
 Prints the tables of :mod:`benchmarks.study.tables` as Markdown. With ``--write FOLDER``, as ``make results`` runs it, writes
-docs/results.md, docs/study.png and the part of README.md between its marks, all in that folder.
+docs/results.md, docs/study.png, docs/methods.png and the part of README.md between its marks, all in that folder.
 """
 
 from __future__ import annotations
@@ -25,9 +25,12 @@ def main() -> int:
     options = parser.parse_args()
     try:
         check_requirements()
-        from .page import all_tables, readme_part, replace_between_marks, results_page
+        from .equal import draw_equal, equal_rows
+        from .methods_page import methods_part
+        from .page import all_tables, readme_part, results_page
         from .picture import draw
         from .studies import committed, read_studies
+        from .text import replace_between_marks
 
         studies = read_studies(options.rows or committed(RESULTS / "cpu"))
         if options.write is None:
@@ -37,9 +40,15 @@ def main() -> int:
         page = results_page(studies)
         text = replace_between_marks(readme.read_text(encoding="utf-8"), readme_part(studies))
         make_folder(docs, "give another --write")
+        equal, methods_page = equal_rows(studies), docs / "methods.md"
+        if methods_page.is_file():
+            whole = replace_between_marks(methods_page.read_text(encoding="utf-8"), methods_part(equal))
+            write_text(methods_page, whole)
         write_text(docs / "results.md", page)
         write_text(readme, text)
         draw(studies, docs / "study.png")
+        if equal.names:
+            draw_equal(equal, docs / "methods.png")
     except (ValueError, RuntimeError, OSError) as error:
         print(f"study_report: error: {error}", file=sys.stderr)
         return 2

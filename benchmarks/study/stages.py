@@ -1,5 +1,9 @@
 """The stages of a study, the runs that each plans, and the rates that the search chooses.
 
+In the stages of EQUAL each method has the rank at which it trains about as many elements as LoRA-Edge, and all have their axes
+turned. ``equal_search`` tries five rates on people 1 and 2; a method's own rate in ``lora_edge.methods`` is the best of them,
+found on the new users (protocol A) once and then kept, so methods that have these rows are not searched again.
+
 A person's rate is the one with the best mean F1 of two *other* people (1 and 2; for these two, 3 and 4), so it never depends
 on that person's test windows.
 """
@@ -7,15 +11,15 @@ on that person's test windows.
 from __future__ import annotations
 
 import itertools
-from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
 from pathlib import Path
 
 import pandas as pd
 
 from lora_edge.methods import Method, methods
 
-from .problems import Problem
+from .problems import SEARCH_PEOPLE, Problem
 from .rows import Run
 
 STEPS, LONG_STEPS = 50, 500
@@ -23,7 +27,8 @@ SHARES = (0.01, 0.02, 0.05, 0.10)
 RATE_FACTORS = (0.1, 0.3, 1.0, 3.0, 10.0)
 COMPARED = ("full", "head_only", "lora_edge")
 OF_FEW = {"rates": ("lora_edge",), "long": COMPARED, "few_shot": COMPARED}  # the methods of a stage, all in the others
-STAGES = ("search", "study", "own_rate", "rates", "long", "few_shot", "speed")
+EQUAL = ("equal_search", "equal")
+STAGES = ("search", "study", "own_rate", "rates", "long", "few_shot", "speed", *EQUAL)
 WITH_CURVES = ("study", "own_rate")  # every requested method, and F1 by step
 SPEED_ROUNDS, WARM_UP = 20, 3
 
@@ -40,13 +45,16 @@ class Study:
     methods: Sequence[str] = ()
     stages: Sequence[str] = STAGES
     refused: Sequence[str] = ()  # methods that do not apply to the problem's network
+    equal_ranks: Mapping[str, int] = field(default_factory=dict)  # of each method, in the stages of EQUAL
 
     def chosen(self) -> list[Method]:
         """The requested methods, all of them by default, without those that do not apply."""
         found = methods()
+        if "all" in self.methods:
+            return [method for name, method in found.items() if name not in self.refused]
         for name in self.methods:
             if name not in found:
-                raise ValueError(f"there is no method {name!r}; give some of {', '.join(found)}")
+                raise ValueError(f"there is no method {name!r}; give all, or some of {', '.join(found)}")
         return [found[name] for name in self.methods or found if name not in self.refused]
 
 
@@ -75,6 +83,9 @@ def planned(study: Study, rows: Callable[[], pd.DataFrame]) -> Iterator[Run]:
     for stage in ("study", "own_rate", "rates", "long", "few_shot"):
         if stage in study.stages:
             yield from _planned_stage(study, stage, rows())
+    for stage in EQUAL:
+        if stage in study.stages:
+            yield from _planned_equal(study, stage, rows())
     if "speed" in study.stages:
         for method in chosen:
             yield Run("speed", study.problem.people[0], 0, method.name, study.rank, method.lr, SPEED_ROUNDS)
@@ -98,3 +109,37 @@ def _planned_stage(study: Study, stage: str, rows: pd.DataFrame) -> Iterator[Run
                 steps = LONG_STEPS if stage == "long" else STEPS
                 for lr, share in itertools.product(lrs, SHARES if stage == "few_shot" else (0.0,)):
                     yield Run(stage, person, seed, method.name, study.rank, lr, steps, share)
+
+
+def compared_at_equal_count(study: Study) -> list[Method]:
+    """The methods of the stages of EQUAL: every one whose axes are as worn, and LoRA-Edge; all are turned there."""
+    return [m for m in study.chosen() if m.name == "lora_edge" or not (m.turns or m.name == "lora_edge_as_worn")]
+
+
+def _planned_equal(study: Study, stage: str, rows: pd.DataFrame) -> Iterator[Run]:
+    """The runs of a stage of EQUAL, method by method, so that a method's rows are complete as early as possible."""
+    for method in compared_at_equal_count(study):
+        if method.name not in study.equal_ranks:
+            continue
+        rank = study.equal_ranks[method.name]
+        if stage == "equal":
+            for person in study.problem.people:
+                yield Run(stage, person, 0, method.name, rank, method.lr, STEPS)
+        elif study.problem.protocol == "A" and not is_searched(rows, method.name):
+            for person in (p for p in SEARCH_PEOPLE[0] if p in study.problem.people):
+                for lr in rates(method):
+                    yield Run(stage, person, 0, method.name, rank, lr, STEPS)
+
+
+def is_searched(rows: pd.DataFrame, method: str) -> bool:
+    """Whether all rates of a method's equal_search are in the rows."""
+    searched = rows[(rows["stage"] == "equal_search") & (rows["method"] == method)]
+    return len(searched) >= len(RATE_FACTORS) * searched["person"].nunique() > 0
+
+
+def searched_rate(rows: pd.DataFrame, method: str) -> float:
+    """The rate with the best mean F1 in a method's equal_search; the smallest one of equals."""
+    searched = rows[(rows["stage"] == "equal_search") & (rows["method"] == method)]
+    if searched.empty:
+        raise ValueError(f"no equal_search rows of {method}; run the stage equal_search first")
+    return float(searched.groupby("lr")["f1"].mean().idxmax())

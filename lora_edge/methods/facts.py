@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from typing import Any
 
 import torch
@@ -63,12 +63,39 @@ def second_moments(model: nn.Module, names: Iterable[str], inputs: Tensor) -> di
     """
     found: dict[str, Tensor] = {}
 
-    def hook_of(name: str) -> Any:
-        def hook(layer: _ConvNd, given: tuple[Any, ...]) -> None:
-            rows = patches(layer, given[0]).double()
-            found[name] = found.get(name, 0) + (rows.transpose(1, 2) @ rows).cpu()
+    def see(name: str, layer: _ConvNd, x: Tensor) -> None:
+        rows = patches(layer, x).double()
+        found[name] = found.get(name, 0) + (rows.transpose(1, 2) @ rows).cpu()
 
-        return hook
+    _show_inputs(model, names, inputs, see)
+    return found
+
+
+def live_channels(model: nn.Module, names: Iterable[str], inputs: Tensor) -> dict[str, Tensor]:
+    """Return the input channels of each named convolution, in order, that are not always zero, as those behind a dead ReLU are.
+
+    Over at most 64 of the windows, evenly spread, in evaluation mode. The model is not changed.
+
+    Args:
+        model: the base model.
+        names: dotted names of convolutions.
+        inputs: windows ``(N, ...)``.
+    """
+    found: dict[str, Tensor] = {}
+
+    def see(name: str, layer: _ConvNd, x: Tensor) -> None:
+        channels = x if x.dim() == layer.weight.dim() - 1 else x.transpose(0, 1)
+        found[name] = found.get(name, False) | (channels != 0).flatten(1).any(dim=1).cpu()
+
+    _show_inputs(model, names, inputs, see)
+    return {name: live.nonzero().flatten() for name, live in found.items()}
+
+
+def _show_inputs(model: nn.Module, names: Iterable[str], inputs: Tensor, see: Callable[[str, _ConvNd, Tensor], None]) -> None:
+    """Call ``see(name, conv, x)`` each time that a named convolution reads ``x`` in a forward of the windows, in evaluation."""
+
+    def hook_of(name: str) -> Any:
+        return lambda layer, given: see(name, layer, given[0])
 
     hooks = [model.get_submodule(name).register_forward_pre_hook(hook_of(name)) for name in names]
     try:
@@ -77,7 +104,6 @@ def second_moments(model: nn.Module, names: Iterable[str], inputs: Tensor) -> di
     finally:
         for hook in hooks:
             hook.remove()
-    return found
 
 
 def patches(conv: _ConvNd, x: Tensor) -> Tensor:

@@ -1,48 +1,73 @@
 """PiSSA: conv LoRA that starts at the weight's leading singular vectors; the residual of the weight is frozen.
 
-Source: PiSSA, Meng et al. 2024 (arXiv 2404.02948), in PEFT's ``pissa_init`` (linear layers; here on the unfolded weight).
+Source: PiSSA, Meng et al. 2024 (arXiv 2404.02948). Read in PEFT's ``pissa_init`` for linear layers (here on the unfolded
+weight): the factors and the fast SVD, ``pissa_niter_4`` there. ``pissa_4bit`` is the paper's QPiSSA: the residual is quantised,
+the factors are not. Inferred: round to nearest in groups of 64 in the place of NF4, without the paper's optional iterations.
 """
 
 from __future__ import annotations
 
-import torch
+from functools import partial
+
 from torch import Tensor
 from torch.nn.modules.conv import _ConvNd
 
 from lora_edge.methods.base import Method, reparametrised
 from lora_edge.methods.conv_lora import ConvLoRA
-from lora_edge.tt import attainable_ranks
+from lora_edge.methods.factors import FromFactors, set_factors, truncated_svd
+from lora_edge.methods.quantisation import dequantise, quantise
+from lora_edge.nn.reparametrised import exact_dtype
 
 
-class PiSSA(ConvLoRA):
-    """``W' = (W - s·B0 A0) + s·B A`` with ``s = alpha/r``; ``A`` starts at ``A0 (r, I/g, *K)``, ``B`` at ``B0 (O, r)``.
+class PiSSA(FromFactors):
+    """:class:`FromFactors` from ``A0 = √(Σ/s) Vᵀ`` and ``B0 = U √(Σ/s)``, the rank-r SVD of the unfolded weight ``(O, n)``.
 
-    ``A0 = √(Σ/s) Vᵀ`` and ``B0 = U √(Σ/s)`` are the rank-r SVD of the unfolded weight, whose own rank caps ``r``. ``W``, ``A0``
-    and ``B0`` are kept instead of the residual, so the start is exact; ``A0`` and ``B0`` are buffers because an SVD differs
-    between machines.
+    ``min(O, n)`` caps ``r``. With ``niter`` the SVD is :func:`torch.svd_lowrank`'s, which matters for kernels of millions.
     """
 
-    a0: Tensor
-    b0: Tensor
+    def __init__(self, conv: _ConvNd, rank: int, alpha: float | None = None, niter: int | None = None) -> None:
+        super().__init__(conv, *_principal(conv, rank, alpha, niter), alpha)
 
-    def __init__(self, conv: _ConvNd, rank: int, alpha: float | None = None) -> None:
-        weight = conv.weight.detach().cpu().double()
-        super().__init__(conv, attainable_ranks(weight.shape, rank)[0], alpha)
-        rank = self.lora_B.shape[1]
-        u, values, vt = torch.linalg.svd(weight.flatten(1), full_matrices=False)
-        roots = (values[:rank] / self.scaling).sqrt()
-        with torch.no_grad():
-            self.lora_A.copy_((roots[:, None] * vt[:rank]).view(self.lora_A.shape))
-            self.lora_B.copy_(u[:, :rank] * roots)
-        self.register_buffer("a0", self.lora_A.detach().clone())
-        self.register_buffer("b0", self.lora_B.detach().clone())
 
-    def delta(self) -> Tensor:
-        return super().delta() - self.scaling * (self.b0 @ self.a0.flatten(1))
+class QPiSSA(ConvLoRA):
+    """``W' = Q(W - s·B0 A0) + s·B A`` with PiSSA's factors: starts nearer to ``W`` than ``Q(W)`` where singular values decay.
+
+    ``Q`` rounds to nearest by :func:`quantise`; its codes, scales and zero points are buffers. It does not start at the base,
+    whose ``W`` is kept for :func:`lora_edge.disabled` alone.
+    """
+
+    codes: Tensor
+    scale: Tensor
+    zero: Tensor
+
+    def __init__(self, conv: _ConvNd, rank: int, alpha: float | None = None, bits: int = 4, group: int = 64) -> None:
+        b, a = _principal(conv, rank, alpha)
+        super().__init__(conv, len(a), alpha)
+        set_factors(self, b, a)
+        residual = conv.weight.detach().cpu().double().flatten(1) - self.scaling * (b @ a)
+        self.group = group
+        quantised = quantise(residual.to(exact_dtype(conv.weight)), bits, group)
+        for name, value in zip(("codes", "scale", "zero"), quantised, strict=True):
+            self.register_buffer(name, value.to(conv.weight.device))
+
+    def base(self, weight: Tensor) -> Tensor:
+        return dequantise(self.codes, self.scale, self.zero, self.group).view(weight.shape)
 
     def low_rank(self) -> tuple[Tensor, Tensor, float] | None:
-        """Plain LoRA of rank ``2r`` on the base's own weight: ``[B, -B0]`` and ``[A; A0]``."""
-        return torch.cat([self.lora_B, -self.b0], dim=1), torch.cat([self.lora_A, self.a0]), self.scaling
+        return None  # the rounding of the residual is a part of the update, too
 
 
-METHOD = Method("pissa", "PiSSA", lr=5e-3, prepare=reparametrised(PiSSA), source="arXiv 2404.02948")
+def _principal(conv: _ConvNd, rank: int, alpha: float | None, niter: int | None = None) -> tuple[Tensor, Tensor]:
+    """``U √(Σ/s) (O, r)`` and ``√(Σ/s) Vᵀ (r, n)``."""
+    u, values, vt = truncated_svd(conv.weight, rank, niter)
+    scaling = 1.0 if alpha is None else alpha / len(values)
+    roots = (values / scaling).sqrt()
+    return u * roots, roots[:, None] * vt
+
+
+SOURCE = "arXiv 2404.02948"
+METHODS = [
+    Method("pissa", "PiSSA", lr=5e-3, prepare=reparametrised(PiSSA), source=SOURCE),
+    Method("pissa_fast", "PiSSA, fast SVD", lr=5e-3, prepare=reparametrised(partial(PiSSA, niter=4)), source=SOURCE),
+    Method("pissa_4bit", "PiSSA on 4 bits", lr=5e-3, prepare=reparametrised(QPiSSA), starts_at_base=False, source=SOURCE),
+]

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Mapping
 from dataclasses import replace
 from pathlib import Path
@@ -11,7 +12,8 @@ import pandas as pd
 import pytest
 import torch
 
-from benchmarks.study import comparisons, digits, page, report, stages, tables
+from benchmarks.study import comparisons, digits, equal, page, report, stages, studies, tables, text
+from benchmarks.study.claims import CLAIMS
 from benchmarks.study.command import run_study
 from benchmarks.study.problems import Activities, few_shot
 from benchmarks.study.rows import FIELDS, Run, append_row, key_of, read_rows, typed
@@ -19,7 +21,9 @@ from benchmarks.study.stages import Study, chosen_rate, planned, rates
 from benchmarks.study.studies import committed, read_studies
 from benchmarks.study.summary import RUN, Summary, interval, summaries
 from lora_edge.har.data import load_npz, split
-from lora_edge.methods import methods
+from lora_edge.har.training import tensors
+from lora_edge.methods import Method, Training, methods
+from lora_edge.methods.equal_count import nearest_rank
 
 PEOPLE = (1, 2, 3, 4, 5)
 METHODS = ("full", "head_only", "lora_edge")
@@ -86,6 +90,58 @@ def test_a_persons_rate_comes_from_two_others(small):
     assert all(len(set(rates(method))) == 5 for method in methods().values())
 
 
+def test_all_means_every_method(small):
+    every = replace(small, methods=["all"], refused=["bn_only"])
+    assert {method.name for method in every.chosen()} == set(methods()) - {"bn_only"}
+    with pytest.raises(ValueError, match="there is no method 'none'; give all, or some of"):
+        replace(small, methods=["none"]).chosen()
+
+
+def test_the_rank_nearest_to_a_count(small):
+    task, base = small.problem.task(Run("study", 1, 0, "full", 2, 0.0, 0), lambda line: None)
+    x, y = tensors(task.adapt)
+    by_rank = {r: methods()["conv_lora"].begin(copy.deepcopy(base), r, x, y).count for r in range(1, 10)}
+    for count in (1, by_rank[3] - 1, by_rank[3] + 1, by_rank[7], (by_rank[5] + by_rank[6]) // 2, 10**9):
+        want = min(by_rank, key=lambda r: (abs(by_rank[r] - count), r)) if count < 10**9 else 511
+        assert nearest_rank(methods()["conv_lora"], base, count, x, y) == want
+    assert nearest_rank(methods()["full"], base, 100, x, y) is None
+    falling = Method(
+        "falling", "falling", 0.1, lambda model, rank, x, y: Training([torch.nn.Parameter(torch.zeros(1000 // rank))])
+    )
+    assert nearest_rank(falling, base, 100, x, y) == 10
+
+    def odd(model, rank, x, y):
+        if rank % 2:
+            raise ValueError("rank is odd")
+        return [torch.nn.Parameter(torch.zeros(rank))]
+
+    assert nearest_rank(Method("even", "even", 0.1, odd), base, 7, x, y) == 6
+    with pytest.raises(ValueError, match="rank is 256"):
+        nearest_rank(Method("never", "never", 0.1, refuses), base, 7, x, y)
+
+
+def refuses(model, rank, x, y):
+    raise ValueError(f"rank is {rank}")
+
+
+def test_the_searched_rate_is_the_best_mean_and_searched_once(small):
+    runs = [
+        (person, lr, f1) for person, f1s in ((1, (0.5, 0.9)), (2, (0.7, 0.5))) for lr, f1 in zip((0.1, 0.3), f1s, strict=True)
+    ]
+    rows = table_of(*({"stage": "equal_search", "method": "full", "person": p, "lr": lr, "f1": f1} for p, lr, f1 in runs))
+    assert stages.searched_rate(rows, "full") == 0.3
+    assert not stages.is_searched(rows, "full")
+    many = [{"stage": "equal_search", "method": "full", "person": p, "lr": lr} for p in (1, 2) for lr in range(5)]
+    assert stages.is_searched(table_of(*many), "full")
+    assert not stages.is_searched(table_of(*many[:-1]), "full")
+    with pytest.raises(ValueError, match="no equal_search rows of dora"):
+        stages.searched_rate(rows, "dora")
+    study = replace(small, stages=["equal_search", "equal"], equal_ranks=dict.fromkeys(METHODS, 3))
+    planned_runs = list(planned(study, lambda: table_of(*many)))
+    assert {run.method for run in planned_runs if run.stage == "equal_search"} == {"head_only", "lora_edge"}
+    assert {run.rank for run in planned_runs} == {3}
+
+
 @pytest.mark.slow
 def test_it_resumes_where_it_stopped(small, monkeypatch, capsys):
     said: list[str] = []
@@ -106,7 +162,8 @@ def test_it_resumes_where_it_stopped(small, monkeypatch, capsys):
     assert run_study(small, print) == 0
     searched, compared = 4 * len(METHODS) * 5, len(PEOPLE) * len(METHODS)
     rated = len(PEOPLE) * 5
-    assert len(rows) == searched + len(PEOPLE) + compared * (1 + 1 + 1 + len(stages.SHARES)) + rated + len(METHODS)
+    equal = len(METHODS) * (2 * 5 + len(PEOPLE))
+    assert len(rows) == searched + len(PEOPLE) + compared * (1 + 1 + 1 + len(stages.SHARES)) + rated + len(METHODS) + equal
     assert set(rows[(rows["stage"] == "study") & (rows["method"] == "full")]["lr"]) <= {0.0001, 0.0003, 0.001, 0.003, 0.01}
 
     monkeypatch.setattr("sys.argv", ["study_report", str(small.rows)])
@@ -178,7 +235,7 @@ def test_digits_of_search_and_study_are_apart(monkeypatch):
 
 
 def test_bad_input(small):
-    with pytest.raises(ValueError, match="there is no method 'nothing'; give some of bias_only, bn_only"):
+    with pytest.raises(ValueError, match="there is no method 'nothing'; give all, or some of bias_only, bn_only"):
         replace(small, methods=("nothing",)).chosen()
     pd.DataFrame(columns=FIELDS).to_csv(small.rows, index=False)
     with pytest.raises(ValueError, match=r"no rows of the stage study; run benchmarks\.study first"):
@@ -188,7 +245,7 @@ def test_bad_input(small):
     with pytest.raises(ValueError, match="no rows of the stage study"):
         read_studies([small.rows])
     with pytest.raises(ValueError, match="the page must hold <!-- results --> and <!-- /results --> once each"):
-        page.replace_between_marks("no marks", "text")
+        text.replace_between_marks("no marks", "text")
     with pytest.raises(ValueError, match=r"the page needs the rows of study_watch_A\.csv and study_watch_B\.csv"):
         page.results_page({})
 
@@ -260,7 +317,7 @@ def test_the_committed_rows_keep_the_aims():
 def test_the_readmes_results_are_those_of_the_committed_rows():
     readme = (ROOT / "README.md").read_text()
     part = page.readme_part(read_studies(committed(ROOT / "benchmarks/results/cpu")))
-    assert page.replace_between_marks(readme, part) == readme, "run make results"
+    assert text.replace_between_marks(readme, part) == readme, "run make results"
 
 
 def test_comparisons_are_of_methods_that_were_run():
@@ -269,3 +326,59 @@ def test_comparisons_are_of_methods_that_were_run():
     for _, pairs in comparisons.COMPARISONS:
         for own, other in pairs:
             assert any({own, other} <= set(study.found) for study in studies.values()), (own, other)
+
+
+def equal_study(tmp_path: Path, f1: Mapping[str, Mapping[str, list[float]]]) -> dict[str, studies.StudyRows]:
+    """Rows of the stage ``equal``: F1 by protocol, method and person."""
+    about = {"stage": "equal", "trainable": 2304, "saved_bytes": 1.3e6, "rank": 2, "lr": 0.01}
+    return {
+        f"watch_{protocol}": studies.StudyRows(
+            f"watch_{protocol}",
+            table_of(
+                *(
+                    {**about, "method": name, "person": person, "f1": score}
+                    for name, scores in of_protocol.items()
+                    for person, score in enumerate(scores)
+                )
+            ),
+        )
+        for protocol, of_protocol in f1.items()
+    }
+
+
+def test_methods_at_equal_count_are_sorted_by_f1_and_compared_by_person(tmp_path):
+    scores = {"full": [0.8, 0.9, 0.7], "lora_edge": [0.9, 0.9, 0.9], "conv_lora": [0.6, 0.7, 0.5], "dora": [0.9, 0.9]}
+    found = equal.equal_rows(equal_study(tmp_path, {"A": scores, "B": scores}))
+    assert found.names == ["lora_edge", "full", "conv_lora"]  # dora lacks a person
+    lines = equal.equal_table(found).splitlines()
+    assert [line.split(" | ")[0] for line in lines[2:]] == ["| LoRA-Edge", "| full fine-tuning", "| conv LoRA"]
+    points, half = found.minus("conv_lora", "full")[0]
+    assert (points, half) == (pytest.approx(-20), pytest.approx(0, abs=1e-9))
+    assert "-20.0 ± 0.0" in lines[4]
+    equal.draw_equal(found, tmp_path / "methods.png")
+    assert (tmp_path / "methods.png").stat().st_size > 1000
+    assert equal.equal_rows({}).names == []
+
+
+def test_a_claim_is_confirmed_by_its_interval():
+    for measured, at_least, want in (
+        ([(1.0, 0.5), (2.0, 2.0)], 0.0, "confirmed"),
+        ([(1.0, 0.5), (-3.0, 2.0)], 0.0, "not confirmed"),
+        ([(1.0, 1.5), (2.0, 0.1)], 0.0, "holds in the mean, within the noise"),
+        ([(-0.5, 1.5), (2.0, 0.1)], 0.0, "undecided"),
+        ([(-0.5, 0.2), (-0.1, 0.3)], -1.0, "confirmed"),
+    ):
+        assert equal.verdict(measured, at_least) == want
+
+
+def test_claims_are_of_methods_that_exist():
+    names = set(methods())
+    assert {name for claim in CLAIMS for name in (claim.method, claim.other) if name} <= names
+    assert all(bool(claim.other) != bool(claim.elsewhere) for claim in CLAIMS)
+
+
+def test_a_methods_own_rate_is_the_one_that_its_search_found():
+    rows = read_rows(ROOT / "benchmarks" / "results" / "cpu" / "study_watch_A.csv")
+    for name, method in methods().items():
+        if stages.is_searched(rows, name):
+            assert method.lr == stages.searched_rate(rows, name), name
