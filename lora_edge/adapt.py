@@ -39,16 +39,19 @@ class LayerUpdate:
     """The update of one convolution.
 
     Attributes:
-        frozen: its frozen cores ``[G2, ..., Gd]``, or the contracted suffix ``(r1, I/g, *K)``.
-        core: ``(O, r1)``; None for zeros.
+        frozen: its frozen cores ``[G2, ..., Gd]``, or the contracted suffix ``(r1, I/g, *K)``; ``(r, I/g, 1, ...)`` in the
+            form "kernel".
+        core: ``(O, r1)``, or ``(O, r, *K)`` in the form "kernel"; None for zeros.
         scale: factor of the update.
         bond_cap: the requested rank; None for ``r1``.
+        form: "core", or "kernel" for a trained kernel.
     """
 
     frozen: Tensor | Sequence[Tensor]
     core: Tensor | None = None
     scale: float = 1.0
     bond_cap: int | None = None
+    form: str = "core"
 
 
 def adapt(
@@ -192,7 +195,7 @@ def install(
     """
     refuse_adapted(model)
     for name, update in updates.items():
-        check_suffix(model.get_submodule(name).weight, update.frozen)  # type: ignore[arg-type]
+        check_suffix(model.get_submodule(name).weight, update.frozen, update.form)  # type: ignore[arg-type]
     groups = tied_groups(model, updates)
     for group in groups:
         _check_one_update(group, updates)
@@ -211,7 +214,10 @@ def install(
     for name, update in updates.items():
         conv: LoRAEdgeConv = model.get_submodule(name)  # type: ignore[assignment]
         conv.__class__ = ADAPTED_CLASS[type(conv)]  # type: ignore[assignment]
-        add_core(conv, update.frozen, update.core, update.scale, update.bond_cap, scaling, saved_dtype, backend, subspace)
+        add_core(
+            conv, update.frozen, update.core, update.scale, update.bond_cap, scaling, saved_dtype, backend, subspace,
+            update.form,
+        )  # fmt: skip
         conv.belongs_to_adapted = True
     for group in groups:
         share([model.get_submodule(name) for name in group])  # type: ignore[misc]

@@ -26,7 +26,7 @@ from lora_edge.surgery.base_state import (
     why_not_settable,
 )
 from lora_edge.surgery.idle_cores import warn_of_idle_cores
-from lora_edge.tt import contract_suffix
+from lora_edge.tt import contract_suffix, is_kernel
 
 _REMEDY = "train at a lower rate, or load finite values"
 
@@ -136,7 +136,13 @@ def load_adapter(model: nn.Module, path: PathLike) -> nn.Module:
     check_variances(changed, str(path), "save the adapter again from a model without it")
     if state is None:
         updates = {
-            name: LayerUpdate(adapter.frozen(name), adapter.tensors[f"{name}.core"], about["scale"], about["rank"])
+            name: LayerUpdate(
+                adapter.frozen(name),
+                adapter.tensors[f"{name}.core"],
+                about["scale"],
+                about["rank"],
+                "kernel" if is_kernel(adapter.tensors[f"{name}.core"]) else "core",
+            )
             for name, about in adapter.layers.items()
         }
         install(model, updates, **adapter.options, keep=changed)
@@ -267,10 +273,17 @@ def _check_layer(model: nn.Module, name: str, adapter: Adapter, path: PathLike) 
         raise ValueError(f"{path}: the model has no convolution {name!r}; the adapter belongs to another base")
     shape = tuple((frozen if isinstance(frozen, Tensor) else contract_suffix(frozen)).shape)
     weight = tuple(layer.weight.shape)  # type: ignore
-    if core.shape[0] != weight[0] or shape[1:] != weight[1:] or core.shape[1] != shape[0]:
+    adapted_at = (core.shape[0], shape[1], *(core.shape[2:] if is_kernel(core) else shape[2:]))
+    if adapted_at != weight or core.shape[1] != shape[0]:
         raise ValueError(
-            f"{path}: {name} was adapted at weight ({core.shape[0]}, {', '.join(map(str, shape[1:]))}), in this model it is "
-            f"{weight}; the adapter belongs to another base"
+            f"{path}: {name} was adapted at weight {adapted_at}, in this model it is {weight}; the adapter belongs to another "
+            "base"
+        )
+    if isinstance(layer, LoRAEdgeConv) and is_kernel(layer.core) != is_kernel(core):
+        form = "kernel" if is_kernel(core) else "core"
+        raise ValueError(
+            f"{path}: {name} has the form {form!r} in the file and {layer.form!r} in the model; prepare it by the same method, "
+            "or load into the plain base model"
         )
     if isinstance(layer, LoRAEdgeConv) and layer.core.shape != core.shape:
         raise ValueError(

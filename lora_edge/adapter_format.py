@@ -1,9 +1,9 @@
 """The format of the adapter file: everything that ``adapt`` and training changed, in one safetensors file of a few kilobytes.
 
 Tensors
-    ``LAYER.core``               ``B (O, r1)``
+    ``LAYER.core``               ``B (O, r1)``, or the trained kernel ``U (O, r, *K)``
     ``LAYER.frozen.2`` ... ``d`` the frozen cores ``G2 ... Gd`` (an SVD is not reproducible from machine to machine), or
-    ``LAYER.suffix``             ``(r1, I/g, *K)`` if the layer's suffix was given contracted
+    ``LAYER.suffix``             ``(r1, I/g, *K)`` if the layer's suffix was given contracted; ``(r, I/g, 1, ...)`` of a kernel
     ``statistics``               ``(2, C)``: running means and variances of every BatchNorm that moved, concatenated; one
                                  tensor, because a tensor's entry in the file's header is as long as a small BatchNorm
     ``changed.NAME``             a trained head, buffers that moved, and whatever else was trained, under each of its names

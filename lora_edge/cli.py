@@ -140,7 +140,7 @@ def _info(options: argparse.Namespace) -> None:
     for name, about in adapter.layers.items():
         core = adapter.tensors[f"{name}.core"]
         total += core.numel()
-        print(f"  {name}: core {core.shape[0]}x{core.shape[1]}, rank {about['rank']}, scale {about['scale']:g}")
+        print(f"  {name}: core {'x'.join(map(str, core.shape))}, rank {about['rank']}, scale {about['scale']:g}")
     for name, value in adapter.changed().items():
         print(f"  {name}: changed, {'x'.join(map(str, value.shape)) or 'one number'}")
     print(f"{len(adapter.layers)} layers, {total:,} trained parameters in the cores")

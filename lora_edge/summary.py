@@ -22,6 +22,7 @@ from lora_edge.ops.route import choose_route, saved_channels_positions
 from lora_edge.surgery.adapted import Adapted, require_adapted, unwrap
 from lora_edge.surgery.base_state import join, thawed_norms
 from lora_edge.surgery.idle_cores import idle_cores
+from lora_edge.tt import is_kernel
 
 
 @dataclass(frozen=True)
@@ -166,13 +167,14 @@ def _row(name: str, layer: LoRAEdgeConv, inputs: list[Tensor], activation: Activ
             padding = 0
         args = conv_args(layer.stride, padding, layer.dilation, layer.groups, dims, "summary")
         itemsize = (layer.saved_dtype or x.dtype).itemsize
-        route = choose_route(weight.shape, layer.rank, args, size, itemsize / x.element_size())
+        kernel = is_kernel(layer.core)
+        route = choose_route(weight.shape, layer.rank, args, size, itemsize / x.element_size(), kernel)
         samples = x.shape[0] if x.dim() == weight.dim() else 1
         routes.append(route)
         batched = x.new_empty(samples, x.shape[-dims - 1], *size, device="meta")
         epilogue = Epilogue(layer.scale, activation, layer.saved_dtype)
         runs_on.append(_backend(layer, batched, args, epilogue))
-        elements = samples * saved_channels_positions(weight.shape, layer.rank, args, size, route)
+        elements = samples * saved_channels_positions(weight.shape, layer.rank, args, size, route, kernel)
         saved += elements * (itemsize if route == "factor" else x.element_size())
     return LayerSummary(
         name=name,

@@ -128,6 +128,20 @@ def contracted(suffix: Tensor | Sequence[Tensor]) -> Tensor:
     return suffix if isinstance(suffix, Tensor) else contract_suffix(suffix)
 
 
+def is_kernel(core: Tensor) -> bool:
+    """Whether a core is a trained kernel ``(O, r, *K)``, with the suffix ``(r, I/g, 1, ...)``; otherwise it is ``(O, r1)``."""
+    return core.dim() > 2
+
+
+def update_of(core: Tensor, suffix: Tensor) -> Tensor:
+    """Return the dense update, which can be viewed as ``(O, I/g, *K)``: ``core @ S``, or of a trained kernel
+    ``Σ_q core[o,q,k] S[q,i]``.
+    """
+    if is_kernel(core):
+        return torch.einsum("oqk,qi->oik", core.flatten(2), suffix.flatten(1))
+    return core @ suffix.flatten(1)
+
+
 def _contract(cores: Sequence[Tensor]) -> Tensor:
     dtype = cores[0].dtype
     out = cores[0].to(torch.float64)

@@ -1,7 +1,8 @@
 """``LoRAEdgeConv1d/2d/3d``: ``nn.Conv*`` with a trained output-side TT core beside its frozen weight.
 
 The state of a layer is the stock convolution's plus two parameters: ``core (O, r1)``, trained and initially zero, and
-``suffix (r1, I/g, *K)``, frozen. Its update is ``layer.scale * layer.core @ layer.suffix``. :func:`lora_edge.adapt`
+``suffix (r1, I/g, *K)``, frozen. Its update is ``layer.scale * layer.core @ layer.suffix``. In the form "kernel" the core is a
+trained kernel ``(O, r, *K)`` and the suffix ``(r, I/g, 1, ...)`` (:mod:`lora_edge.ops.trained_kernel`). :func:`lora_edge.adapt`
 re-classes existing convolutions to these classes in place and :func:`lora_edge.merge` re-classes them back.
 """
 
@@ -26,8 +27,8 @@ from lora_edge.ops.checks import DTYPES, check_conv
 from lora_edge.ops.padding import pad
 from lora_edge.ops.strides import as_a_layer
 from lora_edge.ops.transforms import plain_ops_only, refuse_proxy
-from lora_edge.subspaces.weight import weight_suffix
-from lora_edge.tt import attainable_ranks, check_rank, contract_suffix
+from lora_edge.subspaces.weight import kernel_suffix, weight_suffix
+from lora_edge.tt import attainable_ranks, check_rank, contract_suffix, is_kernel
 
 _warned: PerModule[bool] = PerModule()  # layers that have warned that their weight is the base's
 _Layer = TypeVar("_Layer", bound="LoRAEdgeConv")
@@ -46,7 +47,7 @@ class LoRAEdgeConv(nn.modules.conv._ConvNd):
     scaling: str
     saved_dtype: torch.dtype | None  # of ``h`` between forward and backward, None for its own dtype
     backend: str = "auto"  # passed to its ops
-    subspace: str = "weight"  # what its suffix was made from; only one made from the weight can be renewed from a new weight
+    subspace: str = "weight"  # what its suffix was made from, or "random"; only one made from the weight can be renewed
     enabled: bool  # False inside lora_edge.disabled: the base convolution
     frozen_cores: list[Tensor] | None  # [G2, ..., Gd] on the CPU, None if the suffix was given contracted
     belongs_to_adapted: bool = False  # adapted with a whole model, which holds the state; else built on its own
@@ -90,7 +91,7 @@ class LoRAEdgeConv(nn.modules.conv._ConvNd):
 
     @property
     def rank(self) -> int:
-        """``r1``, the attained rank of the bond between core and suffix."""
+        """``r1`` or ``r``, the attained rank of the bond between core and suffix."""
         return self.core.shape[1]
 
     @property  # type: ignore[override]
@@ -121,6 +122,11 @@ class LoRAEdgeConv(nn.modules.conv._ConvNd):
                 "compute lora_edge.ops.tt_fuse(layer.weight, layer.core, layer.suffix, layer.scale)",
                 stacklevel=3,
             )
+
+    @property
+    def form(self) -> str:
+        """``"kernel"`` if the core is a trained kernel, else ``"core"``."""
+        return "kernel" if is_kernel(self.core) else "core"
 
     def frozen_suffix(self) -> Tensor:
         """Return the suffix, detached if something made it require a gradient, so that it is not trained by accident."""
@@ -202,7 +208,7 @@ class LoRAEdgeConv(nn.modules.conv._ConvNd):
                 f"{prefix}suffix is not in the state dict; load it before training, or load a matching suffix too"
             )
             return
-        if renew and self.subspace != "weight":
+        if renew and self.subspace not in ("weight", "random"):
             error_msgs.append(
                 f"{prefix}weight is another base weight, but {prefix}suffix was made from {self.subspace}s of the old one; "
                 "merge, load it, and adapt again with batches, or load a matching suffix too"
@@ -219,7 +225,10 @@ class LoRAEdgeConv(nn.modules.conv._ConvNd):
                     missing_keys.remove(own[name])
         if is_new:
             self.base_replaced = True
-        if renew:
+        if renew and self.subspace == "weight" and self.form == "kernel":
+            with torch.no_grad():
+                self.suffix.copy_(kernel_suffix(self.weight, self.bond_cap, self.scaling).view(self.suffix.shape))
+        elif renew and self.subspace == "weight":
             cores = weight_suffix(self.weight, self.bond_cap, self.scaling)
             with torch.no_grad():
                 self.suffix.copy_(contract_suffix(cores))
@@ -275,12 +284,13 @@ def check_adaptable(conv: nn.modules.conv._ConvNd) -> None:
         raise ValueError("the weight holds NaN or Inf; load finite weights before adapting")
 
 
-def check_suffix(weight: Tensor, suffix: Tensor | Sequence[Tensor]) -> None:
-    """Raise ValueError unless the suffix, contracted or as frozen cores, fits ``weight (O, I/g, *K)``."""
+def check_suffix(weight: Tensor, suffix: Tensor | Sequence[Tensor], form: str = "core") -> None:
+    """Raise ValueError unless the suffix, contracted or as frozen cores, fits ``weight (O, I/g, *K)`` and the form."""
     shape = tuple((suffix if isinstance(suffix, Tensor) else contract_suffix(suffix)).shape)
-    if len(shape) != weight.dim() or shape[1:] != tuple(weight.shape[1:]):
-        raise ValueError(f"suffix has shape {shape}; for a weight {tuple(weight.shape)} give (r1, {_join(weight.shape[1:])})")
-    most = attainable_ranks(weight.shape, max(shape[0], 1))[0]
+    sizes = (weight.shape[1], *(weight.shape[2:] if form == "core" else [1] * (weight.dim() - 2)))
+    if len(shape) != weight.dim() or shape[1:] != sizes:
+        raise ValueError(f"suffix has shape {shape}; for a weight {tuple(weight.shape)} give (r1, {_join(sizes)})")
+    most = attainable_ranks(weight.shape, max(shape[0], 1))[0] if form == "core" else weight.shape[1]
     if not 1 <= shape[0] <= most:
         raise ValueError(f"suffix has {shape[0]} rows; for a weight {tuple(weight.shape)} give 1 to {most}")
 
@@ -295,13 +305,14 @@ def add_core(
     saved_dtype: torch.dtype | None = None,
     backend: str = "auto",
     subspace: str = "weight",
+    form: str = "core",
 ) -> None:
     """Give a re-classed convolution its core and suffix, in float32 for a half-precision weight.
 
     Args:
         layer: a convolution whose class is one of :data:`ADAPTED_CLASS`.
-        frozen: the suffix ``(r1, I/g, *K)``, or the frozen cores ``[G2, ..., Gd]``.
-        core: ``(O, r1)``, copied; None for zeros.
+        frozen: the suffix ``(r1, I/g, *K)``, or the frozen cores ``[G2, ..., Gd]``; in the form "kernel" ``(r, I/g, 1, ...)``.
+        core: ``(O, r1)`` or ``(O, r, *K)``, copied; None for zeros of the form.
         scale, bond_cap, scaling, saved_dtype, backend, subspace: see :class:`LoRAEdgeConv`; ``bond_cap`` defaults to ``r1``.
     """
     weight = layer.weight
@@ -309,7 +320,7 @@ def add_core(
     contracted = frozen if isinstance(frozen, Tensor) else contract_suffix(frozen)
     suffix = contracted.detach().to(weight.device, dtype, copy=True).contiguous()
     if core is None:
-        core = torch.zeros(weight.shape[0], suffix.shape[0])
+        core = torch.zeros(weight.shape[0], suffix.shape[0], *(weight.shape[2:] if form == "kernel" else ()))
     layer.core = nn.Parameter(core.detach().to(weight.device, dtype, copy=True))
     layer.suffix = nn.Parameter(suffix, requires_grad=False)
     layer.frozen_cores = None if isinstance(frozen, Tensor) else [c.detach().cpu() for c in frozen]

@@ -11,13 +11,15 @@ import torch
 from torch import Tensor
 
 from lora_edge.ops.conv_args import ConvArgs
-from lora_edge.tt import check_cores
+from lora_edge.tt import check_cores, is_kernel
 
 DTYPES = (torch.float32, torch.float16, torch.bfloat16, torch.float64)
 
 
 def check_factors(weight: Tensor, core: Tensor, suffix: Tensor | Sequence[Tensor], op: str) -> None:
     """Check weight ``(O, I/g, *K)``, core ``(O, r1)`` and suffix (contracted or as frozen cores) against each other.
+
+    A trained kernel ``(O, r, *K)`` in the core's place has the suffix ``(r, I/g, 1, ...)``.
 
     Raises:
         TypeError: one is not a tensor of a supported floating dtype.
@@ -33,9 +35,12 @@ def check_factors(weight: Tensor, core: Tensor, suffix: Tensor | Sequence[Tensor
             _check_tensor(part, "suffix", op)
         check_cores(suffix, "suffix")
         shape, devices = (suffix[0].shape[0], *[part.shape[1] for part in suffix]), {part.device for part in suffix}
-    if core.dim() != 2 or core.shape[0] != weight.shape[0]:
-        raise ValueError(f"{op}: core has shape {tuple(core.shape)}; for this weight give ({weight.shape[0]}, r1)")
-    want = (core.shape[1], *weight.shape[1:])
+    kernel = core.shape[2:] if is_kernel(core) else ()
+    if core.dim() < 2 or core.shape[0] != weight.shape[0] or (kernel and kernel != weight.shape[2:]):
+        sizes = ", ".join(map(str, weight.shape[2:]))
+        either = f"({weight.shape[0]}, r1), or a kernel ({weight.shape[0]}, r, {sizes})"
+        raise ValueError(f"{op}: core has shape {tuple(core.shape)}; for this weight give {either}")
+    want = (core.shape[1], weight.shape[1], *([1] * len(kernel) or weight.shape[2:]))
     if shape != want:
         raise ValueError(f"{op}: suffix has shape {shape}; for this weight and core give {want}")
     if weight.device != core.device or devices != {weight.device}:

@@ -14,16 +14,19 @@ from typing import Any, cast
 import torch
 from torch import Tensor
 
-from lora_edge.ops import custom_ops, plan
+from lora_edge.ops import custom_ops, plan, reference
 from lora_edge.ops.backends import choose_backend, requested
 from lora_edge.ops.block_tensors import BackwardTensors, BlockTensors
 from lora_edge.ops.conv_args import ConvArgs
 from lora_edge.ops.engines import registry as engines
 from lora_edge.ops.engines.protocol import FusingEngine
 from lora_edge.ops.engines.torch import launch as torch_engine
+from lora_edge.ops.half_precision import narrowed
 from lora_edge.ops.once import once_differentiable
 from lora_edge.ops.plan import BlockPlan, Epilogue, FusePlan, Saves
 from lora_edge.ops.strides import use_copy
+from lora_edge.ops.trained_kernel import kernel_grad, projected, projected_grad, record
+from lora_edge.tt import contracted, is_kernel
 
 REFUSED = "does not support this call"  # what the error of a backend says that was named and leaves the call to torch
 
@@ -49,17 +52,26 @@ def block(
     if name == engines.TORCH:
         return torch_engine.block(op, tensors, args, epilogue, route)
     saves = saves_of(tensors, epilogue)
+    kernel = core is not None and is_kernel(core)
     why = None if wanted == "auto" else engines.reason(name, x.device) or engines.leaves(name, op, True, traced)
     why = why or plan.trained(weight, factors)
+    if why is None and kernel and traced:
+        why = "a trained kernel (O, r, *K) under torch.compile; the operators have cores (O, r1)"
     if why is None and traced:
         why = custom_ops.block_refusal(name, plan.sizes_of(tensors), args, epilogue, saves, route)
         if why is None:
             return custom_ops.block(name, tensors, args, epilogue, saves)
     elif why is None:
-        engine, sizes = engines.engine(name), plan.sizes_of(tensors)
+        engine = engines.engine(name)
+        if kernel:  # the kernels run the fused weight as a frozen one
+            saves, sizes = Saves(False, saves.bits), plan.sizes_of(tensors._replace(core=None, factors=[]))
+        else:
+            sizes = plan.sizes_of(tensors)
         planned = plan.block_plan(engine, engine.plan_type(), sizes, args, epilogue, saves, route, plan.precision(x.dtype))
         if not isinstance(planned, str):
-            if torch.is_grad_enabled() and (
+            if kernel:
+                y = _Kernel.apply(x, core, bias, residual, planned, tensors, args, epilogue)
+            elif torch.is_grad_enabled() and (
                 x.requires_grad
                 or (core is not None and core.requires_grad)
                 or (bias is not None and bias.requires_grad)
@@ -84,6 +96,8 @@ def fuse(backend: str, weight: Tensor, core: Tensor, factors: list[Tensor], scal
     if name == engines.TORCH:
         return torch_engine.fuse(weight, core, factors, scale)
     why = None if wanted == "auto" else engines.reason(name, weight.device) or engines.leaves(name, "tt_fuse", True, traced)
+    if why is None and is_kernel(core):
+        why = "a trained kernel (O, r, *K); the kernels fuse cores (O, r1)"
     if why is None and torch.is_grad_enabled() and any(t.requires_grad for t in factors):
         why = "suffix requires a gradient; the kernels compute it for weight and core"
     if why is None:
@@ -112,6 +126,8 @@ def refusal(name: str, tensors: BlockTensors, args: ConvArgs, epilogue: Epilogue
     why = engines.reason(name, tensors.weight.device) or plan.trained(tensors.weight, tensors.factors)
     if why is not None:
         return why
+    if core is not None and is_kernel(core):
+        tensors, saves = tensors._replace(core=None, factors=[]), Saves(False, saves.bits)
     engine, sizes, precision = engines.engine(name), plan.sizes_of(tensors), plan.precision(tensors.x.dtype)
     planned = plan.block_plan(engine, engine.plan_type(), sizes, args, epilogue, saves, "auto", precision)
     return planned if isinstance(planned, str) else None
@@ -178,6 +194,57 @@ class _Block(torch.autograd.Function):
         tensors = BackwardTensors(dy, saved, weight, core, factors, a, residual_a)
         dx, dcore, dbias, dresidual = planned.engine.block_backward(planned, tensors, needs)
         return dx, dcore, dbias, dy if passed_on else dresidual, None, None
+
+
+class _Kernel(torch.autograd.Function):
+    """A trained kernel: the engine runs the fused weight as a frozen one, and its masked ``dy`` gives the kernel's gradient."""
+
+    @staticmethod
+    def forward(
+        ctx: Any,
+        x: Tensor,
+        core: Tensor,
+        bias: Tensor | None,
+        residual: Tensor | None,
+        planned: BlockPlan,
+        tensors: BlockTensors,
+        args: ConvArgs,
+        epilogue: Epilogue,
+    ) -> Tensor:
+        suffix = tensors.factors[0] if len(tensors.factors) == 1 else contracted(tensors.factors)
+        q = None
+        if ctx.needs_input_grad[1]:  # before x is overwritten
+            q = narrowed(projected(x, suffix, args.groups), epilogue.saved_dtype or x.dtype)
+        fused = reference.tt_fuse(tensors.weight, core, suffix, epilogue.scale)
+        y, saved = planned.engine.block_forward(planned, tensors._replace(weight=fused, core=None, factors=[]))
+        if y is x:
+            ctx.mark_dirty(x)
+        ctx.save_for_backward(saved, q, tensors.weight, core, suffix, tensors.a, tensors.residual_a)
+        ctx.plan, ctx.args, ctx.scale, ctx.size, ctx.call = planned, args, epilogue.scale, x.shape[2:], record(suffix)
+        return y
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, dy: Tensor) -> tuple[Tensor | None, ...]:  # type: ignore[override]
+        saved, q, weight, core, suffix, a, residual_a = ctx.saved_tensors
+        planned, scale = ctx.plan, ctx.scale
+        needs_x, needs_core, needs_bias, needs_residual, *_ = ctx.needs_input_grad
+        needs_z = (needs_core or needs_residual) and planned.saves.bits  # the masked dy, which a residual without affine gets
+        per_channel = None if a is None else a.to(core.dtype).reshape(-1, *[1] * (core.dim() - 1))
+        fused = reference.tt_fuse(weight, core, suffix, scale)
+        needs = (needs_x, False, needs_bias, needs_z)
+        dx, _, dbias, dz = planned.engine.block_backward(planned, BackwardTensors(dy, saved, fused, None, [], a, None), needs)
+        dz = dy if dz is None else dz
+        dcore = dresidual = None
+        if needs_core:
+            dcore = kernel_grad(dz, q, core, ctx.args, scale)
+            dcore = dcore if per_channel is None else dcore.mul_(per_channel)
+        if needs_residual:
+            dresidual = dz if residual_a is None else dz * residual_a.to(dz.dtype).reshape(-1, *[1] * (dz.dim() - 2))
+        if ctx.call is not None:
+            kernel = core if per_channel is None else core * per_channel
+            ctx.call.dq = projected_grad(dz, kernel, ctx.size, ctx.args, scale)
+        return dx, dcore, dbias, dresidual, *[None] * 4
 
 
 class _Fuse(torch.autograd.Function):

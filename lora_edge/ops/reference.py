@@ -12,17 +12,21 @@ from torch import Tensor
 
 from lora_edge.ops.activation import Activation, apply, check_activation
 from lora_edge.ops.conv_args import conv, conv_args
-from lora_edge.tt import contract_suffix
+from lora_edge.tt import contract_suffix, update_of
 
 
 def tt_fuse(weight: Tensor, core: Tensor, suffix: Tensor | Sequence[Tensor], scale: float = 1.0) -> Tensor:
-    """``W' = W + scale * core @ S``, computed in float32 (float64 if an operand is), cast once to the weight's dtype."""
+    """``W' = W + scale * core @ S``, computed in float32 (float64 if an operand is), cast once to the weight's dtype.
+
+    A core ``(O, r, *K)`` is a trained kernel: with its suffix ``(r, I/g, 1, ...)`` the update is
+    ``scale * sum_q core[o,q,k] S[q,i]``.
+    """
     if not isinstance(suffix, Tensor):
         suffix = contract_suffix(suffix)
     exact = torch.float32
     for operand in (weight, core, suffix):
         exact = torch.promote_types(exact, operand.dtype)
-    update = core.to(exact) @ suffix.to(exact).flatten(1)
+    update = update_of(core.to(exact), suffix.to(exact))
     return (weight.to(exact) + scale * update.reshape(weight.shape)).to(weight.dtype)
 
 

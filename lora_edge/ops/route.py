@@ -19,9 +19,16 @@ MOST_EXTRA_WORK = 2.0
 
 
 def choose_route(
-    weight_shape: Sequence[int], r1: int, args: ConvArgs, size: Sequence[int], saved_itemsize_ratio: float = 1.0
+    weight_shape: Sequence[int],
+    r1: int,
+    args: ConvArgs,
+    size: Sequence[int],
+    saved_itemsize_ratio: float = 1.0,
+    kernel: bool = False,
 ) -> str:
     """Return "factor" or "dense" for a layer on input positions ``size``.
+
+    A trained kernel always takes "factor": what it saves, at most as many channels as ``x`` has, is all that it reads.
 
     Args:
         weight_shape: ``(O, I/g, *K)``.
@@ -29,7 +36,10 @@ def choose_route(
         args: the convolution's arguments.
         size: spatial input size.
         saved_itemsize_ratio: bytes per element of ``h`` over bytes per element of ``x``.
+        kernel: whether the core is a trained kernel.
     """
+    if kernel:
+        return "factor"
     factor_bytes = saved_channels_positions(weight_shape, r1, args, size, "factor") * saved_itemsize_ratio
     dense_bytes = saved_channels_positions(weight_shape, r1, args, size, "dense")
     factor_work = _multiply_adds(weight_shape, r1, args, size, "factor")
@@ -39,8 +49,12 @@ def choose_route(
     return "factor" if dense_work > MOST_EXTRA_WORK * factor_work else "dense"
 
 
-def saved_channels_positions(weight_shape: Sequence[int], r1: int, args: ConvArgs, size: Sequence[int], route: str) -> int:
-    """Elements per sample that ``route`` saves for backward."""
+def saved_channels_positions(
+    weight_shape: Sequence[int], r1: int, args: ConvArgs, size: Sequence[int], route: str, kernel: bool = False
+) -> int:
+    """Elements per sample that ``route`` saves for backward; a trained kernel's are at the input's positions."""
+    if kernel and route == "factor":
+        return args.groups * r1 * math.prod(size)
     if route == "factor":
         return args.groups * r1 * math.prod(args.output_size(size, weight_shape[2:]))
     return weight_shape[1] * args.groups * math.prod(size)

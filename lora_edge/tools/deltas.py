@@ -11,7 +11,7 @@ from torch.nn.modules.conv import _ConvNd
 from lora_edge.nn.branch import branches
 from lora_edge.nn.layers import LoRAEdgeConv
 from lora_edge.nn.reparametrised import evaluated, exact_dtype, reparametrised_layers
-from lora_edge.tt import check_rank
+from lora_edge.tt import check_rank, is_kernel, update_of
 
 
 def deltas(model: nn.Module, base: nn.Module | Mapping[str, Tensor] | None = None) -> dict[str, Tensor]:
@@ -37,7 +37,7 @@ def deltas(model: nn.Module, base: nn.Module | Mapping[str, Tensor] | None = Non
         found = {}
         for name, module in model.named_modules():
             if isinstance(module, LoRAEdgeConv):
-                update = module.scale * (module.core @ module.suffix.flatten(1))
+                update = module.scale * update_of(module.core, module.suffix)
                 found[name] = update.view(module.weight.shape).to(exact_dtype(module.weight))
             elif module in reparametrised_layers(module):
                 weight = module.parametrizations["weight"].original  # type: ignore[index, union-attr]
@@ -56,7 +56,7 @@ def _beside(model: nn.Module, base: Mapping[str, Tensor]) -> dict[str, Tensor]:
             continue
         weight = module.weight
         if isinstance(module, LoRAEdgeConv):
-            weight = weight + module.scale * (module.core @ module.suffix.flatten(1)).view(weight.shape)
+            weight = weight + module.scale * update_of(module.core, module.suffix).view(weight.shape)
         if weight.shape != before.shape:
             shapes = f"{tuple(before.shape)} in the base and {tuple(weight.shape)} in the model"
             raise ValueError(f"deltas: {name or 'the weight'} is {shapes}; give the model's own base")
@@ -85,7 +85,7 @@ def low_rank(model: nn.Module, rank: int | None = None) -> dict[str, tuple[Tenso
     with torch.no_grad(), evaluated(model) as layers:
         for name, module in model.named_modules():
             if isinstance(module, LoRAEdgeConv):
-                found[name] = (module.core.detach().clone(), module.suffix.detach().clone(), module.scale)
+                found[name] = (*_factors(module.core.detach(), module.suffix.detach()), module.scale)
             elif module in layers:
                 factors = layers[module].low_rank()  # type: ignore[index]
                 if factors is None:
@@ -102,6 +102,15 @@ def _refuse_branches(model: nn.Module, what: str) -> None:
     for conv in branches(model):
         layer = names[conv] or "the layer"
         raise ValueError(f"{what}: {layer} has a branch, which is no weight; call lora_edge.nn.branch.fold_branches first")
+
+
+def _factors(core: Tensor, suffix: Tensor) -> tuple[Tensor, Tensor]:
+    """``B (O, r)`` and ``A (r, I/g, *K)``; of a trained kernel ``r·ΠK`` rows, each row of the suffix at each tap."""
+    if not is_kernel(core):
+        return core.clone(), suffix.clone()
+    taps = core[0, 0].numel()
+    rows = torch.einsum("qi,kl->qkil", suffix.flatten(1), torch.eye(taps).to(suffix))
+    return core.flatten(1).clone(), rows.reshape(-1, suffix.shape[1], *core.shape[2:])
 
 
 def _truncated(update: Tensor, rank: int) -> tuple[Tensor, Tensor]:

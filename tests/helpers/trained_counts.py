@@ -72,6 +72,7 @@ PER_LAYER: dict[str, Callable[[Layer], int]] = {
     "kernel_core": _kernel,
     "memflora": _kernel,
     "memflora_balanced": _kernel,
+    "memflora_sg": lambda c: _kernel(c) + min(RANK, c.into) * c.into,
     "paca": _kernel,
     "dora": lambda c: _lora(c) + c.out,
     "hydra": lambda c: _lora(c) + _behind(c),

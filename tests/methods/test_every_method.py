@@ -35,6 +35,7 @@ from lora_edge.methods import files
 from lora_edge.methods.backbone import move_statistics
 from lora_edge.methods.base import NotApplicableError
 from lora_edge.methods.files import load_trained, save_trained, trained_state
+from lora_edge.methods.training import training_step
 from lora_edge.nn.bn_statistics import STATISTICS, base_statistics
 from lora_edge.nn.frozen_bn import FrozenNorm
 from lora_edge.nn.reparametrised import added_tensors, reparametrised_layers
@@ -106,10 +107,13 @@ def test_starting_weight_is_the_base_weight(name, base, x):
 
 @pytest.mark.parametrize("name", NAMES)
 def test_training_changes_the_returned_parameters_and_nothing_else(name, base, x):
-    model, parameters = prepared(base, name, x)
+    model, training = begun(base, name, x)
     before = {key: value.clone() for key, value in model.state_dict().items()}
-    train(model, x, parameters, steps=3)
-    named = {key for key, p in model.named_parameters() if any(p is q for q in parameters)}
+    trained = (training.model or model).train()
+    optimizer = training.optimizer(training.parameters, 1e-2)
+    for step in (1, 2, 3):
+        training_step(trained, training, optimizer, x, LABELS, step, 3)
+    named = {key for key, p in model.named_parameters() if any(p is q for q in training.parameters)}
     if moves_statistics(model):
         named |= {key for key in before if key.rpartition(".")[2].startswith(("running_", "num_batches"))}
     changed = {key for key, value in model.state_dict().items() if not torch.equal(value, before[key])}

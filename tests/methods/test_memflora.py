@@ -11,6 +11,8 @@ from torch import Tensor, nn
 
 from helpers.methods import LABELS, METHODS, RANK, WEIGHTS
 from helpers.tolerances import relative_error
+from lora_edge.har.models import TResNet
+from lora_edge.memory import SavedBytes, saved_bytes
 from lora_edge.methods.memflora import balanced, gaussian
 from lora_edge.methods.paca import channels
 from lora_edge.subspaces.weight import common_norm, kernel_suffix
@@ -26,8 +28,7 @@ def layer_of(kind: str, name: str, rank: int = RANK) -> tuple[nn.Module, nn.Modu
     (kernel,) = METHODS[name].begin(model, rank, torch.empty(0), LABELS).parameters
     with torch.no_grad():
         kernel.normal_()
-    (projection,) = [p for p in model.parameters() if p.dim() == 2]
-    return base, model, kernel, projection
+    return base, model, kernel, model.suffix.detach().flatten(1)
 
 
 def shape_of_input(base: nn.Module) -> tuple[int, ...]:
@@ -148,3 +149,86 @@ def test_the_gaussians_size_and_the_drawn_channels():
     one_hot = channels(torch.empty(1, 30, 1), 4)
     assert torch.equal(one_hot.sum(dim=1), torch.ones(4))
     assert float(one_hot.sum(dim=0).max()) == 1
+
+
+class Odd(nn.Module):
+    """Padding modes, groups, a module that is used twice, dropout, and a stride."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.stem = nn.Conv2d(3, 8, 3, padding=1, padding_mode="reflect")
+        self.norm = nn.BatchNorm2d(8)
+        self.twice = nn.Conv2d(8, 8, (3, 2), padding="same", groups=2)
+        self.drop = nn.Dropout(0.3)
+        self.last = nn.Conv2d(8, 5, 3, stride=2, dilation=2)
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = self.norm(self.stem(x)).relu()
+        x = self.twice(self.drop(self.twice(x)).relu()) + x
+        return self.last(x).mean(dim=(2, 3))
+
+
+@pytest.mark.parametrize("dtype", [torch.float64, torch.float32], ids=str)  # by the torch engine and by one with kernels
+def test_sgs_projections_get_the_gradient_of_a_dense_backward(dtype):
+    """The oracle saves every input: the suffix as an ordinary trained tensor."""
+    torch.manual_seed(1)
+    model = Odd().to(dtype)
+    x, y = torch.randn(6, 3, 12, 11, dtype=dtype), torch.arange(6) % 5
+    training = METHODS["memflora_sg"].begin(model, RANK, x, y)
+    model.train()
+    layers = [m for m in model.modules() if hasattr(m, "suffix")]
+    with torch.no_grad():
+        for layer in layers:
+            layer.core.normal_(std=0.3)
+    before = {name: value.clone() for name, value in model.state_dict().items()}
+    found = []
+    for dense in (False, True):
+        for layer in layers:
+            layer.trains_suffix = dense
+        torch.manual_seed(2)
+        loss = nn.functional.cross_entropy(model(x), y) if dense else training.loss(model, x, y)
+        found.append((loss, torch.autograd.grad(loss, training.parameters), torch.rand(1)))
+    (loss, ours, after), (want, oracle, after_one) = found
+    assert relative_error(loss, want) <= 1e-6
+    assert torch.equal(after, after_one), "the generator moves as in one forward"
+    for g, w in zip(ours, oracle, strict=True):
+        assert g.dtype == w.dtype
+        assert relative_error(g, w) <= (1e-12 if dtype == torch.float64 else 1e-5)
+    assert all(torch.equal(value, before[name]) for name, value in model.state_dict().items())
+
+
+def test_sg_repeats_the_draws():
+    """The mutant: a second forward with draws of its own meets other inputs."""
+    torch.manual_seed(1)
+    model, x, y = Odd().double(), torch.randn(6, 3, 12, 11).double(), torch.arange(6) % 5
+    training = METHODS["memflora_sg"].begin(model, RANK, x, y)
+    with torch.no_grad():
+        for parameter in training.parameters:
+            parameter.normal_(std=0.3)
+    model.train()
+    first = torch.autograd.grad(training.loss(model, x, y), training.parameters)
+    second = torch.autograd.grad(training.loss(model, x, y), training.parameters)
+    assert max(relative_error(a, b) for a, b in zip(first, second, strict=True)) > 1e-2
+
+
+def test_sg_trains_the_projections_ten_times_as_fast():
+    model = nn.Conv1d(6, 5, 7)
+    training = METHODS["memflora_sg"].begin(model, RANK, torch.empty(0), LABELS)
+    kernels, projections = training.optimizer(training.parameters, 1e-3).param_groups
+    assert (kernels["lr"], projections["lr"]) == (1e-3, 1e-2)
+    assert kernels["params"] == [model.core]
+    assert projections["params"] == [model.suffix]
+
+
+def test_sg_saves_what_memflora_saves_in_both_forwards():
+    torch.manual_seed(0)
+    base, x, y = TResNet(6, 3), torch.randn(8, 6, 40), torch.arange(8) % 3
+    one, two = copy.deepcopy(base), copy.deepcopy(base)
+    METHODS["memflora"].begin(one, RANK, x, y)
+    training = METHODS["memflora_sg"].begin(two, RANK, x, y)
+    want = saved_bytes(one.train(), x)
+    assert saved_bytes(two.train(), x) == want
+    with SavedBytes(two) as saved:
+        training.loss(two, x, y)
+    outputs = 8 * 3 * 4 + 8 * 8 + 4  # of the cross-entropy: log-probabilities, classes, a total weight
+    assert saved.total <= want + outputs

@@ -12,7 +12,7 @@ from lora_edge.ops.engines.torch.tt_conv import TTConv, fused
 from lora_edge.ops.engines.torch.tt_fuse import TTFuse
 from lora_edge.ops.plan import Epilogue
 from lora_edge.ops.route import choose_route
-from lora_edge.tt import contracted
+from lora_edge.tt import contracted, is_kernel
 
 DTYPES = (torch.float32, torch.float16, torch.bfloat16)  # and float64
 GROUPS = True
@@ -35,7 +35,8 @@ def block(op: str, tensors: BlockTensors, args: ConvArgs, epilogue: Epilogue, ro
         route = "dense"
     elif route == "auto":  # here and not in the Functions, where torch.compile cannot decide on sizes that are symbols
         itemsize = (epilogue.saved_dtype or x.dtype).itemsize
-        route = choose_route(weight.shape, core.shape[1], args, x.shape[2:], itemsize / x.dtype.itemsize)
+        ratio = itemsize / x.dtype.itemsize
+        route = choose_route(weight.shape, core.shape[1], args, x.shape[2:], ratio, is_kernel(core))
     if op == "tt_conv":
         return TTConv.apply(x, weight, core, suffix, bias, args, epilogue.scale, route, epilogue.saved_dtype)
     vectors = (a, b, residual_a, residual_b)

@@ -18,11 +18,13 @@ from lora_edge.ops.activation import apply, inside, masked
 from lora_edge.ops.bits import memory_format, pack, unpack
 from lora_edge.ops.block_tensors import BlockTensors
 from lora_edge.ops.conv_args import ConvArgs, conv, conv_input_grad, conv_weight_grad, symmetric
-from lora_edge.ops.engines.torch.tt_conv import factor_core_grad, factor_suffix_grad
+from lora_edge.ops.engines.torch.tt_conv import factor_core_grad, factor_suffix_grad, seen_by_core
 from lora_edge.ops.engines.torch.tt_fuse import core_grad, suffix_grad
 from lora_edge.ops.half_precision import narrowed
 from lora_edge.ops.once import once_differentiable
 from lora_edge.ops.plan import Epilogue
+from lora_edge.ops.trained_kernel import projected_grad, record
+from lora_edge.tt import is_kernel
 
 SLICES = 16  # about so many slices of the batch, so that temporaries of one slice are small compared with a map
 SLICE_BYTES = 1 << 19  # but no slice is made smaller than this
@@ -99,9 +101,7 @@ class TTBlock(torch.autograd.Function):
             ctx.route = route
             saved = x
             if ctx.route == "factor":
-                rows = suffix.to(x.dtype).repeat(args.groups, *[1] * (suffix.dim() - 1))
-                rows, even = symmetric(rows, args)
-                saved = narrowed(conv(x, rows, None, even), epilogue.saved_dtype or x.dtype)
+                saved = narrowed(seen_by_core(x, core, suffix, args, even=True), epilogue.saved_dtype or x.dtype)
         if saved is x:
             epilogue = epilogue.without_overwriting()
         factors = [] if suffix is None else [suffix]
@@ -112,6 +112,7 @@ class TTBlock(torch.autograd.Function):
         ctx.save_for_backward(weight, core, suffix, saved, bits, a, residual_a)
         ctx.args, ctx.epilogue, ctx.dtype = args, epilogue, x.dtype
         ctx.shape, ctx.format, ctx.y_shape, ctx.y_format = x.shape, memory_format(x), y.shape, memory_format(y)
+        ctx.call = record(suffix) if core is not None and suffix is not None and is_kernel(core) else None
         return y
 
     @staticmethod
@@ -124,8 +125,9 @@ class TTBlock(torch.autograd.Function):
         dresidual = _empty(ctx.y_shape, dy, ctx.y_format) if needs_residual else None
         if dx is not None:
             fused, even = symmetric(_folded_weight(weight, core, suffix, a, epilogue.scale, dy.dtype), args)
+        dq: list[Tensor] = []
         sums: dict[str, Tensor] = {}  # over the slices: "core", "suffix" or "weight", and "bias"
-        rows = core if a is None or core is None else core * a.to(core.dtype)[:, None]
+        rows = core if a is None or core is None else core * a.to(core.dtype).reshape(-1, *[1] * (core.dim() - 1))
 
         def add(name: str, value: Tensor) -> None:
             sums[name] = value if name not in sums else sums[name].add_(value)
@@ -142,7 +144,7 @@ class TTBlock(torch.autograd.Function):
             if dresidual is not None and residual_a is not None:
                 torch.mul(dz, _per_channel(residual_a.to(dz.dtype), dz), out=dresidual[part])
             if needs_core and ctx.route == "factor":
-                add("core", factor_core_grad(dz, saved[part].to(dz.dtype), core, args.groups, epilogue.scale))
+                add("core", factor_core_grad(dz, saved[part].to(dz.dtype), core, args, epilogue.scale))
             elif needs_suffix and not (needs_weight or needs_core):
                 add("suffix", factor_suffix_grad(dz, saved[part], rows, suffix, args, epilogue.scale))
             elif saved is not None:
@@ -152,6 +154,10 @@ class TTBlock(torch.autograd.Function):
                 add("bias", dz.sum(dim=[0, *range(2, dz.dim())], dtype=torch.promote_types(dz.dtype, torch.float32)))
             if dx is not None:
                 dx[part] = conv_input_grad(dz, fused, ctx.shape[2:], even)
+            if ctx.call is not None:
+                dq.append(projected_grad(dz, rows, ctx.shape[2:], args, epilogue.scale))
+        if ctx.call is not None:
+            ctx.call.dq = torch.cat(dq)
         dweight, dcore, dsuffix, dbias = _parameter_grads(sums, ctx, weight, core, suffix, a)
         return (dx, dweight, dcore, dbias, dresidual, dsuffix, *[None] * 7)
 

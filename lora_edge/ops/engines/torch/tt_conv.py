@@ -13,10 +13,12 @@ import torch
 from torch import Tensor
 
 from lora_edge.ops import reference
-from lora_edge.ops.conv_args import ConvArgs, conv, conv_input_grad, conv_weight_grad
+from lora_edge.ops.conv_args import ConvArgs, conv, conv_input_grad, conv_weight_grad, symmetric
 from lora_edge.ops.engines.torch.tt_fuse import core_grad, suffix_grad
 from lora_edge.ops.half_precision import narrowed
 from lora_edge.ops.once import once_differentiable
+from lora_edge.ops.trained_kernel import kernel_grad, projected, projected_grad, projection_grad, record
+from lora_edge.tt import is_kernel
 
 
 def fused(weight: Tensor, core: Tensor, suffix: Tensor, scale: float, dtype: torch.dtype) -> Tensor:
@@ -48,10 +50,10 @@ class TTConv(torch.autograd.Function):
         if needs_weight or needs_suffix or (needs_core and route == "dense"):
             saved = x
         elif needs_core:
-            rows = suffix.to(x.dtype).repeat(args.groups, *[1] * (suffix.dim() - 1))
-            saved = narrowed(conv(x, rows, None, args), saved_dtype or x.dtype)
+            saved = narrowed(seen_by_core(x, core, suffix, args), saved_dtype or x.dtype)
         ctx.save_for_backward(weight, core, suffix, saved)
         ctx.args, ctx.scale, ctx.route, ctx.size = args, scale, route, x.shape[2:]
+        ctx.call = record(suffix) if is_kernel(core) else None
         return y
 
     @staticmethod
@@ -61,7 +63,7 @@ class TTConv(torch.autograd.Function):
         needs_x, needs_weight, needs_core, needs_suffix, needs_bias, *_ = ctx.needs_input_grad
         dx = dweight = dcore = dsuffix = dbias = None
         if needs_core and ctx.route == "factor":
-            dcore = factor_core_grad(dy, saved.to(dy.dtype), core, ctx.args.groups, ctx.scale)
+            dcore = factor_core_grad(dy, saved.to(dy.dtype), core, ctx.args, ctx.scale)
         elif needs_suffix and not (needs_weight or needs_core):
             dsuffix = factor_suffix_grad(dy, saved, core, suffix, ctx.args, ctx.scale)
         elif saved is not None:
@@ -73,16 +75,34 @@ class TTConv(torch.autograd.Function):
             dx = conv_input_grad(dy, fused(weight, core, suffix, ctx.scale, dy.dtype), ctx.size, ctx.args)
         if needs_bias:
             dbias = dy.sum(dim=[0, *range(2, dy.dim())])
+        if ctx.call is not None:
+            ctx.call.dq = projected_grad(dy, core, ctx.size, ctx.args, ctx.scale)
         return dx, dweight, dcore, dsuffix, dbias, None, None, None, None
 
 
-def factor_core_grad(dy: Tensor, h: Tensor, core: Tensor, groups: int, scale: float) -> Tensor:
-    """``dB[o,q] = s * sum_{n,l} dy[n,o,l] h[n, group(o) r1 + q, l]``, accumulated in float32, shape ``(O, r1)``.
+def seen_by_core(x: Tensor, core: Tensor, suffix: Tensor, args: ConvArgs, even: bool = False) -> Tensor:
+    """``h (N, g * r1, *L')``: ``x`` convolved with the suffix in every group; a trained kernel's ``q (N, g * r, *L)``.
+
+    ``even`` gives even kernel sizes the zero taps of :func:`lora_edge.ops.conv_args.symmetric`.
+    """
+    if is_kernel(core):
+        return projected(x, suffix, args.groups)
+    rows = suffix.to(x.dtype).repeat(args.groups, *[1] * (suffix.dim() - 1))
+    if even:
+        rows, args = symmetric(rows, args)
+    return conv(x, rows, None, args)
+
+
+def factor_core_grad(dy: Tensor, h: Tensor, core: Tensor, args: ConvArgs, scale: float) -> Tensor:
+    """``dB[o,q] = s * sum_{n,l} dy[n,o,l] h[n, group(o) r1 + q, l]``, accumulated in float32, in the core's shape.
 
     Args:
         dy: ``(N, O, *L)``.
-        h: ``(N, g * r1, *L)``, ``x`` convolved with the suffix in every group.
+        h: of :func:`seen_by_core`.
     """
+    if is_kernel(core):
+        return kernel_grad(dy, h, core, args, scale)
+    groups = args.groups
     dy = dy.unflatten(1, (groups, core.shape[0] // groups)).flatten(3)
     h = h.unflatten(1, (groups, core.shape[1])).flatten(3)
     exact = torch.float64 if core.dtype == torch.float64 else torch.float32
@@ -98,6 +118,8 @@ def factor_suffix_grad(dy: Tensor, x: Tensor, core: Tensor, suffix: Tensor, args
         x: ``(N, I, *L)``.
     """
     groups, rank = args.groups, core.shape[1]
+    if is_kernel(core):
+        return projection_grad(projected_grad(dy, core, x.shape[2:], args, scale), x, suffix, groups)
     rows = core.to(dy.dtype).reshape(groups, -1, rank).transpose(1, 2).reshape(groups * rank, -1, *[1] * (dy.dim() - 2))
     dims = dy.dim() - 2
     seen = conv(dy, rows, None, ConvArgs((1,) * dims, (0,) * dims, (1,) * dims, groups))

@@ -9,6 +9,7 @@ from torch import Tensor
 
 from lora_edge.ops import reference
 from lora_edge.ops.once import once_differentiable
+from lora_edge.tt import is_kernel
 
 
 class TTFuse(torch.autograd.Function):
@@ -30,14 +31,20 @@ class TTFuse(torch.autograd.Function):
 
 
 def core_grad(dw: Tensor, core: Tensor, suffix: Tensor, scale: float) -> Tensor:
-    """``dB = s * dW S^T`` from the dense weight's gradient; groups make no difference to row ``o``."""
+    """``dB = s * dW S^T`` from the dense weight's gradient, tap by tap for a trained kernel; groups make no difference."""
     exact = _exact(dw, suffix)
+    if is_kernel(core):
+        taps = torch.einsum("oik,qi->oqk", dw.to(exact).flatten(2), suffix.to(exact).flatten(1))
+        return (scale * taps).reshape(core.shape).to(core.dtype)
     return (scale * (dw.to(exact).flatten(1) @ suffix.to(exact).flatten(1).T)).to(core.dtype)
 
 
 def suffix_grad(dw: Tensor, core: Tensor, suffix: Tensor, scale: float) -> Tensor:
     """``dS = s * B^T dW``, for a suffix that is trained."""
     exact = _exact(dw, core)
+    if is_kernel(core):
+        rows = torch.einsum("oqk,oik->qi", core.to(exact).flatten(2), dw.to(exact).flatten(2))
+        return (scale * rows).reshape(suffix.shape).to(suffix.dtype)
     return (scale * (core.to(exact).T @ dw.to(exact).flatten(1))).reshape(suffix.shape).to(suffix.dtype)
 
 
