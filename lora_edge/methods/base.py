@@ -11,7 +11,7 @@ from torch.nn.modules.conv import _ConvNd
 
 from lora_edge.adapt import adapt, trainable_parameters
 from lora_edge.merge import merge
-from lora_edge.methods.backbone import SOURCE_SAMPLES, freeze_backbone, move_statistics
+from lora_edge.methods.parts.backbone import SOURCE_SAMPLES, freeze_backbone, move_statistics
 from lora_edge.methods.training import Training
 from lora_edge.nn.branch import Branch, add_branch
 from lora_edge.nn.layers import check_adaptable
@@ -116,7 +116,7 @@ def jointly(make: Make) -> PrepareList:
     Args:
         make: ``make(model, convs, rank, inputs, labels)`` returns a reparametrisation or a branch for some or all of the
             convolutions of ``convs``, by dotted name; the others stay frozen. It changes nothing. Facts about the base that
-            need a forward or a backward are in :mod:`lora_edge.methods.facts`; tensors that layers share go through
+            need a forward or a backward are in :mod:`lora_edge.methods.parts.facts`; tensors that layers share go through
             :func:`lora_edge.nn.reparametrised.share`.
 
     The model's BatchNorm is frozen on its statistics. A layer that ``adapt`` refuses raises ValueError with its name.
