@@ -25,6 +25,7 @@ from rich.table import Table
 import lora_edge
 from lora_edge.environment.machine import describe_machine
 from lora_edge.memory import training_step_bytes
+from lora_edge.methods.training import Training, training_step
 
 from . import RESULTS, write_rows
 from .workloads import WORKLOADS
@@ -74,12 +75,11 @@ def resident(workload: str, batch: int, variant: str) -> int:
     """Growth of a fresh process's peak resident memory by two steps of training, in bytes."""
     model = build(workload, variant)
     x, y = WORKLOADS[workload].batch(batch)
-    optimizer = torch.optim.Adam([p for p in model.parameters() if p.requires_grad])
+    training = Training([p for p in model.parameters() if p.requires_grad])
+    optimizer = training.optimizer(training.parameters, 1e-3)
     before = _peak_resident()
     for _ in range(2):
-        optimizer.zero_grad()
-        F.cross_entropy(model(x), y).backward()
-        optimizer.step()
+        training_step(model, training, optimizer, x, y)
     return _peak_resident() - before
 
 

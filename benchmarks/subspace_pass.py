@@ -15,14 +15,13 @@ import time
 import warnings
 from collections.abc import Callable
 
-import torch
-import torch.nn.functional as F
 from rich.console import Console
 from rich.table import Table
 from torch import Tensor
 
 import lora_edge
 from lora_edge.memory import StorageTracker
+from lora_edge.methods.training import Training, training_step
 from lora_edge.subspaces.gradient import leading_gradients
 from lora_edge.subspaces.inputs import leading_inputs
 from lora_edge.surgery.selection import select
@@ -39,12 +38,11 @@ def actions(workload: str, batch: int, rank: int) -> tuple[dict[str, Callable[[]
     names = select(model, about.targets(model), None)
     x, y = about.batch(batch)
     trained = lora_edge.adapt(about.model(), 2, targets=about.targets(model)).train()
-    optimizer = torch.optim.Adam(list(lora_edge.trainable_parameters(trained)), lr=1e-2)
+    training = Training(list(lora_edge.trainable_parameters(trained)))
+    optimizer = training.optimizer(training.parameters, 1e-2)
 
     def step() -> None:
-        optimizer.zero_grad()
-        F.cross_entropy(trained(x), y).backward()
-        optimizer.step()
+        training_step(trained, training, optimizer, x, y)
 
     step()  # Adam's moments are not transient
     known = [x, y, *model.parameters(), *model.buffers(), *trained.parameters(), *trained.buffers()]
