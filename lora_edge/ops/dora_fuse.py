@@ -5,18 +5,27 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+from lora_edge.ops import dispatch
 from lora_edge.ops.checks import check_factors, check_rows, check_weight
 from lora_edge.ops.engines.torch import dora_fuse as of_torch
 
 
 def dora_fuse(
-    weight: Tensor, core: Tensor, suffix: Tensor, magnitude: Tensor, scale: float = 1.0, *, weight_squares: Tensor | None = None
+    weight: Tensor,
+    core: Tensor,
+    suffix: Tensor,
+    magnitude: Tensor,
+    scale: float = 1.0,
+    *,
+    weight_squares: Tensor | None = None,
+    backend: str = "auto",
 ) -> Tensor:
     """Fuse DoRA's update into the dense weight, each row ``o`` scaled to the norm ``magnitude[o]``.
 
-    The norm of a row is a constant in backward (DoRA, arXiv 2402.09353, section 4.3). It is found from the factors ("Scaling
-    DoRA", arXiv 2603.22276), without a second dense weight, and counts as at least 1e-12. A row that all but cancels,
-    ``s B A ≈ -W``, loses digits of its norm: its square is exact to rounding of ``‖W‖²``.
+    The norm of a row is a constant in backward (DoRA, arXiv 2402.09353, section 4.3) and counts as at least 1e-12. On torch it
+    is found from the factors ("Scaling DoRA", arXiv 2603.22276), without a second dense weight; a row that all but cancels,
+    ``s B A ≈ -W``, loses digits of its norm there: the square is exact to rounding of ``‖W‖²``. Kernels compute row and norm in
+    one pass over the weight.
 
     Args:
         weight: ``(O, I/g, *K)``, 1 to 3 kernel dimensions; float32, float16, bfloat16 or float64.
@@ -24,7 +33,9 @@ def dora_fuse(
         suffix: ``(r, I/g, *K)``, DoRA's ``A``; groups share it.
         magnitude: ``(O,)``, DoRA's ``m``.
         scale: factor of the update.
-        weight_squares: :func:`row_squares` of the weight, where the caller keeps them: that saves a pass over a frozen weight.
+        weight_squares: :func:`row_squares` of the weight, where the caller keeps them: that saves torch a pass over a frozen
+            weight.
+        backend: "auto", "torch", "cpu", "cuda" or "triton"; see :mod:`lora_edge.ops.backends`.
 
     Returns:
         The fused weight, shape and dtype of ``weight``; computed in float32 (float64 for float64), cast once. Gradients reach
@@ -32,10 +43,11 @@ def dora_fuse(
 
     Raises:
         TypeError, ValueError: an argument has the wrong type, shape or device; the message names it.
+        RuntimeError: the named backend does not work here or does not support this call; the message says why.
     """
     _check(weight, core, suffix, weight_squares, "dora_fuse")
     check_rows(magnitude, weight, "magnitude", "dora_fuse")
-    return of_torch.DoRAFuse.apply(weight, core, suffix, magnitude, float(scale), weight_squares)
+    return dispatch.dora(backend, weight, core, suffix, magnitude, float(scale), weight_squares)
 
 
 def dora_norm(
