@@ -538,9 +538,9 @@ CASES_OF_DORA: list[DoraCase] = [
 
 def launches() -> Iterator[Launch]:
     """Every launch of the matrix."""
-    for dora in CASES_OF_DORA:
-        yield from dora.launches()
     for fuse in CASES_OF_FUSE:
         yield from fuse.launches()
     for block in CASES_OF_BLOCKS:
         yield from block.launches()
+    for dora in CASES_OF_DORA:
+        yield from dora.launches()

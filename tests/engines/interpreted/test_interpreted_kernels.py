@@ -7,7 +7,7 @@ import pytest
 from helpers.kernel_cases import launches
 from helpers.triton_launches import run
 
-LAUNCHES = {launch.name: launch for launch in launches() if not launch.op.startswith("dora")}
+LAUNCHES = {launch.name: launch for launch in launches()}
 
 
 @pytest.mark.parametrize("name", LAUNCHES)

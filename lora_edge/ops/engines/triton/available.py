@@ -66,11 +66,6 @@ def reason(device: torch.device | None = None) -> str | None:
     return None if device is None or device.type != "cuda" else _not_covered(device.index)
 
 
-def leaves(op: str, by_name: bool, traced: bool) -> str | None:
-    """Why the engine leaves an op to torch whatever its sizes, None where it does not."""
-    return "dora_fuse, for which there is no Triton kernel" if op == "dora_fuse" else None
-
-
 @functools.cache
 def _not_covered(index: int | None) -> str | None:
     capability = torch.cuda.get_device_capability(index)
