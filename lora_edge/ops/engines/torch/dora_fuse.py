@@ -43,20 +43,20 @@ class DoRAFuse(torch.autograd.Function):
         needs_weight, needs_core, needs_suffix, needs_magnitude, *_ = ctx.needs_input_grad
         products = b.new_empty(b.shape)  # dW' Aᵀ
         inner = torch.empty_like(gains)  # dW' ⊙ W, summed
-        dsuffix = torch.zeros_like(a)
+        dsuffix = torch.zeros_like(a) if needs_suffix else None
         for rows in _chunks(weight, exact):
             d = dw[rows].to(exact).flatten(1)
             if needs_core or needs_magnitude:
                 torch.mm(d, a.T, out=products[rows])
             if needs_magnitude:
                 inner[rows] = torch.einsum("on,on->o", d, weight[rows].to(exact).flatten(1))
-            if needs_suffix:
+            if dsuffix is not None:
                 dsuffix.addmm_(scaled[rows].T, d)
         dmagnitude = (inner + ctx.scale * (b * products).sum(1)) / divisors
         return (
             (dw * gains.view(-1, *[1] * (dw.dim() - 1))).to(weight.dtype) if needs_weight else None,
             ((ctx.scale * gains).unsqueeze(1) * products).to(core.dtype) if needs_core else None,
-            dsuffix.view(suffix.shape).to(suffix.dtype) if needs_suffix else None,
+            None if dsuffix is None else dsuffix.view(suffix.shape).to(suffix.dtype),
             dmagnitude.to(magnitude.dtype) if needs_magnitude else None,
             None,
             None,
