@@ -158,6 +158,7 @@ struct CallSizes {
   int64_t positions() const { return int64_t{c.batch} * c.out_h * c.out_w; }
   int64_t weight() const { return c.outputs * columns() * bytes_of(p.weight_type); }
   int64_t core() const { return int64_t{c.outputs} * c.rank * bytes_of(p.core_type); }
+  int64_t suffix() const { return c.rank * columns() * bytes_of(p.suffix_type); }
   int64_t h_element() const { return on_cpu ? 4 : bytes_of(p.saved_type); }
   int64_t h() const { return positions() * c.groups * c.rank * h_element(); }
   int64_t bits() const {
@@ -172,10 +173,18 @@ struct CallSizes {
     const int64_t middle = int64_t{p.bond2} * (p.cores == 3 ? c.kernel_h : c.kernel_w) * last;
     const bool cores = p.cores > 0 && !on_cpu;
     wanted = wanted && c.rank > 0;
-    check.dense(cores ? 0 : c.rank * columns() * element, element, wanted && !cores);
+    check.dense(cores ? 0 : suffix(), element, wanted && !cores);
     check.dense(cores ? c.rank * inputs() * p.bond2 * element : 0, element, wanted && cores);
     check.dense(cores ? middle * element : 0, element, wanted && cores);
     check.dense(cores && p.cores == 3 ? last * c.kernel_w * element : 0, element, wanted && cores && p.cores == 3);
+  }
+
+  // weight, core, suffix, magnitude
+  void dora_operands(PlaceChecker& check) const {
+    check.dense(weight(), bytes_of(p.weight_type), true);
+    check.dense(core(), bytes_of(p.core_type), true);
+    check.dense(suffix(), bytes_of(p.suffix_type), true);
+    check.dense(vector(p.affine_type), bytes_of(p.affine_type), true);
   }
 };
 
@@ -193,6 +202,23 @@ inline void check_call(PlaceChecker& check, const Problem& p, const FuseBackward
   sizes.factors(check, true);
   check.dense(sizes.core(), bytes_of(p.core_type), true);
   check.scratch(scratch.fuse_partial, 4, scratch.fuse_partial > 0);
+}
+
+inline void check_call(PlaceChecker& check, const Problem& p, const DoraCall&, const ScratchBytes&, bool) {
+  const CallSizes sizes(p, false);
+  sizes.dora_operands(check);
+  check.dense(sizes.weight(), bytes_of(p.weight_type), true);
+  check.dense(sizes.vector(Type::f32), 4, true);
+}
+
+inline void check_call(PlaceChecker& check, const Problem& p, const DoraBackwardCall&, const ScratchBytes&, bool) {
+  const CallSizes sizes(p, false);
+  check.dense(sizes.weight(), bytes_of(p.weight_type), true);
+  sizes.dora_operands(check);
+  check.dense(sizes.vector(Type::f32), 4, true);
+  check.dense(sizes.core(), bytes_of(p.core_type), false);
+  check.dense(sizes.suffix(), bytes_of(p.suffix_type), false);
+  check.dense(sizes.vector(p.affine_type), bytes_of(p.affine_type), false);
 }
 
 inline void check_call(PlaceChecker& check, const Problem& p, const ForwardCall& call, const ScratchBytes& scratch, bool cpu) {

@@ -39,6 +39,18 @@ void visit(Visit&& v, FuseBackwardCall& c) {
 }
 
 template <class Visit>
+void visit(Visit&& v, DoraCall& c) {
+  v("weight", c.weight), v("core", c.core), v("suffix", c.suffix), v("magnitude", c.magnitude);
+  v("out", c.out), v("norms", c.norms);
+}
+
+template <class Visit>
+void visit(Visit&& v, DoraBackwardCall& c) {
+  v("dout", c.dout), v("weight", c.weight), v("core", c.core), v("suffix", c.suffix), v("magnitude", c.magnitude);
+  v("norms", c.norms), v("dcore", c.dcore), v("dsuffix", c.dsuffix), v("dmagnitude", c.dmagnitude);
+}
+
+template <class Visit>
 void visit(Visit&& v, ForwardCall& c) {
   v("weight", c.weight), v("core", c.core), visit_factors(v, c);
   v("x", c.x), visit_strides(v, "x_n", "x_c", "x_h", "x_w", c.x_strides);

@@ -191,7 +191,11 @@ Call read_call(const char* op, py::handle args, Place* places) {
   return call;
 }
 
-enum class Op { tt_fuse, tt_block };
+enum class Op { tt_fuse, dora_fuse, tt_block };
+
+constexpr Op kOps[] = {Op::tt_fuse, Op::dora_fuse, Op::tt_block};
+
+const char* name_of(Op op) { return op == Op::tt_fuse ? "tt_fuse" : op == Op::dora_fuse ? "dora_fuse" : "tt_block"; }
 
 class Plan {
  public:
@@ -205,7 +209,7 @@ class Plan {
       if (!found) throw py::type_error("Plan: there is no field " + name);
     }
     check_problem(problem_);
-    for (const Op op : {Op::tt_fuse, Op::tt_block}) {
+    for (const Op op : kOps) {
       if (const char* why = lora_edge::refusal(problem_, name_of(op))) refusal_[static_cast<int>(op)] = why;
     }
     scratch_ = lora_edge::scratch(problem_);
@@ -217,12 +221,12 @@ class Plan {
   }
 
   py::object refusal(const std::string& name) const {
-    for (const Op op : {Op::tt_fuse, Op::tt_block}) {
+    for (const Op op : kOps) {
       if (name != name_of(op)) continue;
       const std::string& why = refusal_[static_cast<int>(op)];
       return why.empty() ? py::none() : py::object(py::str(why));
     }
-    throw py::value_error("refusal: there is no op " + name + "; it must be tt_fuse or tt_block");
+    throw py::value_error("refusal: there is no op " + name + "; it must be tt_fuse, dora_fuse or tt_block");
   }
 
   py::dict scratch() const {
@@ -280,12 +284,10 @@ class Plan {
   }
 
  private:
-  static const char* name_of(Op op) { return op == Op::tt_fuse ? "tt_fuse" : "tt_block"; }
-
   static constexpr int kMostThreads = 256;
 
   Problem problem_{};
-  std::string refusal_[2], cpu_refusal_;  // empty: supported
+  std::string refusal_[3], cpu_refusal_;  // empty: supported
   Scratch scratch_{};
   cpu::Scratch cpu_scratch_{};
 };
@@ -294,6 +296,8 @@ std::vector<std::string> call_fields(const std::string& op) {
   if (op == "Plan") return names<Problem>();
   if (op == "tt_fuse_forward") return number_names<FuseCall>();
   if (op == "tt_fuse_backward") return number_names<FuseBackwardCall>();
+  if (op == "dora_fuse_forward") return number_names<DoraCall>();
+  if (op == "dora_fuse_backward") return number_names<DoraBackwardCall>();
   if (op == "tt_block_forward" || op == "cpu_block_forward") return number_names<ForwardCall>();
   if (op == "tt_block_backward" || op == "cpu_block_backward") return number_names<BackwardCall>();
   throw py::value_error("call_fields: there is no op " + op + "; it must be Plan or the name of a launch");
@@ -366,10 +370,13 @@ PYBIND11_MODULE(LORA_EDGE_MODULE, m) {
   py::class_<Plan> plan(m, "Plan", py::module_local(),
                         "One adapted convolution on one input size: the fields of Problem in csrc/problem.h by name.");
   plan.def(py::init<const py::kwargs&>());
-  plan.def("refusal", &Plan::refusal, "op"_a, "Why the kernels do not support this plan for tt_fuse or tt_block, or None.");
+  plan.def("refusal", &Plan::refusal, "op"_a,
+           "Why the kernels do not support this plan for tt_fuse, dora_fuse or tt_block, or None.");
   plan.def("scratch", &Plan::scratch, "Sizes in bytes of the buffers that a launch needs: scratch, h and bits.");
   define_launch(plan, "tt_fuse_forward", Op::tt_fuse, tt_fuse_forward);
   define_launch(plan, "tt_fuse_backward", Op::tt_fuse, tt_fuse_backward);
+  define_launch(plan, "dora_fuse_forward", Op::dora_fuse, dora_fuse_forward);
+  define_launch(plan, "dora_fuse_backward", Op::dora_fuse, dora_fuse_backward);
   define_launch(plan, "tt_block_forward", Op::tt_block, tt_block_forward);
   define_launch(plan, "tt_block_backward", Op::tt_block, tt_block_backward);
   plan.def("cpu_refusal", &Plan::cpu_refusal, "Why the CPU engine does not support this plan for tt_block, or None.");

@@ -29,7 +29,7 @@ struct Problem {
   Conv conv;
   Type type;                                        // x, y, dy, dx, residual, bias
   Type weight_type, core_type, suffix_type;         // weight; core and its gradient; suffix or frozen cores
-  Type saved_type, affine_type;                     // h; scales and shifts of the affines
+  Type saved_type, affine_type;                     // h; scales and shifts of the affines, or the magnitude and its gradient
   Precision precision;
   Activation activation;
   float low, high;                                  // bounds of Activation::clamp
@@ -50,6 +50,20 @@ struct FuseBackwardCall {
   const void* dout;
   const void *suffix, *core2, *core3, *core4;
   void *dcore, *partial;
+};
+
+// dora_fuse: out = gain * (weight + scale * core * suffix) by rows, gain = magnitude / max(norms, 1e-12); `norms` (O) float32
+// are those of the rows before the gain. The suffix is contracted; the magnitude (O) has `affine_type`.
+struct DoraCall {
+  const void *weight, *core, *suffix, *magnitude;
+  void *out, *norms;
+};
+
+// Backward of dora_fuse, the norms a constant. Null outputs are not computed.
+struct DoraBackwardCall {
+  const void* dout;
+  const void *weight, *core, *suffix, *magnitude, *norms;
+  void *dcore, *dsuffix, *dmagnitude;
 };
 
 // y = act(affine(conv(x) + bias) + residual_affine(residual)), h = conv(x, suffix), bits: set where act has slope 1.

@@ -24,6 +24,8 @@ DeviceInfo device_info() { return {0, 0, {}, kWhy}; }
 
 const char* tt_fuse_forward(const Problem&, const FuseCall&, Stream) { return kWhy; }
 const char* tt_fuse_backward(const Problem&, const FuseBackwardCall&, Stream) { return kWhy; }
+const char* dora_fuse_forward(const Problem&, const DoraCall&, Stream) { return kWhy; }
+const char* dora_fuse_backward(const Problem&, const DoraBackwardCall&, Stream) { return kWhy; }
 const char* tt_block_forward(const Problem&, const ForwardCall&, Stream) { return kWhy; }
 const char* tt_block_backward(const Problem&, const BackwardCall&, Stream) { return kWhy; }
 const char* refusal(const Problem&, const char*) { return kWhy; }

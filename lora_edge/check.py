@@ -29,7 +29,7 @@ TF32_TOLERANCE = 1e-3
 
 
 class Case(NamedTuple):
-    """The sizes of one call ``y = tt_block(x (N, I, *size), ...)``, which tests tt_conv and tt_fuse too."""
+    """The sizes of one call ``y = tt_block(x (N, I, *size), ...)``, which tests tt_conv, tt_fuse and dora_fuse too."""
 
     name: str
     channels: int
@@ -126,7 +126,7 @@ def check_backend(backend: str) -> Iterator[Outcome]:
     """Every op on every case and dtype that the backend supports."""
     device, engine = torch.device(engines.device_type(backend)), engines.engine(backend)
     dtypes = [(torch.float32, False), *[(torch.float32, True)] * engine.TF32, *((d, False) for d in engine.DTYPES[1:])]
-    runs = [("tt_fuse", _fuse), ("tt_conv", _conv), ("tt_block", _block)]
+    runs = [("tt_fuse", _fuse), ("dora_fuse", _dora), ("tt_conv", _conv), ("tt_block", _block)]
     runs = [(op, run) for op, run in runs if engines.leaves(backend, op, True, False) is None]
     cases = [case for case in CASES if engine.GROUPS or case.groups == 1]
     for dtype, tf32 in dtypes:
@@ -184,9 +184,11 @@ def _tensors(case: Case, device: torch.device, dtype: torch.dtype) -> dict[str, 
         "residual": normal(*reference.tt_conv(x, weight, core, suffix, **_conv_arguments(case)).shape),
         "a": torch.rand(case.outputs, generator=generator) + 0.5,
         "b": normal(case.outputs),
+        "trained suffix": normal(*suffix.shape, size=taps**-0.5),
+        "magnitude": torch.rand(case.outputs, generator=generator) + 0.5,
     }
     found = {name: t.to(device, dtype) for name, t in tensors.items()}
-    for name in ("x", "core", "bias", "residual"):
+    for name in ("x", "core", "bias", "residual", "trained suffix", "magnitude"):
         found[name].requires_grad_()
     return found
 
@@ -197,6 +199,10 @@ def _conv_arguments(case: Case) -> dict[str, Any]:
 
 def _fuse(ops: ModuleType, case: Case, t: dict[str, Tensor], **options: Any) -> Tensor:
     return ops.tt_fuse(t["weight"], t["core"], t["suffix"], 0.7, **options)
+
+
+def _dora(ops: ModuleType, case: Case, t: dict[str, Tensor], **options: Any) -> Tensor:
+    return ops.dora_fuse(t["weight"], t["core"], t["trained suffix"], t["magnitude"], 0.7, **options)
 
 
 def _conv(ops: ModuleType, case: Case, t: dict[str, Tensor], **options: Any) -> Tensor:

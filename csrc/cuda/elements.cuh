@@ -59,7 +59,7 @@ DEVICE void store_floats(T* base, int64_t i, const float (&from)[count], bool ok
   }
 }
 
-// The same from shared memory; element i must be 16-byte aligned if count > 1.
+// The same from and to shared memory; element i must be 16-byte aligned if count > 1.
 template <int count>
 DEVICE void load_floats(float (&to)[count], Shared<float> from, int i) {
   if constexpr (count == 1) {
@@ -68,6 +68,17 @@ DEVICE void load_floats(float (&to)[count], Shared<float> from, int i) {
     static_assert(count % 4 == 0);
     UNROLL
     for (int j = 0; j < count; j += 4) unpack<float>(to + j, from.load16(i + j));
+  }
+}
+
+template <int count>
+DEVICE void store_floats(Shared<float> to, int i, const float (&from)[count]) {
+  if constexpr (count == 1) {
+    to.store(i, from[0]);
+  } else {
+    static_assert(count % 4 == 0);
+    UNROLL
+    for (int j = 0; j < count; j += 4) to.store16(i + j, pack<float>(from + j));
   }
 }
 

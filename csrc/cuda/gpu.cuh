@@ -188,6 +188,8 @@ DEVICE void store_float(void* base, Type type, int64_t i, float v, bool ok = tru
   store_global(static_cast<Bfloat*>(base), i, from_float<Bfloat>(v), ok);
 }
 
+DEVICE float square_root(float v) { return sqrtf(v); }
+
 DEVICE void sync_block() { __syncthreads(); }
 DEVICE void sync_warp() { __syncwarp(); }
 

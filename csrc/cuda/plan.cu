@@ -8,6 +8,7 @@
 
 #include "../packing.h"
 #include "depthwise.cuh"
+#include "dora_fuse.cuh"
 #include "tt_conv_backward.cuh"
 #include "tt_conv_forward.cuh"
 #include "tt_fuse.cuh"
@@ -40,6 +41,16 @@ const char* text(const char* format, Numbers... numbers) {
   return buffer;
 }
 
+const char* dora_refusal(const Problem& p) {
+  const Conv& c = p.conv;
+  if (c.rank > kMostDoraRank) return text("rank %d: the kernels support up to %d", c.rank, kMostDoraRank);
+  if (p.cores > 0) return "frozen cores: the kernels of dora_fuse support a contracted suffix";
+  const int64_t elements = int64_t{c.channels / c.groups} * c.kernel_h * c.kernel_w * std::max(c.outputs, c.rank);
+  if (elements <= kMostElements) return nullptr;
+  return text("%lld elements: the kernels support up to %lld", static_cast<long long>(elements),
+              static_cast<long long>(kMostElements));
+}
+
 }  // namespace
 
 const char* tt_fuse_forward(const Problem& p, const FuseCall& call, Stream stream) {
@@ -48,6 +59,12 @@ const char* tt_fuse_forward(const Problem& p, const FuseCall& call, Stream strea
 
 const char* tt_fuse_backward(const Problem& p, const FuseBackwardCall& call, Stream stream) {
   return fuse_backward(p, call, stream);
+}
+
+const char* dora_fuse_forward(const Problem& p, const DoraCall& call, Stream stream) { return dora_forward(p, call, stream); }
+
+const char* dora_fuse_backward(const Problem& p, const DoraBackwardCall& call, Stream stream) {
+  return dora_backward(p, call, stream);
 }
 
 const char* tt_block_forward(const Problem& p, const ForwardCall& call, Stream stream) {
@@ -72,6 +89,7 @@ const char* tt_block_backward(const Problem& p, const BackwardCall& call, Stream
 
 const char* refusal(const Problem& p, const char* op) {
   const Conv& c = p.conv;
+  if (std::strcmp(op, "dora_fuse") == 0) return dora_refusal(p);
   const bool block = std::strcmp(op, "tt_block") == 0;
   const int32_t most_rank = block ? kMostRank : kMostFuseRank;
   if (c.rank > most_rank) return text("rank %d: the kernels support up to %d", c.rank, most_rank);

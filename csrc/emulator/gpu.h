@@ -166,6 +166,8 @@ inline void store_float(void* base, Type type, int64_t i, float v, bool ok = tru
   store_global(static_cast<Bfloat*>(base), i, from_float<Bfloat>(v), ok, site);
 }
 
+inline float square_root(float v) { return std::sqrt(v); }
+
 inline void sync_block(Site site = Site::here()) { emulator::collective(emulator::Kind::sync_block, nullptr, site); }
 inline void sync_warp(Site site = Site::here()) { emulator::collective(emulator::Kind::sync_warp, nullptr, site); }
 

@@ -33,6 +33,7 @@ const char* run(const Job& job) {
 }
 
 const char* refused_fuse(const Job& job) { return refusal(problem_of(job), "tt_fuse"); }
+const char* refused_dora(const Job& job) { return refusal(problem_of(job), "dora_fuse"); }
 const char* refused_block(const Job& job) { return refusal(problem_of(job), "tt_block"); }
 
 int64_t scratch_bytes(const Job& job, const std::string& buffer) {
@@ -57,10 +58,13 @@ std::string answer_nothing(const Job&) { return ""; }
 
 const Register fuse_forward({"tt_fuse_forward", run<FuseCall, tt_fuse_forward>, refused_fuse, scratch_bytes});
 const Register fuse_backward({"tt_fuse_backward", run<FuseBackwardCall, tt_fuse_backward>, refused_fuse, scratch_bytes});
+const Register dora_forward({"dora_fuse_forward", run<DoraCall, dora_fuse_forward>, refused_dora});
+const Register dora_backward({"dora_fuse_backward", run<DoraBackwardCall, dora_fuse_backward>, refused_dora});
 const Register block_forward({"tt_block_forward", run<ForwardCall, tt_block_forward>, refused_block, scratch_bytes});
 const Register block_backward({"tt_block_backward", run<BackwardCall, tt_block_backward>, refused_block, scratch_bytes});
 const Register scratch_sizes({"scratch", nullptr, nullptr, nullptr, answer_scratch});
 const Register fuse_refusal({"refusal of tt_fuse", nullptr, refused_fuse, nullptr, answer_nothing});
+const Register dora_refusal({"refusal of dora_fuse", nullptr, refused_dora, nullptr, answer_nothing});
 const Register block_refusal({"refusal of tt_block", nullptr, refused_block, nullptr, answer_nothing});
 
 }  // namespace

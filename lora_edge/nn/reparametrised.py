@@ -54,6 +54,10 @@ class Reparametrisation(Added):
         """Return ``W'`` for the base weight ``(O, I/g, *K)``, both in float32 or float64."""
         return self.base(weight) + self.delta().view(weight.shape)
 
+    def computed(self, weight: Tensor) -> Tensor:
+        """Return ``W'`` in the weight's dtype; a kind whose op converts and casts by itself saves the float32 copy here."""
+        return self.adapted(weight.to(exact_dtype(weight))).to(weight.dtype)
+
     def adapted_bias(self, bias: Tensor) -> Tensor:
         """Return the adapted bias ``(O,)`` for the base bias, both in float32 or float64."""
         return bias
@@ -71,7 +75,7 @@ class Reparametrisation(Added):
         if not self.enabled:
             return weight
         with torch.autocast(weight.device.type, enabled=False):  # so that the merged weight is the trained one
-            computed = self.adapted(weight.to(exact_dtype(weight))).to(weight.dtype)
+            computed = self.computed(weight)
         if self.on_gradient is not None and computed.requires_grad:
             computed.register_hook(self.on_gradient)
         return computed

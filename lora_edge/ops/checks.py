@@ -62,6 +62,15 @@ def check_weight_sizes(weight: Sequence[int], op: str) -> None:
         raise ValueError(f"{op}: weight has shape {tuple(weight)}; give (O, I/groups, *K) with 1 to 3 kernel sizes")
 
 
+def check_rows(vector: Tensor, weight: Tensor, name: str, op: str) -> None:
+    """Check a vector ``(O,)`` with one element per row of the weight; TypeError for its type, ValueError for its shape."""
+    _check_tensor(vector, name, op)
+    if vector.shape != (weight.shape[0],) or vector.device != weight.device:
+        raise ValueError(
+            f"{op}: {name} has shape {tuple(vector.shape)} on {vector.device}; give ({weight.shape[0]},) on {weight.device}"
+        )
+
+
 def check_conv(x: Tensor, weight: Tensor, bias: Tensor | None, groups: int, op: str, *, batched: bool = False) -> None:
     """Check the input ``(N, I, *L)`` (or one unbatched sample ``(I, *L)``) and the bias ``(O,)`` against the weight.
 
@@ -121,11 +130,7 @@ def check_affine(affine: tuple[Tensor, Tensor] | None, weight: Tensor, name: str
     if not isinstance(affine, tuple) or len(affine) != 2:
         raise TypeError(f"{op}: {name} is a {type(affine).__name__}; give a tuple (scale, shift)")
     for part in affine:
-        _check_tensor(part, name, op)
-        if part.shape != (weight.shape[0],) or part.device != weight.device:
-            raise ValueError(
-                f"{op}: {name} has shape {tuple(part.shape)} on {part.device}; give ({weight.shape[0]},) on {weight.device}"
-            )
+        check_rows(part, weight, name, op)
         if part.requires_grad:
             raise ValueError(f"{op}: {name} requires a gradient; the affine is frozen, detach it")
 

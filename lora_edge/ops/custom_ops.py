@@ -1,6 +1,7 @@
 """The launches of an engine with kernels as custom operators of torch, one graph node each for ``torch.compile``.
 
-``lora_edge::tt_block``, ``lora_edge::tt_fuse`` and their backwards, with shapes for fake tensors and gradients.
+``lora_edge::tt_block``, ``lora_edge::tt_fuse``, ``lora_edge::dora_fuse`` and their backwards, with shapes for fake tensors and
+gradients.
 """
 
 from __future__ import annotations
@@ -18,8 +19,8 @@ from lora_edge.ops.block_tensors import BackwardTensors, BlockTensors
 from lora_edge.ops.checks import check_weight_sizes
 from lora_edge.ops.conv_args import ConvArgs
 from lora_edge.ops.engines import registry as engines
-from lora_edge.ops.engines.protocol import Engine, FusingEngine
-from lora_edge.ops.plan import BlockPlan, Epilogue, FusePlan, Saves, Sizes
+from lora_edge.ops.engines.protocol import DoraEngine, Engine, FusingEngine
+from lora_edge.ops.plan import BlockPlan, DoraPlan, Epilogue, FusePlan, Saves, Sizes
 
 # the engine's name and what is fixed for a layer, as arguments of an operator; padding is (low, high) of each dimension, flat
 _LAYER = (
@@ -248,15 +249,27 @@ def fuse_refusal(
 ) -> str | None:
     """What the engine does not support of a call that is traced, None where it supports it."""
     why = plan.fuse_rule(weight, weight_dtype, core_dtype, factors, factor_dtypes)
+    return why or _weight_refusal(engine, weight, weight_dtype, core_dtype, factors, factor_dtypes, "tt_fuse")
+
+
+def _weight_refusal(
+    engine: str,
+    weight: Sequence[int],
+    weight_dtype: torch.dtype,
+    core_dtype: torch.dtype,
+    factors: tuple[Sequence[int], ...],
+    factor_dtypes: tuple[torch.dtype, ...],
+    op: str,
+) -> str | None:
     ones = (1,) * (len(weight) - 2)
-    return why or plan.refused_when_traced(
+    return plan.refused_when_traced(
         engine,
         tuple(weight),
         (weight_dtype, weight_dtype, core_dtype),
         tuple([tuple(shape) for shape in factors]),
         factor_dtypes,
         (ones, tuple([(0, 0) for _ in ones]), ones, 1),
-        "tt_fuse",
+        op,
     )
 
 
@@ -317,4 +330,97 @@ def _fuse_plan(weight: Tensor, core: Tensor, factors: Sequence[Tensor], engine: 
     planned = plan.fuse_plan(found, found.plan_type(), weight.shape, weight.dtype, core.dtype, shapes, dtypes, scale)
     if isinstance(planned, str):
         raise RuntimeError(f"lora_edge::tt_fuse: the engine {engine!r} does not support this call: {planned}")
+    return planned
+
+
+def dora_refusal(
+    engine: str,
+    weight: Sequence[int],
+    suffix: Sequence[int],
+    weight_dtype: torch.dtype,
+    core_dtype: torch.dtype,
+    suffix_dtype: torch.dtype,
+    magnitude_dtype: torch.dtype,
+) -> str | None:
+    """What the engine does not support of a call that is traced, None where it supports it."""
+    why = plan.dora_rule(weight, suffix, weight_dtype, core_dtype, suffix_dtype, magnitude_dtype)
+    return why or _weight_refusal(engine, weight, weight_dtype, core_dtype, (suffix,), (suffix_dtype,), "dora_fuse")
+
+
+@custom_op(
+    "lora_edge::dora_fuse",
+    mutates_args=(),
+    schema="(Tensor weight, Tensor core, Tensor suffix, Tensor magnitude, str engine, float scale) -> (Tensor, Tensor)",
+)
+def dora_fuse(
+    weight: Tensor, core: Tensor, suffix: Tensor, magnitude: Tensor, engine: str, scale: float
+) -> tuple[Tensor, Tensor]:
+    """The weight, and the norms of its rows before the magnitude."""
+    planned = _dora_plan((weight, core, suffix, magnitude), engine, scale)
+    return planned.engine.dora_forward(planned, weight, core, suffix, magnitude)
+
+
+@dora_fuse.register_fake
+def _(weight: Tensor, core: Tensor, suffix: Tensor, magnitude: Tensor, engine: str, scale: float) -> tuple[Tensor, Tensor]:
+    return weight.new_empty(weight.shape), weight.new_empty(weight.shape[0], dtype=torch.float32)
+
+
+@custom_op(
+    "lora_edge::dora_fuse_backward",
+    mutates_args=(),
+    schema="(Tensor dout, Tensor weight, Tensor core, Tensor suffix, Tensor magnitude, Tensor norms, bool[] needs, str engine, "
+    "float scale) -> (Tensor, Tensor, Tensor)",
+)
+def dora_fuse_backward(
+    dout: Tensor, weight: Tensor, core: Tensor, suffix: Tensor, magnitude: Tensor, norms: Tensor, needs: Sequence[bool],
+    engine: str, scale: float,
+) -> tuple[Tensor, Tensor, Tensor]:  # fmt: skip
+    """Gradients of core, suffix and magnitude; one that is not needed has no elements."""
+    if len(needs) != 3:
+        raise ValueError(f"lora_edge::dora_fuse_backward: needs is {list(needs)}; give three, for core, suffix and magnitude")
+    for name, tensor in (("dout", dout), ("norms", norms)):
+        if tensor is None:
+            raise TypeError(f"lora_edge::dora_fuse_backward: {name} is None; give a tensor")
+    planned = _dora_plan((weight, core, suffix, magnitude), engine, scale)
+    found = planned.engine.dora_backward(planned, dout, weight, core, suffix, magnitude, norms, needs)
+    dcore, dsuffix, dmagnitude = (dout.new_empty(0) if t is None else t for t in found)
+    return dcore, dsuffix, dmagnitude
+
+
+@dora_fuse_backward.register_fake
+def _(
+    dout: Tensor, weight: Tensor, core: Tensor, suffix: Tensor, magnitude: Tensor, norms: Tensor, needs: Sequence[bool],
+    engine: str, scale: float,
+) -> Any:  # fmt: skip
+    operands = (core, suffix, magnitude)
+    return tuple([t.new_empty(t.shape) if need else dout.new_empty(0) for t, need in zip(operands, needs, strict=True)])
+
+
+def _remember_dora(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor]) -> None:
+    *operands, engine, scale = inputs
+    ctx.save_for_backward(*operands, output[1])
+    ctx.fixed = engine, scale
+
+
+def _dora_gradients(ctx: Any, dout: Tensor, _: Tensor) -> tuple[Any, ...]:
+    needs_weight, *needs = ctx.needs_input_grad[:4]
+    if needs_weight:
+        raise RuntimeError("lora_edge::dora_fuse: weight requires a gradient; it is computed for core, suffix and magnitude")
+    found = dora_fuse_backward(dout, *ctx.saved_tensors, needs, *ctx.fixed)
+    return None, *(t if need else None for t, need in zip(found, needs, strict=True)), None, None
+
+
+dora_fuse.register_autograd(_dora_gradients, setup_context=_remember_dora)
+
+
+def _dora_plan(operands: tuple[Tensor, Tensor, Tensor, Tensor], engine: str, scale: float) -> DoraPlan:
+    for name, tensor in zip(("weight", "core", "suffix", "magnitude"), operands, strict=True):
+        if tensor is None:
+            raise TypeError(f"lora_edge::dora_fuse: {name} is None; give a tensor")
+    weight, core, suffix, magnitude = operands
+    found = cast(DoraEngine, _engine(engine, weight.device, "dora_fuse"))
+    dtypes = (weight.dtype, core.dtype, suffix.dtype, magnitude.dtype)
+    planned = plan.dora_plan(found, found.plan_type(), weight.shape, suffix.shape, *dtypes, scale)
+    if isinstance(planned, str):
+        raise RuntimeError(f"lora_edge::dora_fuse: the engine {engine!r} does not support this call: {planned}")
     return planned

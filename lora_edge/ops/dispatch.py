@@ -1,4 +1,4 @@
-"""Which engine runs a call of ``tt_fuse``, ``tt_conv`` or ``tt_block``, and the call itself with its gradients.
+"""Which engine runs a call of ``tt_fuse``, ``dora_fuse``, ``tt_conv`` or ``tt_block``, and the call itself with its gradients.
 
 An engine with kernels gets a call plan: in eager mode a call is one ``autograd.Function`` on one cached plan, under
 ``torch.compile`` it is a custom operator of torch (:mod:`lora_edge.ops.custom_ops`), whose dispatch is slower. Both consist of
@@ -19,11 +19,11 @@ from lora_edge.ops.backends import choose_backend, requested
 from lora_edge.ops.block_tensors import BackwardTensors, BlockTensors
 from lora_edge.ops.conv_args import ConvArgs
 from lora_edge.ops.engines import registry as engines
-from lora_edge.ops.engines.protocol import FusingEngine
+from lora_edge.ops.engines.protocol import DoraEngine, FusingEngine
 from lora_edge.ops.engines.torch import launch as torch_engine
 from lora_edge.ops.half_precision import narrowed
 from lora_edge.ops.once import once_differentiable
-from lora_edge.ops.plan import BlockPlan, Epilogue, FusePlan, Saves
+from lora_edge.ops.plan import BlockPlan, DoraPlan, Epilogue, FusePlan, Saves
 from lora_edge.ops.strides import use_copy
 from lora_edge.ops.trained_kernel import kernel_grad, projected, projected_grad, record
 from lora_edge.tt import contracted, is_kernel
@@ -114,6 +114,34 @@ def fuse(backend: str, weight: Tensor, core: Tensor, factors: list[Tensor], scal
             why = planned
     _refuse("tt_fuse", wanted, why)
     return torch_engine.fuse(weight, core, factors, scale)
+
+
+def dora(
+    backend: str, weight: Tensor, core: Tensor, suffix: Tensor, magnitude: Tensor, scale: float, squares: Tensor | None
+) -> Tensor:
+    """The weight of ``dora_fuse`` of checked arguments; raises as :func:`block`. Kernels need no ``squares``."""
+    wanted = choose_backend(backend, "dora_fuse")
+    traced = _is_traced()
+    name = engines.chosen(wanted, weight.device, "dora_fuse", traced)
+    if name == engines.TORCH:
+        return torch_engine.dora(weight, core, suffix, magnitude, scale, squares)
+    why = None if wanted == "auto" else engines.reason(name, weight.device) or engines.leaves(name, "dora_fuse", True, traced)
+    if why is None and torch.is_grad_enabled() and weight.requires_grad:
+        why = "weight requires a gradient; the kernels compute it for core, suffix and magnitude"
+    if why is None:
+        sizes = (weight.shape, suffix.shape, weight.dtype, core.dtype, suffix.dtype, magnitude.dtype)
+        if traced:
+            why = custom_ops.dora_refusal(name, *sizes)
+            if why is None:
+                return custom_ops.dora_fuse(weight, core, suffix, magnitude, name, scale)[0]
+        else:
+            engine = cast(DoraEngine, engines.engine(name))
+            planned = plan.dora_plan(engine, engine.plan_type(), *sizes, scale)
+            if not isinstance(planned, str):
+                return _Dora.apply(weight, core, suffix, magnitude, planned)
+            why = planned
+    _refuse("dora_fuse", wanted, why)
+    return torch_engine.dora(weight, core, suffix, magnitude, scale, squares)
 
 
 def refusal(name: str, tensors: BlockTensors, args: ConvArgs, epilogue: Epilogue) -> str | None:
@@ -260,6 +288,20 @@ class _Fuse(torch.autograd.Function):
         core, *factors = ctx.saved_tensors
         dcore = ctx.plan.engine.fuse_backward(ctx.plan, dout, core, factors) if ctx.needs_input_grad[1] else None
         return dout if ctx.needs_input_grad[0] else None, dcore, None, None
+
+
+class _Dora(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, weight: Tensor, core: Tensor, suffix: Tensor, magnitude: Tensor, planned: DoraPlan) -> Tensor:
+        out, norms = planned.engine.dora_forward(planned, weight, core, suffix, magnitude)
+        ctx.save_for_backward(weight, core, suffix, magnitude, norms)
+        ctx.plan = planned
+        return out
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, dout: Tensor) -> tuple[Tensor | None, ...]:  # type: ignore[override]
+        return None, *ctx.plan.engine.dora_backward(ctx.plan, dout, *ctx.saved_tensors, ctx.needs_input_grad[1:4]), None
 
 
 def _is_traced() -> bool:

@@ -20,7 +20,7 @@ from lora_edge.ops.block_tensors import BlockTensors
 from lora_edge.ops.checks import check_weight_sizes
 from lora_edge.ops.conv_args import ConvArgs
 from lora_edge.ops.engines.launch_checks import check_factor_sizes, check_sizes
-from lora_edge.ops.engines.protocol import Engine, FusingEngine
+from lora_edge.ops.engines.protocol import DoraEngine, Engine, FusingEngine
 from lora_edge.ops.engines.registry import engine
 from lora_edge.ops.route import choose_route
 
@@ -108,6 +108,15 @@ class BlockPlan(NamedTuple):
     factor_shapes: tuple[tuple[int, ...], ...]
     vector_shape: tuple[int]
     dtypes: Dtypes
+
+
+class DoraPlan(NamedTuple):
+    """The call plan of ``dora_fuse``: everything but the addresses."""
+
+    engine: DoraEngine
+    native: Any
+    weight_shape: tuple[int, ...]
+    suffix_shape: tuple[int, ...]
 
 
 class FusePlan(NamedTuple):
@@ -281,6 +290,44 @@ def fuse_rule(
     """The :func:`rule` of ``tt_fuse``."""
     sizes, args = _one_position(weight, weight_dtype, core_dtype, factors, factor_dtypes)
     return rule(sizes, args, Epilogue(1.0), Saves(False, False), "factor")
+
+
+@functools.lru_cache(maxsize=PLANS)
+def dora_plan(
+    engine: DoraEngine,
+    plan_type: Any,
+    weight: Sequence[int],
+    suffix: Sequence[int],
+    weight_dtype: torch.dtype,
+    core_dtype: torch.dtype,
+    suffix_dtype: torch.dtype,
+    magnitude_dtype: torch.dtype,
+    scale: float,
+) -> DoraPlan | str:
+    """The plan of ``dora_fuse``, or what the engine does not support of the call; raises as :func:`block_plan`."""
+    check_weight_sizes(weight, "dora_fuse")
+    check_factor_sizes(weight, (suffix,), "dora_fuse")
+    why = dora_rule(weight, suffix, weight_dtype, core_dtype, suffix_dtype, magnitude_dtype)
+    if why is not None:
+        return why
+    fields = _fuse_fields(weight, weight_dtype, core_dtype, (suffix,), (suffix_dtype,), scale)
+    native = plan_type(**fields | {"affine_type": TYPES[magnitude_dtype]})
+    why = native.refusal("dora_fuse")
+    return DoraPlan(engine, native, tuple(weight), tuple(suffix)) if why is None else why
+
+
+def dora_rule(
+    weight: Sequence[int],
+    suffix: Sequence[int],
+    weight_dtype: torch.dtype,
+    core_dtype: torch.dtype,
+    suffix_dtype: torch.dtype,
+    magnitude_dtype: torch.dtype,
+) -> str | None:
+    """The :func:`rule` of ``dora_fuse``."""
+    if magnitude_dtype not in TYPES:
+        return f"magnitude is {magnitude_dtype}; the kernels support float32, float16 and bfloat16"
+    return fuse_rule(weight, weight_dtype, core_dtype, (suffix,), (suffix_dtype,))
 
 
 @constant_when_traced

@@ -5,6 +5,7 @@ Same names and signatures as the public ops. Nothing here is tuned; it is the sh
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Sequence
 
 import torch
@@ -13,6 +14,8 @@ from torch import Tensor
 from lora_edge.ops.activation import Activation, apply, check_activation
 from lora_edge.ops.conv_args import conv, conv_args
 from lora_edge.tt import contract_suffix, update_of
+
+LEAST_NORM = 1e-12  # what dora_fuse divides by at least, so that a row of zeros stays zero
 
 
 def tt_fuse(weight: Tensor, core: Tensor, suffix: Tensor | Sequence[Tensor], scale: float = 1.0) -> Tensor:
@@ -28,6 +31,27 @@ def tt_fuse(weight: Tensor, core: Tensor, suffix: Tensor | Sequence[Tensor], sca
         exact = torch.promote_types(exact, operand.dtype)
     update = update_of(core.to(exact), suffix.to(exact))
     return (weight.to(exact) + scale * update.reshape(weight.shape)).to(weight.dtype)
+
+
+def dora_norm(weight: Tensor, core: Tensor, suffix: Tensor, scale: float = 1.0) -> Tensor:
+    """``‖W + scale * core @ S‖`` of each row, ``(O,)``, in float32 (float64 if an operand is)."""
+    return torch.linalg.vector_norm(_direction(weight, core, suffix, scale), dim=1)
+
+
+def dora_fuse(weight: Tensor, core: Tensor, suffix: Tensor, magnitude: Tensor, scale: float = 1.0) -> Tensor:
+    """``W' = magnitude / ‖W + scale * core @ S‖ * (W + scale * core @ S)`` by rows, exact and cast as in :func:`tt_fuse`.
+
+    The norm is a constant in backward (DoRA, arXiv 2402.09353, section 4.3); where it is 0 it counts as ``LEAST_NORM``.
+    """
+    rows = _direction(weight, core, suffix, scale)
+    norms = torch.linalg.vector_norm(rows.detach(), dim=1).clamp_min(LEAST_NORM)
+    return ((magnitude.to(rows.dtype) / norms).unsqueeze(1) * rows).reshape(weight.shape).to(weight.dtype)
+
+
+def _direction(weight: Tensor, core: Tensor, suffix: Tensor, scale: float) -> Tensor:
+    """``W + scale * core @ S`` as ``(O, I/g * ΠK)``, in float32 (float64 if an operand is)."""
+    exact = functools.reduce(torch.promote_types, (weight.dtype, core.dtype, suffix.dtype), torch.float32)
+    return tt_fuse(weight.to(exact), core, suffix, scale).flatten(1)
 
 
 def tt_conv(

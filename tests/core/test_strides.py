@@ -15,7 +15,8 @@ from torch import nn
 import lora_edge
 from helpers.networks import train
 from lora_edge.nn import frozen_bn, lean
-from lora_edge.ops import activation, dispatch, padding, strides, tt_block, tt_conv, tt_fuse
+from lora_edge.ops import activation, dispatch, dora_fuse, padding, strides, tt_block, tt_conv, tt_fuse
+from lora_edge.ops.engines.torch.dora_fuse import DoRAFuse
 from lora_edge.ops.engines.torch.tt_block import TTBlock
 from lora_edge.ops.engines.torch.tt_conv import TTConv
 from lora_edge.ops.engines.torch.tt_fuse import TTFuse
@@ -161,6 +162,7 @@ CALLS = {
     TTBlock: _op(tt_block, "torch", activation="relu"),
     dispatch._Block: _op(tt_block, "auto", activation="relu"),
     TTFuse: lambda: tt_fuse(*_block(None)[:3], backend="torch"),
+    DoRAFuse: lambda: dora_fuse(*_block(None)[:3], torch.rand(4), backend="torch"),
     frozen_bn._FrozenBatchNorm: lambda: _frozen(_map(2, 9, 4).mT),
     lean._MaxPool: lambda: _lean(nn.MaxPool1d(2), _map(2, 9, 4).mT),
     lean._Dropout: lambda: _lean(nn.Dropout(0.5), _map(2, 9, 4).mT),
@@ -170,7 +172,7 @@ CALLS = {
     _NotTwice: lambda: _NotTwice.apply(_map(2, 3)),
     activation._Activate: lambda: activation.activate(_map(2, 3, 9), activation.Activation("relu")),
 }
-ELSEWHERE = {dispatch._Fuse}  # needs a device: tests/engines/test_cuda_backend.py
+ELSEWHERE = {dispatch._Fuse, dispatch._Dora}  # need a device: tests/engines/test_cuda_backend.py
 
 
 def _functions():

@@ -14,11 +14,13 @@ import subprocess
 import sys
 from pathlib import Path
 from types import SimpleNamespace
+from unittest import mock
 
 import pytest
 import torch
+from torch._subclasses.fake_tensor import FakeTensorMode
 
-from lora_edge.ops import backends
+from lora_edge.ops import backends, dora_fuse
 from lora_edge.ops.engines.triton import available
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -257,6 +259,26 @@ def test_ahead_of_time(capability, variants):
     assert {v.name for v in every} >= {"compose", "core_gradient", "sum_tiles", "depthwise_forward", "depthwise_backward"}
     wanted = every if ALL else every[capability % 6 :: 6]
     made = [(v, capability, table.resources(table.compile_variant(v, capability))) for v in wanted]
+    assert table.failures(made) == []
+
+
+@pytest.mark.parametrize("capability", [87, 80, 90])
+def test_dora_ahead_of_time(capability):
+    """Each kernel of dora_fuse in float32 and bfloat16: no spilled register, shared memory that a block may have."""
+    from benchmarks.orin import triton as table
+    from benchmarks.orin.triton_aot import recorded
+
+    here = mock.patch.multiple(available, DEVICE_TYPE="cpu", runtime=lambda: available.Runtime("cpu"))
+    found = {}
+    for dtype in (torch.float32, torch.bfloat16):
+        with here, FakeTensorMode(), recorded() as variants:
+            weight, core, suffix = torch.empty(64, 32, 3, dtype=dtype), torch.empty(64, 4), torch.empty(4, 32, 3)
+            trained = [t.requires_grad_() for t in (core, suffix, torch.empty(64))]
+            y = dora_fuse(weight, *trained, backend="triton")
+            torch.autograd.grad(y, trained, torch.empty_like(y))
+        found |= dict.fromkeys(variants)
+    assert {v.name for v in found} == {"dora_rows", "dora_row_sums", "dora_finish", "dora_suffix_grad"}
+    made = [(v, capability, table.resources(table.compile_variant(v, capability))) for v in found]
     assert table.failures(made) == []
 
 

@@ -19,7 +19,9 @@ from helpers.cases import CASES, ConvCase
 from helpers.networks import network, train
 from helpers.tolerances import relative_error
 from lora_edge.memory import SavedBytes
-from lora_edge.ops import custom_ops, plan, reference, tt_block, tt_conv, tt_fuse, use_backend
+from lora_edge.methods.dora import DoRA
+from lora_edge.nn.reparametrised import reparametrise
+from lora_edge.ops import custom_ops, dora_fuse, plan, reference, tt_block, tt_conv, tt_fuse, use_backend
 from lora_edge.ops.activation import Activation
 from lora_edge.ops.bits import memory_format
 from lora_edge.ops.conv_args import conv_args
@@ -142,6 +144,91 @@ def test_fuse(kernel, dtype, as_cores, kernels):
     for g, w in zip(torch.autograd.grad(got, [weight, core], dy), torch.autograd.grad(want, exact, dy.double()), strict=True):
         assert relative_error(g, w) <= tolerance
     assert kernels.count == 2
+
+
+def dora_arguments(kernel, dtype=torch.float32, factors=torch.float32):
+    """Weight, core, suffix and magnitude; all but the weight are trained."""
+    tensors = (torch.randn(9, 6, *kernel), torch.randn(9, 3), torch.randn(3, 6, *kernel), torch.rand(9) + 0.5)
+    weight, *trained = (t.to(dtype if t is tensors[0] else factors) for t in tensors)
+    return weight, *(t.requires_grad_() for t in trained)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+@pytest.mark.parametrize("kernel", [(5,), (3, 4)], ids=str)
+def test_dora(kernel, dtype, kernels):
+    tensors = dora_arguments(kernel, dtype)
+    got = dora_fuse(*tensors, 0.7, backend=kernels.name)
+    exact = [t.detach().double().requires_grad_() for t in tensors]
+    want = reference.dora_fuse(*exact, 0.7)
+    tolerance = 1e-5 if dtype == torch.float32 else 1e-2
+    assert got.dtype == dtype
+    assert relative_error(got, want) <= tolerance
+    dy = torch.randn_like(got).movedim(0, 1).contiguous().movedim(0, 1)  # any strides
+    expected = torch.autograd.grad(want, exact[1:], dy.double())
+    for g, w in zip(torch.autograd.grad(got, tensors[1:], dy), expected, strict=True):
+        assert relative_error(g, w) <= 1e-5
+    assert kernels.count == 2
+
+
+@pytest.mark.parametrize("needs", [1, 2, 3], ids=["core", "suffix", "magnitude"])
+def test_dora_computes_only_what_is_needed(needs, kernels):
+    tensors = [t.detach().requires_grad_(i == needs) for i, t in enumerate(dora_arguments((5,)))]
+    got, want = (dora_fuse(*tensors, backend=name) for name in (kernels.name, "torch"))
+    dy = torch.randn_like(got)
+    pair = (torch.autograd.grad(y, tensors[needs], dy)[0] for y in (got, want))
+    assert relative_error(*pair) <= 1e-5
+
+
+def test_a_dora_layer_trains_as_on_torch(kernels):
+    outputs = {}
+    for backend in ("torch", "auto"):
+        torch.manual_seed(0)
+        conv = nn.Conv1d(6, 9, 5).requires_grad_(False)
+        reparametrise(conv, DoRA(conv, 2))
+        with use_backend(backend):
+            before = kernels.count
+            optimizer = torch.optim.SGD([p for p in conv.parameters() if p.requires_grad], 0.05)
+            for _ in range(3):
+                optimizer.zero_grad()
+                conv(torch.randn(4, 6, 20)).square().mean().backward()
+                optimizer.step()
+            assert (kernels.count > before) == (backend == "auto")
+            outputs[backend] = conv.weight.detach()
+    assert relative_error(outputs["auto"], outputs["torch"]) <= 1e-5
+
+
+@pytest.mark.parametrize(
+    ("change", "why"),
+    [
+        ({0: torch.randn(9, 6, 5, requires_grad=True)}, "weight requires a gradient"),
+        ({0: torch.randn(9, 6, 5).double()}, "weight is torch.float64"),
+        ({3: torch.rand(9).double()}, "magnitude is torch.float64; the kernels support float32, float16 and bfloat16"),
+        ({1: torch.randn(9, 65), 2: torch.randn(65, 6, 5)}, "rank 65: the kernels support up to 64"),
+        ({0: torch.randn(9, 6, 5, 1, 1), 2: torch.randn(3, 6, 5, 1, 1)}, "a 3-D convolution"),
+    ],
+    ids=["weight", "float64", "magnitude", "rank", "3-D"],
+)
+def test_what_dora_leaves_to_torch(change, why, kernels):
+    tensors = [change.get(i, t) for i, t in enumerate(dora_arguments((5,)))]
+    with pytest.raises(RuntimeError, match=f"dora_fuse: backend '{kernels.name}' does not support this call: .*{why}"):
+        dora_fuse(*tensors, backend=kernels.name)
+    torch.testing.assert_close(dora_fuse(*tensors), dora_fuse(*tensors, backend="torch"))
+    assert kernels.count == 0
+
+
+@pytest.mark.parametrize("factors", [torch.float32, torch.float16], ids=str)
+def test_opcheck_of_dora(factors, kernels):
+    torch.library.opcheck(custom_ops.dora_fuse, (*dora_arguments((3, 4), factors, torch.float32), kernels.name, 0.5))
+
+
+def test_dora_compiles_without_graph_breaks(kernels):
+    torch._dynamo.reset()
+    tensors = dora_arguments((5,))
+    compiled = torch.compile(lambda *t: dora_fuse(*t, 0.5).square(), backend="aot_eager", fullgraph=True)
+    before = kernels.count
+    got, want = (torch.autograd.grad(f(*tensors).sum(), tensors[1:]) for f in (compiled, lambda *t: dora_fuse(*t, 0.5) ** 2))
+    assert kernels.count - before == 4
+    assert all(relative_error(g, w) <= 1e-6 for g, w in zip(got, want, strict=True))
 
 
 def test_auto_uses_the_kernels_and_torch_does_not(kernels):

@@ -25,6 +25,9 @@ from lora_edge import ops
 from lora_edge.environment.extension import load
 
 ERRORS = (ValueError, TypeError, RuntimeError, KeyError, OSError)
+OPS_OF_PLANS = tuple(
+    f"{op}_{direction}" for op in ("tt_fuse", "dora_fuse", "tt_block") for direction in ("forward", "backward")
+)
 WILD = (-1, 0, 1, 2, 3, 7, 31, 2**15, 2**16 + 1, 2**31 - 1, 2**31, 2**32, 2**40, 2**62, 2**63, -(2**31), -(2**63))
 
 
@@ -50,7 +53,7 @@ def attempt(call: Callable[[], Any], counts: Counter[str]) -> Any:
 
 
 def ops_door(dice: random.Random, counts: Counter[str]) -> None:
-    """``tt_block``, ``tt_conv``, ``tt_fuse`` and adapted layers whose tensors are replaced, before or after forward."""
+    """Every public op, and adapted layers whose tensors are replaced, before or after forward."""
     call = Call(dice)
     y, gradients = call.want()
     kind = dice.randrange(4)
@@ -82,11 +85,14 @@ def ops_door(dice: random.Random, counts: Counter[str]) -> None:
         large = True  # torch may allocate what the numbers say
     positional, options = call.arguments()
     backend = "cpu" if large else dice.choice(("cpu", "auto"))
-    op = dice.choice(("tt_block", "tt_conv", "tt_fuse"))
+    op = dice.choice(("tt_block", "tt_conv", "tt_fuse", "dora_fuse"))
+    magnitude = call.tensors["bias"]
 
     def run() -> Any:
         if op == "tt_fuse":
             return ops.tt_fuse(*positional[1:4], backend="cpu")
+        if op == "dora_fuse":
+            return ops.dora_fuse(*positional[1:4], magnitude, backend=dice.choice(("torch", "cpu")))
         if op == "tt_conv":
             return ops.tt_conv(*positional, backend=backend)
         value = ops.tt_block(*positional, **options, backend=backend)
@@ -173,7 +179,7 @@ def extension_door(dice: random.Random, counts: Counter[str]) -> None:
 
         def ask() -> Any:
             plan = load().Plan(**launch.fields)
-            plan.refusal("tt_fuse"), plan.refusal("tt_block"), plan.scratch(), plan.cpu_refusal()
+            plan.refusal("tt_fuse"), plan.refusal("dora_fuse"), plan.refusal("tt_block"), plan.scratch(), plan.cpu_refusal()
             return plan.cpu_scratch()
 
         attempt(ask, counts)
@@ -205,7 +211,7 @@ def extension_door(dice: random.Random, counts: Counter[str]) -> None:
         else:
             plan, op = (
                 load().Plan(**launch.fields),
-                dice.choice(("tt_fuse_forward", "tt_fuse_backward", "tt_block_forward", "tt_block_backward")),
+                dice.choice(OPS_OF_PLANS),
             )
             attempt(
                 lambda: getattr(plan, op)((0,) * len(load().call_fields(op)), dice.choice((0, *WILD)), dice.choice((0, *WILD))),
@@ -249,17 +255,23 @@ def operators_door(dice: random.Random, counts: Counter[str]) -> None:
     if which == 3:
         arguments = [t["weight"], t["core"], factors, dice.choice(("cpu", "cuda", "triton", "x")), 1.0]
         op = dice.choice((torch.ops.lora_edge.tt_fuse, torch.ops.lora_edge.tt_fuse_backward))
+        if dice.random() < 0.5:
+            operands = [t["weight"], t["core"], t["suffix"], t["bias"]]
+            op, arguments = torch.ops.lora_edge.dora_fuse, [*operands, *arguments[3:]]
+            if dice.random() < 0.5:
+                needs = [dice.random() < 0.5 for _ in range(3)]
+                op = torch.ops.lora_edge.dora_fuse_backward
+                arguments = [t["weight"], *operands, t["bias"], needs, *arguments[4:]]
     else:
         arguments, op = (
             (forward, torch.ops.lora_edge.tt_block) if which == 0 else (backward, torch.ops.lora_edge.tt_block_backward)
         )
-    for _ in range(dice.choice((1, 1, 2))):
-        change_one(dice, arguments)
+    for at in dice.sample(range(len(arguments)), dice.choice((1, 1, 2))):
+        change_one(dice, arguments, at)
     attempt(lambda: op(*arguments), counts)
 
 
-def change_one(dice: random.Random, arguments: list[Any]) -> None:
-    at = dice.randrange(len(arguments))
+def change_one(dice: random.Random, arguments: list[Any], at: int) -> None:
     was = arguments[at]
     if isinstance(was, Tensor):
         arguments[at] = another(dice, was)

@@ -1,6 +1,6 @@
 """The case matrix of the compiled kernels: inputs, their launch, and the expected results in float64.
 
-The emulator, the mutation run and a CUDA device all run the same cases. A new case is one line in ``FORWARD`` or ``FUSE``.
+The emulator, the mutation run and a CUDA device all run the same cases. A new case is one line of a table below.
 """
 
 from __future__ import annotations
@@ -331,6 +331,66 @@ class FuseCase:
                   {"dcore": torch.empty_like(inputs.core)}, ("partial",), {"dcore": dcore}, {"dcore": tolerance})  # fmt: skip
 
 
+@dataclass(frozen=True)
+class DoraCase:
+    """dora_fuse and its backward on one weight; ``gradients`` names those that are computed."""
+
+    name: str
+    weight: tuple[int, ...]
+    rank: int = 2
+    dtype: torch.dtype = torch.float32
+    factor_dtype: torch.dtype = torch.float32  # of core, suffix and magnitude
+    scale: float = 1.0
+    gradients: tuple[str, ...] = ("dcore", "dsuffix", "dmagnitude")
+    misaligned: bool = False  # weight and dout begin 4 or 2 bytes past an aligned address
+    dead: bool = False  # the first row's weight, core and magnitude are 0
+    not_a_number: bool = False  # one NaN in the last row of the weight, which must reach only what depends on it
+
+    def launches(self) -> Iterator[Launch]:
+        words = f"{self.name}, {str(self.dtype)[6:]}, {str(self.factor_dtype)[6:]} factors"
+        generator = torch.Generator().manual_seed(zlib.crc32(words.encode()))
+        outputs, columns = self.weight[0], torch.Size(self.weight[1:]).numel()
+
+        def normal(*shape: int, dtype: torch.dtype = self.factor_dtype) -> Tensor:
+            return torch.randn(*shape, generator=generator).to(dtype)
+
+        weight, dout = normal(*self.weight, dtype=self.dtype), normal(*self.weight, dtype=self.dtype)
+        core, suffix = normal(outputs, self.rank), (normal(self.rank, *self.weight[1:]).float() / self.rank**0.5)
+        suffix, magnitude = suffix.to(self.factor_dtype), normal(outputs)
+        if self.dead:
+            weight[0], core[0], magnitude[0] = 0.0, 0.0, 0.0
+        if self.not_a_number:
+            weight.view(outputs, -1)[-1, columns // 2] = float("nan")
+        if self.misaligned:
+            weight, dout = (torch.empty(t.numel() + 1, dtype=t.dtype)[1:].view(t.shape).copy_(t) for t in (weight, dout))
+        fields = problem(
+            batch=1, channels=self.weight[1], outputs=outputs, size=self.weight[2:], kernel=self.weight[2:], rank=self.rank,
+            dtype=self.dtype, core_dtype=self.factor_dtype, suffix_dtype=self.factor_dtype, affine_dtype=self.factor_dtype,
+            scale=self.scale,
+        )  # fmt: skip
+        operands = {"weight": weight, "core": core, "suffix": suffix, "magnitude": magnitude}
+        exact = {name: value.double().requires_grad_(name != "weight") for name, value in operands.items()}
+        out = reference.dora_fuse(**exact, scale=self.scale)
+        norms = reference.dora_norm(exact["weight"], exact["core"], exact["suffix"], self.scale).detach()
+        found = torch.autograd.grad(out, [exact[name] for name in ("core", "suffix", "magnitude")], dout.double())
+        gradients = dict(zip(("dcore", "dsuffix", "dmagnitude"), found, strict=True))
+
+        def tolerance(dtype: torch.dtype) -> float:
+            return TOLERANCE["fp32" if dtype == torch.float32 else "half"]
+
+        yield Launch(
+            f"dora: {words}", "dora_fuse_forward", fields, operands,
+            {"out": torch.empty(self.weight, dtype=self.dtype), "norms": torch.empty(outputs)}, (),
+            {"out": out.detach(), "norms": norms}, {"out": tolerance(self.dtype), "norms": TOLERANCE["fp32"]},
+        )  # fmt: skip
+        names = {"dcore": core, "dsuffix": suffix, "dmagnitude": magnitude}
+        yield Launch(
+            f"dora backward: {words}", "dora_fuse_backward", fields, {"dout": dout, **operands, "norms": norms.float()},
+            {name: torch.empty_like(names[name]) for name in self.gradients}, (),
+            {name: gradients[name] for name in self.gradients}, dict.fromkeys(self.gradients, tolerance(self.factor_dtype)),
+        )  # fmt: skip
+
+
 def _kernel_takes(case: ConvCase) -> bool:
     """Whether a case reaches the kernels: at most two dimensions, zeros as padding, not empty."""
     return case.dims <= 2 and case.padding_mode == "zeros" and case.batch > 0
@@ -446,9 +506,41 @@ CASES_OF_FUSE: list[FuseCase] = [
 ]  # fmt: skip
 
 
+_DORA: list[tuple[str, tuple[int, ...], int, dict[str, Any]]] = [
+    ("1-D, 97 channels", (17, 97, 8), 2, {}),
+    ("flat in 16 bytes", (12, 8, 3, 3), 3, {"scale": 0.5}),
+    ("odd", (5, 3, 3, 5), 1, {}),
+    ("one row", (1, 6, 2, 2), 1, {"scale": 2.0}),
+    ("rank 9", (6, 16, 4), 9, {}),
+    ("rank 17, 70 rows", (70, 5, 3), 17, {}),
+    ("rank 64", (66, 36, 2), 64, {}),
+    ("wider than a pass of all threads", (7, 300, 4), 2, {}),
+    ("rows that are not kept", (5, 4100), 3, {}),
+    ("rows that are not kept, not in vectors", (6, 4101), 2, {}),
+    ("shifted", (9, 8, 4), 2, {"misaligned": True}),
+    ("a dead row", (6, 8, 3), 2, {"dead": True}),
+    ("a NaN", (6, 8, 3), 2, {"not_a_number": True}),
+]
+_DORA_DTYPES = (
+    (torch.float32, torch.float32), (torch.float16, torch.float32), (torch.bfloat16, torch.float32),
+    (torch.float16, torch.float16), (torch.float32, torch.bfloat16),
+)  # fmt: skip
+CASES_OF_DORA: list[DoraCase] = [
+    DoraCase(name, weight if len(weight) > 2 else (*weight, 1), rank, dtype, factor_dtype, **options)
+    for i, (name, weight, rank, options) in enumerate(_DORA)
+    for j, (dtype, factor_dtype) in enumerate(_DORA_DTYPES)
+    if j < 3 or (i + j) % 3 == 0
+] + [
+    DoraCase(f"only {' and '.join(names)}", (9, 6, 4), 3, gradients=names)
+    for names in (("dcore",), ("dsuffix",), ("dmagnitude",), ("dcore", "dsuffix"))
+]
+
+
 def launches() -> Iterator[Launch]:
     """Every launch of the matrix."""
     for fuse in CASES_OF_FUSE:
         yield from fuse.launches()
     for block in CASES_OF_BLOCKS:
         yield from block.launches()
+    for dora in CASES_OF_DORA:
+        yield from dora.launches()

@@ -8,15 +8,17 @@ import torch
 from torch import Tensor
 
 from helpers.kernel_cases import Launch
-from lora_edge.ops.engines.triton.kernels import tt_block, tt_fuse
+from lora_edge.ops.engines.triton.kernels import dora_fuse, tt_block, tt_fuse
 from lora_edge.ops.engines.triton.kernels.calls import Backward, Forward
 from lora_edge.ops.engines.triton.plan import Plan
+
+DORA = ("weight", "core", "suffix", "magnitude")
 
 
 def run(launch: Launch, device: str) -> dict[str, Tensor]:
     """The launch's outputs, which were poisoned with NaN or set bits first."""
     plan = Plan(**launch.fields)
-    assert plan.refusal("tt_fuse" if "fuse" in launch.op else "tt_block") is None
+    assert plan.refusal(launch.op.removesuffix("_forward").removesuffix("_backward")) is None
     t = {
         name: _alike(value, device).copy_(value) if _fills(value) else value.to(device) for name, value in launch.inputs.items()
     }
@@ -26,6 +28,11 @@ def run(launch: Launch, device: str) -> dict[str, Tensor]:
         tt_fuse.forward(plan, t["weight"], t["core"], factors, out["out"])
     elif launch.op == "tt_fuse_backward":
         tt_fuse.backward(plan, t["dout"], factors, out["dcore"])
+    elif launch.op == "dora_fuse_forward":
+        dora_fuse.forward(plan, *(t[name] for name in DORA), out["out"], out["norms"])
+    elif launch.op == "dora_fuse_backward":
+        gradients = map(out.get, ("dcore", "dsuffix", "dmagnitude"))
+        dora_fuse.backward(plan, t["dout"], *(t[name] for name in DORA), t["norms"], *gradients)
     elif launch.op == "tt_block_forward":
         names = ("bias", "affine_scale", "affine_shift", "residual", "residual_scale", "residual_shift")
         call = Forward(t["x"], *map(t.get, names), out["y"], out.get("h"), out.get("bits"))

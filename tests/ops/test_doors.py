@@ -83,7 +83,7 @@ def test_scratch_of_a_refused_plan_is_an_error(fields, change):
     assert plan.cpu_refusal() is not None
     with pytest.raises(RuntimeError, match=r"^cpu_scratch: .*the CPU engine supports"):
         plan.cpu_scratch()
-    for op in ("tt_fuse", "tt_block"):
+    for op in ("tt_fuse", "dora_fuse", "tt_block"):
         assert plan.refusal(op) is not None or min(plan.scratch().values()) >= 0
 
 

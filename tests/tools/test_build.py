@@ -30,7 +30,9 @@ import pytest
 from helpers.builds import ROOT, python
 from lora_edge.environment import extension as _extension
 
-LAUNCHES = ("tt_fuse_forward", "tt_fuse_backward", "tt_block_forward", "tt_block_backward")
+LAUNCHES = (
+    "tt_fuse_forward", "tt_fuse_backward", "dora_fuse_forward", "dora_fuse_backward", "tt_block_forward", "tt_block_backward",
+)  # fmt: skip
 MISSING = [name for name in ("setuptools", "pybind11", "build") if importlib.util.find_spec(name) is None]
 pytestmark = pytest.mark.skipif(bool(MISSING), reason=f'{MISSING} not installed: pip install "lora_edge[test]"')
 
@@ -328,7 +330,7 @@ def test_plan_names_what_is_wrong(module, fields):
     del fields["dilation_w"]
     with pytest.raises(TypeError, match=r"^Plan: the field dilation_w is missing$"):
         module.Plan(**fields)
-    with pytest.raises(ValueError, match=r"^refusal: there is no op tt_conv; it must be tt_fuse or tt_block$"):
+    with pytest.raises(ValueError, match=r"^refusal: there is no op tt_conv; it must be tt_fuse, dora_fuse or tt_block$"):
         plan.refusal("tt_conv")
 
 

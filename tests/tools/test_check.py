@@ -28,7 +28,7 @@ def test_all_checks_pass_on_torch(capsys):
     assert lines[0].startswith("lora_edge ")
     assert torch.__version__ in lines[1]
     assert "backend torch: available" in lines
-    assert sum(line.startswith("  pass  tt_") for line in lines) >= 9 * len(check.CASES)
+    assert sum(line.startswith(("  pass  tt_", "  pass  dora_")) for line in lines) >= 12 * len(check.CASES)
     assert not [line for line in lines if "FAIL" in line]
     assert lines[-1].endswith("checks passed")
 
@@ -36,7 +36,7 @@ def test_all_checks_pass_on_torch(capsys):
 @pytest.mark.slow  # builds the emulator
 def test_all_checks_pass_on_the_kernels(kernels):
     outcomes = list(check.check_backend("cuda"))
-    assert len(outcomes) == 4 * 3 * len(check.CASES)
+    assert len(outcomes) == 4 * 4 * len(check.CASES)
     assert [outcome for outcome in outcomes if not outcome.passed] == []
 
 

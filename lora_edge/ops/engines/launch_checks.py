@@ -19,7 +19,7 @@ from lora_edge.ops.checks import check_weight_sizes
 from lora_edge.ops.conv_args import ConvArgs
 
 if TYPE_CHECKING:
-    from lora_edge.ops.plan import BlockPlan, FusePlan, Sizes
+    from lora_edge.ops.plan import BlockPlan, DoraPlan, FusePlan, Sizes
 
 _Wanted = tuple[str, Tensor | None, Sequence[int] | None, torch.dtype | None]  # a tensor's name, shape and dtype
 
@@ -155,6 +155,20 @@ def check_fuse(plan: FusePlan, weight: Tensor, core: Tensor, factors: Sequence[T
         (name, weight, plan.weight_shape, weight.dtype), ("core", core, core_shape, core.dtype),
         *(("suffix", t, shape, t.dtype) for t, shape in zip(factors, plan.factor_shapes, strict=True)),
         device=weight.device, op="tt_fuse",
+    )  # fmt: skip
+
+
+def check_dora(
+    plan: DoraPlan, weight: Tensor, core: Tensor, suffix: Tensor, magnitude: Tensor, dout: Tensor | None = None,
+    norms: Tensor | None = None,
+) -> None:  # fmt: skip
+    """Check the tensors of ``dora_fuse`` or, with ``dout`` and ``norms``, of its backward; raises as :func:`check_forward`."""
+    outputs, rank = plan.weight_shape[0], plan.suffix_shape[0]
+    _refuse(
+        ("weight", weight, plan.weight_shape, weight.dtype), ("core", core, (outputs, rank), core.dtype),
+        ("suffix", suffix, plan.suffix_shape, suffix.dtype), ("magnitude", magnitude, (outputs,), magnitude.dtype),
+        ("dout", dout, plan.weight_shape, weight.dtype), ("norms", norms, (outputs,), torch.float32),
+        device=weight.device, op="dora_fuse",
     )  # fmt: skip
 
 

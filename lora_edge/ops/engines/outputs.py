@@ -30,6 +30,14 @@ def new_gradients(
     return dx, dcore, dbias, dresidual
 
 
+def new_dora_gradients(
+    operands: tuple[Tensor, Tensor, Tensor], needs: Sequence[bool]
+) -> tuple[Tensor | None, Tensor | None, Tensor | None]:
+    """Gradients of core, suffix and magnitude, each None where ``needs`` says so."""
+    dcore, dsuffix, dmagnitude = (t.new_empty(t.shape) if need else None for t, need in zip(operands, needs, strict=True))
+    return dcore, dsuffix, dmagnitude
+
+
 def saved_parts(plan: BlockPlan, saved: Tensor | None) -> tuple[Tensor | None, Tensor | None]:
     """``h``, flat, and the packed bits, as parts of the buffer of :func:`new_outputs`; each None where it is not saved."""
     if saved is None:

@@ -5,8 +5,8 @@ library, so it imports nothing that is large or may be missing. ``launch`` (:cla
 the engine is first used. Its name goes into :mod:`lora_edge.ops.engines.registry`.
 
 Checks of arguments, the choice of an engine, call plans, autograd and torch's custom operators are shared: an engine with
-kernels gets addresses, not decisions. The engine ``torch`` has no kernels to plan; it has ``block`` and ``fuse`` instead
-(:mod:`lora_edge.ops.engines.torch.launch`), supports every call and is what dispatch falls back to under "auto".
+kernels gets addresses, not decisions. The engine ``torch`` has no kernels to plan; it has ``block``, ``fuse`` and ``dora``
+instead (:mod:`lora_edge.ops.engines.torch.launch`), supports every call and is what dispatch falls back to under "auto".
 """
 
 from __future__ import annotations
@@ -20,7 +20,7 @@ from torch import Tensor
 from lora_edge.ops.block_tensors import BackwardTensors, BlockTensors
 
 if TYPE_CHECKING:
-    from lora_edge.ops.plan import BlockPlan, FusePlan
+    from lora_edge.ops.plan import BlockPlan, DoraPlan, FusePlan
 
 Gradients = tuple[Tensor | None, Tensor | None, Tensor | None, Tensor | None]  # of x, core, bias and residual
 
@@ -57,7 +57,7 @@ class Engine(Protocol):
 
     Optional: ``lay_out(x)``, ``x`` in the layout that the engine keeps from block to block; ``in_layout_of(y, x, weight)``,
     ``y`` in the layout that a caller of an op expects, where the kernels do not write it so; and the functions of
-    :class:`FusingEngine`.
+    :class:`FusingEngine` and :class:`DoraEngine`.
     """
 
     DTYPES: tuple[torch.dtype, ...]
@@ -86,3 +86,18 @@ class FusingEngine(Engine, Protocol):
 
     def fuse_backward(self, plan: FusePlan, dout: Tensor, core: Tensor, factors: Sequence[Tensor]) -> Tensor:
         """``scale * dW' S^T``, the gradient of the core."""
+
+
+class DoraEngine(Engine, Protocol):
+    """An engine that has ``dora_fuse``. One without has neither function and says why in ``leaves``."""
+
+    def dora_forward(
+        self, plan: DoraPlan, weight: Tensor, core: Tensor, suffix: Tensor, magnitude: Tensor
+    ) -> tuple[Tensor, Tensor]:
+        """The weight, dense, and the norms ``(O,)`` of the rows ``W + scale * B A`` in float32."""
+
+    def dora_backward(
+        self, plan: DoraPlan, dout: Tensor, weight: Tensor, core: Tensor, suffix: Tensor, magnitude: Tensor, norms: Tensor,
+        needs: Sequence[bool],
+    ) -> tuple[Tensor | None, Tensor | None, Tensor | None]:  # fmt: skip
+        """Gradients of core, suffix and magnitude, each None where ``needs`` says so; the norms are a constant."""

@@ -15,6 +15,7 @@ from lora_edge import check
 from lora_edge.ops import tt_block, tt_conv
 from lora_edge.ops.activation import Activation
 from lora_edge.ops.engines.triton import available
+from lora_edge.ops.engines.triton.kernels import dora_fuse as dora_launches
 from lora_edge.ops.engines.triton.kernels import tt_block as block_launches
 from lora_edge.ops.engines.triton.kernels import tt_fuse as fuse_launches
 
@@ -37,7 +38,7 @@ class Launches:
 def kernels(monkeypatch):
     """The Triton engine on CPU tensors, in full float32; counts its launches."""
     launches = Launches()
-    for module in (block_launches, fuse_launches):
+    for module in (block_launches, fuse_launches, dora_launches):
         for name in ("forward", "backward"):
             monkeypatch.setattr(module, name, launches.counted(getattr(module, name)))
     monkeypatch.setattr(available, "runtime", lambda: available.Runtime("cpu"))
@@ -88,7 +89,7 @@ def test_check(kernels, monkeypatch):
     monkeypatch.setattr(check, "CASES", check.CASES[:1])
     outcomes = list(check.check_backend("triton"))
     assert [outcome for outcome in outcomes if not outcome.passed] == []
-    assert len(outcomes) == 4 * 3
+    assert len(outcomes) == 4 * 4
     assert kernels.count == 2 * len(outcomes)
 
 

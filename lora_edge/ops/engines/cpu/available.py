@@ -48,8 +48,8 @@ def device_type() -> str:
 
 def leaves(op: str, by_name: bool, traced: bool) -> str | None:
     """Why the engine leaves an op to torch whatever its sizes, None where it does not."""
-    if op == "tt_fuse":
-        return "tt_fuse by itself, which torch does at the memory's rate"
+    if op in ("tt_fuse", "dora_fuse"):
+        return f"{op} by itself, which torch does at the memory's rate"
     if traced:
         return "it is traced by torch.compile; the CPU engine runs in eager mode"
     if op == "tt_conv" and not by_name:

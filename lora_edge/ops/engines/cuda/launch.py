@@ -14,11 +14,11 @@ from torch import Tensor
 
 from lora_edge.ops.block_tensors import BackwardTensors, BlockTensors
 from lora_edge.ops.engines.cuda import available
-from lora_edge.ops.engines.launch_checks import check_backward, check_forward, check_fuse
+from lora_edge.ops.engines.launch_checks import check_backward, check_dora, check_forward, check_fuse
 from lora_edge.ops.engines.memory_layout import NOWHERE, Place, dense_places, near, place, place_of_view, strides
-from lora_edge.ops.engines.outputs import new_gradients, new_outputs
+from lora_edge.ops.engines.outputs import new_dora_gradients, new_gradients, new_outputs
 from lora_edge.ops.engines.protocol import Gradients
-from lora_edge.ops.plan import BlockPlan, FusePlan
+from lora_edge.ops.plan import BlockPlan, DoraPlan, FusePlan
 
 DTYPES = (torch.float32, torch.float16, torch.bfloat16)
 GROUPS = True
@@ -103,6 +103,30 @@ def fuse_backward(plan: FusePlan, dout: Tensor, core: Tensor, factors: Sequence[
     args = (*place(dout), *_places(factors), *place(dcore), *place(partial))
     plan.native.tt_fuse_backward(args, index, found.stream(index))  # type: ignore[union-attr]
     return dcore
+
+
+def dora_forward(plan: DoraPlan, weight: Tensor, core: Tensor, suffix: Tensor, magnitude: Tensor) -> tuple[Tensor, Tensor]:
+    """The weight, dense, and the norms ``(O,)`` of the rows ``W + scale * B A`` in float32."""
+    check_dora(plan, weight, core, suffix, magnitude)
+    _held, at = dense_places([weight, core, suffix, magnitude])
+    out, norms = weight.new_empty(weight.shape), weight.new_empty(weight.shape[0], dtype=torch.float32)
+    found, index = available.runtime(), weight.device.index or 0
+    plan.native.dora_fuse_forward((*at, *place(out), *place(norms)), index, found.stream(index))  # type: ignore[union-attr]
+    return out, norms
+
+
+def dora_backward(
+    plan: DoraPlan, dout: Tensor, weight: Tensor, core: Tensor, suffix: Tensor, magnitude: Tensor, norms: Tensor,
+    needs: Sequence[bool],
+) -> tuple[Tensor | None, Tensor | None, Tensor | None]:  # fmt: skip
+    """Gradients of core, suffix and magnitude, each None where ``needs`` says so; the norms are a constant."""
+    check_dora(plan, weight, core, suffix, magnitude, dout, norms)
+    _held, at = dense_places([dout, weight, core, suffix, magnitude, norms])
+    dcore, dsuffix, dmagnitude = new_dora_gradients((core, suffix, magnitude), needs)
+    found, index = available.runtime(), weight.device.index or 0
+    args = (*at, *place(dcore), *place(dsuffix), *place(dmagnitude))
+    plan.native.dora_fuse_backward(args, index, found.stream(index))  # type: ignore[union-attr]
+    return dcore, dsuffix, dmagnitude
 
 
 def plan_type() -> Any:

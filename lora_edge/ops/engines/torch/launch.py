@@ -8,6 +8,7 @@ from torch import Tensor
 from lora_edge.ops.block_tensors import BlockTensors
 from lora_edge.ops.conv_args import ConvArgs, conv
 from lora_edge.ops.engines.torch import tt_block
+from lora_edge.ops.engines.torch.dora_fuse import DoRAFuse
 from lora_edge.ops.engines.torch.tt_conv import TTConv, fused
 from lora_edge.ops.engines.torch.tt_fuse import TTFuse
 from lora_edge.ops.plan import Epilogue
@@ -46,6 +47,11 @@ def block(op: str, tensors: BlockTensors, args: ConvArgs, epilogue: Epilogue, ro
 def fuse(weight: Tensor, core: Tensor, factors: list[Tensor], scale: float) -> Tensor:
     """The fused weight of ``tt_fuse``."""
     return TTFuse.apply(weight, core, _suffix(factors), scale)
+
+
+def dora(weight: Tensor, core: Tensor, suffix: Tensor, magnitude: Tensor, scale: float, squares: Tensor | None) -> Tensor:
+    """The weight of ``dora_fuse``; ``squares`` are those of the weight's rows, if they are known."""
+    return DoRAFuse.apply(weight, core, suffix, magnitude, scale, squares)
 
 
 def _suffix(factors: list[Tensor]) -> Tensor | None:

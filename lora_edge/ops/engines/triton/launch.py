@@ -12,14 +12,20 @@ import torch
 from torch import Tensor
 
 from lora_edge.ops.block_tensors import BackwardTensors, BlockTensors
-from lora_edge.ops.engines.launch_checks import check_all_backward, check_all_forward, check_backward, check_fuse
+from lora_edge.ops.engines.launch_checks import (
+    check_all_backward,
+    check_all_forward,
+    check_backward,
+    check_dora,
+    check_fuse,
+)
 from lora_edge.ops.engines.memory_layout import dense, near
-from lora_edge.ops.engines.outputs import new_gradients, new_outputs, saved_parts
+from lora_edge.ops.engines.outputs import new_dora_gradients, new_gradients, new_outputs, saved_parts
 from lora_edge.ops.engines.protocol import Gradients
-from lora_edge.ops.engines.triton.kernels import tt_block, tt_fuse
+from lora_edge.ops.engines.triton.kernels import dora_fuse, tt_block, tt_fuse
 from lora_edge.ops.engines.triton.kernels.calls import Backward, Forward
 from lora_edge.ops.engines.triton.plan import Plan
-from lora_edge.ops.plan import BlockPlan, FusePlan
+from lora_edge.ops.plan import BlockPlan, DoraPlan, FusePlan
 
 DTYPES = (torch.float32, torch.float16, torch.bfloat16)
 GROUPS = True
@@ -80,3 +86,24 @@ def fuse_backward(plan: FusePlan, dout: Tensor, core: Tensor, factors: Sequence[
     dcore = core.new_empty(core.shape)
     tt_fuse.backward(plan.native, dout.contiguous(), [t.contiguous() for t in factors], dcore)
     return dcore
+
+
+def dora_forward(plan: DoraPlan, weight: Tensor, core: Tensor, suffix: Tensor, magnitude: Tensor) -> tuple[Tensor, Tensor]:
+    """The weight, dense, and the norms ``(O,)`` of the rows ``W + scale * B A`` in float32."""
+    check_dora(plan, weight, core, suffix, magnitude)
+    out, norms = weight.new_empty(weight.shape), weight.new_empty(weight.shape[0], dtype=torch.float32)
+    weight, core, suffix, magnitude = (t.contiguous() for t in (weight, core, suffix, magnitude))
+    dora_fuse.forward(plan.native, weight, core, suffix, magnitude, out, norms)
+    return out, norms
+
+
+def dora_backward(
+    plan: DoraPlan, dout: Tensor, weight: Tensor, core: Tensor, suffix: Tensor, magnitude: Tensor, norms: Tensor,
+    needs: Sequence[bool],
+) -> tuple[Tensor | None, Tensor | None, Tensor | None]:  # fmt: skip
+    """Gradients of core, suffix and magnitude, each None where ``needs`` says so; the norms are a constant."""
+    check_dora(plan, weight, core, suffix, magnitude, dout, norms)
+    found = new_dora_gradients((core, suffix, magnitude), needs)
+    weight, core, suffix, magnitude = (t.contiguous() for t in (weight, core, suffix, magnitude))
+    dora_fuse.backward(plan.native, dout.contiguous(), weight, core, suffix, magnitude, norms, *found)
+    return found

@@ -100,7 +100,7 @@ class Plan(NamedTuple):
         return whole(self.taps * self.group_outputs)
 
     def refusal(self, op: str) -> str | None:
-        """What the kernels do not support of ``tt_block`` or ``tt_fuse``, None where they support the call."""
+        """What the kernels do not support of ``tt_block``, ``tt_fuse`` or ``dora_fuse``, None where they support the call."""
         most = MOST_RANK if op == "tt_block" else MOST_FUSE_RANK
         if self.rank > most:
             return f"rank {self.rank}: the kernels support up to {most}"
