@@ -32,11 +32,12 @@ from torch import nn
 from lora_edge.environment.machine import describe_machine
 from lora_edge.error_text import first_line
 from lora_edge.har.data import Split
+from lora_edge.methods import Method
 
-from .measure import measure, speeds, with_equal_ranks, without_refused
+from .measure import equal_rank, measure, speeds, without_refused
 from .problems import Activities, Problem
 from .rows import Run, append_row, key_of, read_rows
-from .stages import EQUAL, STAGES, Study, planned
+from .stages import STAGES, Study, planned
 
 
 def run_study(study: Study, tell: Callable[[str], None] = print) -> int:
@@ -49,9 +50,11 @@ def run_study(study: Study, tell: Callable[[str], None] = print) -> int:
     first = Run("study", study.problem.people[0], 0, "zero_shot", 0, 0.0, 0)
     if not {method.name for method in study.chosen()} <= set(rows["method"]):
         study = without_refused(study, *study.problem.task(first, tell), tell)
-    if set(EQUAL) & set(study.stages):
-        study = with_equal_ranks(study, *study.problem.task(first, tell), tell)
-    for run in planned(study, lambda: read_rows(study.rows)):
+
+    def rank_of(method: Method) -> int:
+        return equal_rank(study, method, *study.problem.task(first, tell), tell)
+
+    for run in planned(study, lambda: read_rows(study.rows), rank_of):
         if key_of(run._asdict()) in done:
             continue
         key = (run.person, run.seed, run.stage == "search")

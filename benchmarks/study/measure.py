@@ -17,14 +17,14 @@ from lora_edge.har.data import Split
 from lora_edge.har.frame import find_turn, mirrored, turned
 from lora_edge.har.training import macro_f1, one_batch, tensors, train_target
 from lora_edge.memory import saved_bytes
-from lora_edge.methods import methods
+from lora_edge.methods import Method, methods
 from lora_edge.methods.base import NotApplicableError
 from lora_edge.methods.equal_count import nearest_rank
 from lora_edge.methods.training import Training, training_step
 
 from .problems import few_shot
 from .rows import Run, read_rows
-from .stages import EQUAL, SPEED_ROUNDS, WARM_UP, WITH_CURVES, Study, compared_at_equal_count
+from .stages import EQUAL, SPEED_ROUNDS, WARM_UP, WITH_CURVES, Study
 
 
 def without_refused(study: Study, task: Split, base: nn.Module, tell: Callable[[str], None]) -> Study:
@@ -40,23 +40,20 @@ def without_refused(study: Study, task: Split, base: nn.Module, tell: Callable[[
     return replace(study, refused=refused)
 
 
-def with_equal_ranks(study: Study, task: Split, base: nn.Module, tell: Callable[[str], None]) -> Study:
-    """The study with the rank of each method at which it trains about as many elements as LoRA-Edge at the study's rank.
+def equal_rank(study: Study, method: Method, task: Split, base: nn.Module, tell: Callable[[str], None]) -> int:
+    """The rank at which a method trains about as many elements as LoRA-Edge at the study's rank.
 
     A method that has rows of the stages of EQUAL keeps its rank.
     """
-    x, y = tensors(task.adapt)
     rows = read_rows(study.rows)
-    rows = rows[rows["stage"].isin(EQUAL)]
-    known = dict(zip(rows["method"], rows["rank"], strict=True))
+    known = rows[rows["stage"].isin(EQUAL) & (rows["method"] == method.name)]
+    if len(known):
+        return int(known["rank"].iloc[0])
+    x, y = tensors(task.adapt)
     count = methods()["lora_edge"].begin(copy.deepcopy(base), study.rank, x, y).count
-    ranks = {}
-    for method in compared_at_equal_count(study):
-        rank = known.get(method.name) or nearest_rank(method, base, count, x, y) or study.rank
-        if method.name not in known:
-            tell(f"{method.name}: rank {rank} is nearest to {count} trained elements")
-        ranks[method.name] = int(rank)
-    return replace(study, equal_ranks=ranks)
+    rank = nearest_rank(method, base, count, x, y) or study.rank
+    tell(f"{method.name}: rank {rank} is nearest to {count} trained elements")
+    return rank
 
 
 def measure(study: Study, run: Run, task: Split, base: nn.Module) -> dict[str, Any]:

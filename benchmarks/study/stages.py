@@ -1,18 +1,18 @@
 """The stages of a study, the runs that each plans, and the rates that the search chooses.
 
-In the stages of EQUAL each method has the rank at which it trains about as many elements as LoRA-Edge, and all have their axes
-turned. ``equal_search`` tries five rates on people 1 and 2; a method's own rate in ``lora_edge.methods`` is the best of them,
-found on the new users (protocol A) once and then kept, so methods that have these rows are not searched again.
-
 A person's rate is the one with the best mean F1 of two *other* people (1 and 2; for these two, 3 and 4), so it never depends
 on that person's test windows.
+
+In the stages of EQUAL each method has the rank at which it trains about as many elements as LoRA-Edge, and all have their axes
+turned. ``equal_search`` tries five rates on people 1 and 2. The best of them for new users (protocol A) is the method's own rate
+in ``lora_edge.methods``: it is found once and then kept, so a method that has these rows is not searched again.
 """
 
 from __future__ import annotations
 
 import itertools
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import dataclass, field
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 
 import pandas as pd
@@ -45,7 +45,6 @@ class Study:
     methods: Sequence[str] = ()
     stages: Sequence[str] = STAGES
     refused: Sequence[str] = ()  # methods that do not apply to the problem's network
-    equal_ranks: Mapping[str, int] = field(default_factory=dict)  # of each method, in the stages of EQUAL
 
     def chosen(self) -> list[Method]:
         """The requested methods, all of them by default, without those that do not apply."""
@@ -72,8 +71,11 @@ def chosen_rate(rows: pd.DataFrame, method: str, rank: int, judges: tuple[int, .
     return float(f1.idxmax())  # the first, and the groups are sorted
 
 
-def planned(study: Study, rows: Callable[[], pd.DataFrame]) -> Iterator[Run]:
-    """Every run of the study in order; a stage that needs rates reads them from the rows when it begins."""
+def planned(study: Study, rows: Callable[[], pd.DataFrame], equal_rank: Callable[[Method], int]) -> Iterator[Run]:
+    """Every run of the study in order; a stage that needs rates reads them from the rows when it begins.
+
+    ``equal_rank`` gives a method's rank in the stages of EQUAL; it is asked when the method's turn comes.
+    """
     chosen = study.chosen()
     if "search" in study.stages:
         for person in sorted({judge for p in study.problem.people for judge in study.problem.judges(p)}):
@@ -85,7 +87,7 @@ def planned(study: Study, rows: Callable[[], pd.DataFrame]) -> Iterator[Run]:
             yield from _planned_stage(study, stage, rows())
     for stage in EQUAL:
         if stage in study.stages:
-            yield from _planned_equal(study, stage, rows())
+            yield from _planned_equal(study, stage, rows(), equal_rank)
     if "speed" in study.stages:
         for method in chosen:
             yield Run("speed", study.problem.people[0], 0, method.name, study.rank, method.lr, SPEED_ROUNDS)
@@ -116,25 +118,26 @@ def compared_at_equal_count(study: Study) -> list[Method]:
     return [m for m in study.chosen() if m.name != "lora_edge_as_worn" and not m.name.endswith("_turned")]
 
 
-def _planned_equal(study: Study, stage: str, rows: pd.DataFrame) -> Iterator[Run]:
+def _planned_equal(study: Study, stage: str, rows: pd.DataFrame, equal_rank: Callable[[Method], int]) -> Iterator[Run]:
     """The runs of a stage of EQUAL, method by method, so that a method's rows are complete as early as possible."""
+    searches = stage == "equal_search"
+    if searches and study.problem.protocol != "A":
+        return
+    people = [person for person in study.problem.people if not searches or person in SEARCH_PEOPLE[0]]
     for method in compared_at_equal_count(study):
-        if method.name not in study.equal_ranks:
+        if searches and is_searched(rows, method.name, people):
             continue
-        rank = study.equal_ranks[method.name]
-        if stage == "equal":
-            for person in study.problem.people:
-                yield Run(stage, person, 0, method.name, rank, method.lr, STEPS)
-        elif study.problem.protocol == "A" and not is_searched(rows, method.name):
-            for person in (p for p in SEARCH_PEOPLE[0] if p in study.problem.people):
-                for lr in rates(method):
-                    yield Run(stage, person, 0, method.name, rank, lr, STEPS)
+        rank = equal_rank(method)
+        for person in people:
+            for lr in rates(method) if searches else [method.lr]:
+                yield Run(stage, person, 0, method.name, rank, lr, STEPS)
 
 
-def is_searched(rows: pd.DataFrame, method: str) -> bool:
-    """Whether all rates of a method's equal_search are in the rows."""
+def is_searched(rows: pd.DataFrame, method: str, people: Sequence[int] = SEARCH_PEOPLE[0]) -> bool:
+    """Whether the rows have all rates of a method's equal_search on these people."""
     searched = rows[(rows["stage"] == "equal_search") & (rows["method"] == method)]
-    return len(searched) >= len(RATE_FACTORS) * searched["person"].nunique() > 0
+    by_person = searched.groupby("person")["lr"].nunique()
+    return all(by_person.get(person, 0) >= len(RATE_FACTORS) for person in people)
 
 
 def searched_rate(rows: pd.DataFrame, method: str) -> float:

@@ -136,8 +136,8 @@ def test_the_searched_rate_is_the_best_mean_and_searched_once(small):
     assert not stages.is_searched(table_of(*many[:-1]), "full")
     with pytest.raises(ValueError, match="no equal_search rows of dora"):
         stages.searched_rate(rows, "dora")
-    study = replace(small, stages=["equal_search", "equal"], equal_ranks=dict.fromkeys(METHODS, 3))
-    planned_runs = list(planned(study, lambda: table_of(*many)))
+    study = replace(small, stages=["equal_search", "equal"])
+    planned_runs = list(planned(study, lambda: table_of(*many), lambda method: 3))
     assert {run.method for run in planned_runs if run.stage == "equal_search"} == {"head_only", "lora_edge"}
     assert {run.rank for run in planned_runs} == {3}
 
@@ -193,7 +193,7 @@ def test_what_make_results_writes(tmp_path, monkeypatch):
 
 def test_a_method_at_its_own_rate_needs_no_search(small):
     asked = replace(small, methods=("bn_only", "lora_edge_batch_bn"), stages=("own_rate",))
-    runs = list(planned(asked, lambda: read_rows(small.rows)))
+    runs = list(planned(asked, lambda: read_rows(small.rows), lambda method: 2))
     assert {(run.method, run.lr) for run in runs} == {("bn_only", 1e-2), ("lora_edge_batch_bn", 2e-2)}
     assert [run.person for run in runs if run.method == "bn_only"] == list(PEOPLE)
 
