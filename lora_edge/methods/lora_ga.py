@@ -53,4 +53,4 @@ def make(
     return made
 
 
-METHOD = Method("lora_ga", "LoRA-GA", lr=5e-3, prepare=jointly(make), source="arXiv 2407.05000")
+METHOD = Method("lora_ga", "LoRA-GA", lr=2e-3, prepare=jointly(make), source="arXiv 2407.05000")

@@ -90,6 +90,6 @@ def _prepare(relu: bool) -> Prepare:
 
 
 METHODS = [
-    Method("salt", "SALT", lr=1e-3, prepare=_prepare(relu=True), source="arXiv 2503.16055"),
-    Method("salt_linear", "SALT without ReLU", lr=1e-3, prepare=_prepare(relu=False), source="arXiv 2503.16055"),
+    Method("salt", "SALT", lr=3e-3, prepare=_prepare(relu=True), source="arXiv 2503.16055"),
+    Method("salt_linear", "SALT without ReLU", lr=3e-3, prepare=_prepare(relu=False), source="arXiv 2503.16055"),
 ]

@@ -50,4 +50,4 @@ class SNELL(Reparametrisation):
         return kernel * torch.where(size > threshold, size, 0.0)
 
 
-METHOD = Method("snell", "SNELL", lr=2e-2, prepare=reparametrised(SNELL), starts_at_base=False, source="arXiv 2411.01800")
+METHOD = Method("snell", "SNELL", lr=1e-2, prepare=reparametrised(SNELL), starts_at_base=False, source="arXiv 2411.01800")

@@ -136,8 +136,8 @@ def from_one_vector(length: int | None = None, exact_start: bool = False) -> Pre
 
 
 METHODS = [
-    Method("unilora", "Uni-LoRA", lr=1e-2, prepare=from_one_vector(), starts_at_base=False, source="arXiv 2506.00799"),
+    Method("unilora", "Uni-LoRA", lr=3e-2, prepare=from_one_vector(), starts_at_base=False, source="arXiv 2506.00799"),
     Method(
-        "unilora_exact", "Uni-LoRA, exact start", lr=1e-2, prepare=from_one_vector(exact_start=True), source="arXiv 2506.00799"
+        "unilora_exact", "Uni-LoRA, exact start", lr=3e-2, prepare=from_one_vector(exact_start=True), source="arXiv 2506.00799"
     ),
 ]
