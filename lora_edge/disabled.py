@@ -9,7 +9,7 @@ from torch import nn
 
 from lora_edge.nn.bn_statistics import on_base_statistics
 from lora_edge.nn.layers import LoRAEdgeConv
-from lora_edge.nn.reparametrised import Reparametrisation, reparametrised_layers
+from lora_edge.nn.reparametrised import Added
 from lora_edge.surgery.adapted import Adapted, require_adapted, require_whole_model
 from lora_edge.surgery.base_state import on_base_values
 
@@ -38,7 +38,8 @@ def disabled(model: nn.Module) -> Iterator[nn.Module]:
 
 @contextmanager
 def _without_updates(one: Adapted) -> Iterator[None]:
-    switches: list[LoRAEdgeConv | Reparametrisation] = [*one.layers.values(), *reparametrised_layers(one.model).values()]
+    added = [module for module in one.model.modules() if isinstance(module, Added)]
+    switches: list[LoRAEdgeConv | Added] = [*one.layers.values(), *added]
     enabled = [switch.enabled for switch in switches]
     try:
         for switch in switches:

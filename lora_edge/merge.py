@@ -9,6 +9,7 @@ from torch.nn.modules.conv import _ConvNd
 from lora_edge.finite import check_finite, check_variances
 from lora_edge.nn import blocks, frozen_bn, lean
 from lora_edge.nn.bn_statistics import batch_norms, forget_statistics
+from lora_edge.nn.branch import branches
 from lora_edge.nn.layers import LoRAEdgeConv, remove_core, require_whole, set_weights
 from lora_edge.nn.reparametrised import bake, computed_tensors
 from lora_edge.ops import tt_fuse
@@ -31,14 +32,15 @@ def merge(model: nn.Module) -> nn.Module:
         The model.
 
     Raises:
-        RuntimeError: nothing in the model is adapted, it is a part of an adapted model, or a layer's weight is computed from
-            other tensors since ``adapt``.
+        RuntimeError: nothing in the model is adapted, it is a part of an adapted model, a layer's weight is computed from other
+            tensors since ``adapt``, or a layer has a branch, which is no weight.
         ValueError: a merged weight, a trained tensor or a statistic would be NaN, infinite or a negative variance; the
             message names it. The model is then left unchanged.
     """
     found = require_adapted(model)
     for one in found:
         require_whole_model(one, "merge")
+        _require_weights(one)
         require_whole({join(one.name, name): layer for name, layer in one.layers.items()})
     fused: list[dict[LoRAEdgeConv, Tensor]] = []
     for one in found:
@@ -81,6 +83,16 @@ def _merge(one: Adapted, updated: dict[LoRAEdgeConv, Tensor]) -> None:
         if state.load_hook is not None:
             state.load_hook.remove()
         del model._lora_edge
+
+
+def _require_weights(one: Adapted) -> None:
+    """Raise RuntimeError if a layer's update is a branch, which is no weight."""
+    names = {module: name for name, module in one.model.named_modules()}
+    for conv in branches(one.model):
+        raise RuntimeError(
+            f"merge: {join(one.name, names[conv]) or 'the layer'} has a branch that depends on the input, which is no weight; "
+            "keep the model as it is, or call lora_edge.nn.branch.fold_branches first"
+        )
 
 
 def _trained(one: Adapted) -> dict[str, Tensor]:

@@ -9,7 +9,7 @@ from torch import Tensor, nn
 
 from lora_edge.nn.blocks import describe
 from lora_edge.nn.layers import LoRAEdgeConv
-from lora_edge.nn.reparametrised import reparametrised_layers
+from lora_edge.nn.reparametrised import added_tensors
 from lora_edge.nn.training_flags import in_evaluation
 from lora_edge.ops import dispatch
 from lora_edge.ops.activation import Activation
@@ -114,7 +114,7 @@ def summary(model: nn.Module, example: Tensor | None = None) -> Summary:
             left_alone.update({join(one.name, name): why for name, why in one.state.left_alone.items()})
         notes.update(_notes(one))
     added = {id(p): p.numel() for layer in layers.values() for p in (layer.core, layer.suffix)}
-    added.update({id(p): p.numel() for kind in reparametrised_layers(model).values() for p in kind.parameters()})
+    added.update({id(t): t.numel() for _, t in added_tensors(model) if isinstance(t, nn.Parameter)})
     return Summary(
         layers=rows,
         left_alone=left_alone,

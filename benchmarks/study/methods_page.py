@@ -23,15 +23,16 @@ def sources_table() -> str:
         names = [f"`{method.name}`" for method in named if isinstance(method, Method)]
         text = (module.__doc__ or "").partition("Source: ")[2].partition("\n\n")[0]
         if names and text:
-            lines.append(
-                [", ".join(names), re.sub(r"arXiv (\d{4}\.\d{5})", r"[\1](https://arxiv.org/abs/\1)", _markdown(text))]
-            )
+            lines.append([", ".join(names), _markdown(text)])
     return table(("method", "source, what was read there and what is inferred"), lines)
 
 
 def _markdown(docstring: str) -> str:
-    """Docstring text on one line, with Markdown's code marks."""
-    return re.sub(r":\w+:`[~.]?([^`]+)`", r"`\1`", " ".join(docstring.split()).replace("``", "`")).replace("|", "\\|")
+    """Docstring text on one line, with Markdown's code marks (but for other people's files) and links to arXiv."""
+    text = " ".join(docstring.split()).replace("``", "`").replace("|", "\\|")
+    text = re.sub(r":\w+:`[~.]?([^`]+)`", r"`\1`", text)
+    text = re.sub(r"`([\w./]+\.py|[\w./]+/[\w./]+)`", r"\1", text)
+    return re.sub(r"arXiv (\d{4}\.\d{5})", r"[\1](https://arxiv.org/abs/\1)", text)
 
 
 def methods_part(equal: Equal) -> str:

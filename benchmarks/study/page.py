@@ -7,7 +7,7 @@ from collections.abc import Mapping
 from lora_edge.har import frame
 from lora_edge.har.training import BATCH
 from lora_edge.methods import methods
-from lora_edge.methods.backbone import SOURCE_SAMPLES
+from lora_edge.methods.parts.backbone import SOURCE_SAMPLES
 
 from ..markdown import table
 from .comparisons import BATCH_MODE, DEFAULTS, aims_table, comparison_tables, steps_and_labels_table

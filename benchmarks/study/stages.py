@@ -112,8 +112,8 @@ def _planned_stage(study: Study, stage: str, rows: pd.DataFrame) -> Iterator[Run
 
 
 def compared_at_equal_count(study: Study) -> list[Method]:
-    """The methods of the stages of EQUAL: every one whose axes are as worn, and LoRA-Edge; all are turned there."""
-    return [m for m in study.chosen() if m.name == "lora_edge" or not (m.turns or m.name == "lora_edge_as_worn")]
+    """The methods of the stages of EQUAL, where all are turned: those that are another one on turned axes are left out."""
+    return [m for m in study.chosen() if m.name != "lora_edge_as_worn" and not m.name.endswith("_turned")]
 
 
 def _planned_equal(study: Study, stage: str, rows: pd.DataFrame) -> Iterator[Run]:

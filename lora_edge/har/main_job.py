@@ -31,7 +31,7 @@ from lora_edge.har.source import find_weights, pretrain, source_file, task_and_m
 from lora_edge.har.training import BATCH, check_rate, macro_f1, one_batch, tensors, train_source, train_target
 from lora_edge.memory import saved_bytes
 from lora_edge.methods import Method, methods
-from lora_edge.methods.backbone import StepSkipped
+from lora_edge.methods.parts.backbone import StepSkipped
 
 FILES = ("adapter.safetensors", "merged.safetensors", "results.json", "f1_over_time.png")
 COMPARED = ("head_only", "bn_only", "full", "lora_edge")

@@ -1,10 +1,9 @@
 """Ways to adapt a model, one file per method. The study, the demo and the benchmarks compare them.
 
 To add one, add a file here that defines ``METHOD``, or ``METHODS`` for several forms of one method, as ``lora_edge.py`` does;
-:func:`methods` finds it and nothing else changes. The files without either are what methods are made of: ``base.py`` (the
-interface), ``training.py`` (how a method trains), ``backbone.py``, ``facts.py`` and ``channel_pairs.py`` (what they do to the
-base, and learn of it), ``factors.py``, ``hadamard.py`` and ``quantisation.py`` (algebra), ``files.py`` and ``packing.py`` (what
-is saved), and ``equal_count.py`` (ranks that compare).
+:func:`methods` finds it and nothing else changes. The files without either are ``base.py`` (the interface), ``training.py``
+(how a method trains), ``files.py`` and ``packing.py`` (what is saved) and ``equal_count.py`` (ranks that compare). What several
+methods are made of is in ``parts``.
 """
 
 from __future__ import annotations

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import Any
 
@@ -11,8 +11,9 @@ from torch.nn.modules.conv import _ConvNd
 
 from lora_edge.adapt import adapt, trainable_parameters
 from lora_edge.merge import merge
-from lora_edge.methods.backbone import SOURCE_SAMPLES, freeze_backbone, move_statistics
+from lora_edge.methods.parts.backbone import SOURCE_SAMPLES, freeze_backbone, move_statistics
 from lora_edge.methods.training import Training
+from lora_edge.nn.branch import Branch, add_branch
 from lora_edge.nn.layers import check_adaptable
 from lora_edge.nn.reparametrised import Reparametrisation, reparametrise
 from lora_edge.subspaces.choose import FROM_BATCHES, naming_layer
@@ -23,7 +24,7 @@ from lora_edge.tt import check_rank
 
 Prepare = Callable[[nn.Module, int, Tensor, Tensor], "list[nn.Parameter] | Training"]
 PrepareList = Callable[[nn.Module, int, Tensor, Tensor], list[nn.Parameter]]
-Make = Callable[[nn.Module, dict[str, _ConvNd], int, Tensor, Tensor], dict[str, Reparametrisation]]
+Make = Callable[[nn.Module, dict[str, _ConvNd], int, Tensor, Tensor], Mapping[str, Reparametrisation | Branch]]
 
 
 class NotApplicableError(ValueError):
@@ -113,9 +114,9 @@ def jointly(make: Make) -> PrepareList:
     """Return ``prepare`` for a method whose layers are made together: shared bases and vectors, pairs, budgets, gradients.
 
     Args:
-        make: ``make(model, convs, rank, inputs, labels)`` returns a reparametrisation for some or all of the convolutions of
-            ``convs``, by dotted name; the others stay frozen. It changes nothing. Facts about the base that need a forward or
-            a backward are in :mod:`lora_edge.methods.facts`; tensors that layers share go through
+        make: ``make(model, convs, rank, inputs, labels)`` returns a reparametrisation or a branch for some or all of the
+            convolutions of ``convs``, by dotted name; the others stay frozen. It changes nothing. Facts about the base that
+            need a forward or a backward are in :mod:`lora_edge.methods.parts.facts`; tensors that layers share go through
             :func:`lora_edge.nn.reparametrised.share`.
 
     The model's BatchNorm is frozen on its statistics. A layer that ``adapt`` refuses raises ValueError with its name.
@@ -133,8 +134,11 @@ def jointly(make: Make) -> PrepareList:
         requires_grad = {name: p.requires_grad for name, p in model.named_parameters()}
         state = AdaptState("frozen", "none", fingerprint(model), requires_grad)
         freeze_backbone(model)
-        for name, reparametrisation in made.items():
-            reparametrise(convs[name], reparametrisation)
+        for name, added in made.items():
+            if isinstance(added, Branch):
+                add_branch(convs[name], added)
+            else:
+                reparametrise(convs[name], added)
         model._lora_edge = state  # type: ignore[assignment]
         return [p for p in model.parameters() if p.requires_grad]
 

@@ -7,8 +7,8 @@ from __future__ import annotations
 
 from torch import Tensor, nn
 
-from lora_edge.methods.backbone import freeze_backbone, unfreeze_backbone
 from lora_edge.methods.base import Method, NotApplicableError
+from lora_edge.methods.parts.backbone import freeze_backbone, unfreeze_backbone
 
 
 def prepare(model: nn.Module, rank: int, inputs: Tensor, labels: Tensor) -> list[nn.Parameter]:

@@ -5,8 +5,8 @@ from __future__ import annotations
 from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _BatchNorm
 
-from lora_edge.methods.backbone import unfreeze_backbone
 from lora_edge.methods.base import Method, NotApplicableError
+from lora_edge.methods.parts.backbone import unfreeze_backbone
 
 
 def prepare(model: nn.Module, rank: int, inputs: Tensor, labels: Tensor) -> list[nn.Parameter]:

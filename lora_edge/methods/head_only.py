@@ -4,8 +4,8 @@ from __future__ import annotations
 
 from torch import Tensor, nn
 
-from lora_edge.methods.backbone import freeze_backbone, unfreeze_backbone
 from lora_edge.methods.base import Method, NotApplicableError
+from lora_edge.methods.parts.backbone import freeze_backbone, unfreeze_backbone
 from lora_edge.surgery.head import find_head
 
 

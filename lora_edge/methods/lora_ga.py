@@ -14,8 +14,8 @@ from torch.nn.modules.conv import _ConvNd
 
 from lora_edge.methods.base import Method, jointly
 from lora_edge.methods.conv_lora import ConvLoRA
-from lora_edge.methods.factors import FromFactors, truncated_svd
-from lora_edge.methods.facts import dense_gradients
+from lora_edge.methods.parts.factors import FromFactors, truncated_svd
+from lora_edge.methods.parts.facts import dense_gradients
 from lora_edge.nn.reparametrised import Reparametrisation
 
 

@@ -13,9 +13,9 @@ from torch import Tensor, nn
 from torch.nn.modules.conv import _ConvNd
 
 from lora_edge.methods.base import Method, jointly
-from lora_edge.methods.factors import truncated_svd
-from lora_edge.methods.facts import dense_gradients
 from lora_edge.methods.lora_xs import Latent
+from lora_edge.methods.parts.factors import truncated_svd
+from lora_edge.methods.parts.facts import dense_gradients
 from lora_edge.nn.reparametrised import Reparametrisation
 
 FIRST_STEP = 1e-3  # Adam's rate in full fine-tuning; its first step has this size in every element

@@ -13,7 +13,7 @@ from torch import Tensor
 from torch.nn.modules.conv import _ConvNd
 
 from lora_edge.methods.base import Method, reparametrised
-from lora_edge.methods.factors import truncated_svd
+from lora_edge.methods.parts.factors import truncated_svd
 from lora_edge.nn.reparametrised import Reparametrisation, parameter
 
 

@@ -23,8 +23,8 @@ from torch import Tensor, nn
 from torch.nn.modules.conv import _ConvNd
 
 from lora_edge.adapt import LayerUpdate, install, trainable_parameters
-from lora_edge.methods.backbone import move_statistics
 from lora_edge.methods.base import Method, PrepareList
+from lora_edge.methods.parts.backbone import move_statistics
 from lora_edge.methods.training import Training, cross_entropy
 from lora_edge.nn.layers import LoRAEdgeConv, check_adaptable
 from lora_edge.ops.padding import pad

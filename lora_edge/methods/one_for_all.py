@@ -53,6 +53,6 @@ def _first_and_last(
 
 
 METHODS = [
-    Method("one_for_all", "One-for-All", lr=5e-4, prepare=jointly(_first_and_last), source="arXiv 2603.29756"),
-    Method("rslora", "rsLoRA", lr=1e-3, prepare=reparametrised(RSLoRA), source="arXiv 2312.03732"),
+    Method("one_for_all", "One-for-All", lr=3e-3, prepare=jointly(_first_and_last), source="arXiv 2603.29756"),
+    Method("rslora", "rsLoRA", lr=3e-3, prepare=reparametrised(RSLoRA), source="arXiv 2312.03732"),
 ]

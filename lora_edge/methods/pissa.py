@@ -14,8 +14,8 @@ from torch.nn.modules.conv import _ConvNd
 
 from lora_edge.methods.base import Method, reparametrised
 from lora_edge.methods.conv_lora import ConvLoRA
-from lora_edge.methods.factors import FromFactors, set_factors, truncated_svd
-from lora_edge.methods.quantisation import dequantise, quantise
+from lora_edge.methods.parts.factors import FromFactors, set_factors, truncated_svd
+from lora_edge.methods.parts.quantisation import dequantise, quantise
 from lora_edge.nn.reparametrised import exact_dtype
 
 

@@ -15,9 +15,9 @@ from torch import Tensor, nn
 from torch.nn.modules.conv import _ConvNd
 
 from lora_edge.methods.base import Method, jointly
-from lora_edge.methods.facts import second_moments
-from lora_edge.methods.hadamard import hadamard_order, transform
-from lora_edge.methods.quantisation import dequantise, quantise
+from lora_edge.methods.parts.facts import second_moments
+from lora_edge.methods.parts.hadamard import hadamard_order, transform
+from lora_edge.methods.parts.quantisation import dequantise, quantise
 from lora_edge.nn.reparametrised import Reparametrisation, parameter
 
 GROUP = 64  # terms of an output channel that share a scale

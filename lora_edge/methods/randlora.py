@@ -42,7 +42,7 @@ class RandLoRA(Reparametrisation):
     """``ΔW = alpha/r · B Ã`` over the unfolded weight ``(O, J)``, or its transpose where ``O < J``; ``m = min(O, J)``.
 
     With ``N = ⌈m/r⌉`` bases, ``B (max, N·r)`` is the slice of ``shared.b``, and row ``k·N + n`` of ``Ã (r·N, m)`` is
-    ``λ[k, n] · a[k] · γ[n]``. ``λ (r, N)`` starts at zero, ``γ (N, m)`` at ``1/max(N, m)``; ``γ``'s first gradient is zero.
+    ``λ[k, n] · a[k] · γ[n]``. ``λ (r, N)`` starts at zero, ``γ (N, m)`` at ``1/m``; ``γ``'s first gradient is zero.
     ``N·(r + m)`` elements are trained: fewer, the larger ``r``, until it reaches ``m``. ``alpha`` defaults to ``20·r``, peft's
     640 at rank 32; its steps are larger than LoRA's at the same rate.
     """
@@ -54,7 +54,7 @@ class RandLoRA(Reparametrisation):
         shorter = min(self.outs, self.terms)
         bases = math.ceil(shorter / rank)
         self.lambda_: nn.Parameter = zeros(conv, rank, bases)
-        self.gamma: nn.Parameter = parameter(conv, torch.full((bases, shorter), 1 / max(bases, shorter)))
+        self.gamma: nn.Parameter = parameter(conv, torch.full((bases, shorter), 1 / shorter))
 
     def delta(self) -> Tensor:
         shared: Bases = self.shared  # type: ignore[assignment]

@@ -15,8 +15,8 @@ from torch import Tensor, nn
 from torch.nn.modules.conv import _ConvNd
 
 from lora_edge.methods.base import Make, Method, NotApplicableError, jointly
-from lora_edge.methods.channel_pairs import ChannelPair, channel_pairs
-from lora_edge.methods.facts import live_channels
+from lora_edge.methods.parts.channel_pairs import ChannelPair, channel_pairs
+from lora_edge.methods.parts.facts import live_channels
 from lora_edge.nn.reparametrised import Reparametrisation, zeros
 
 

@@ -15,7 +15,7 @@ from torch import Tensor, nn
 from torch.nn.modules.conv import _ConvNd
 
 from lora_edge.methods.base import Method, PrepareList, jointly
-from lora_edge.methods.facts import dense_gradients
+from lora_edge.methods.parts.facts import dense_gradients
 from lora_edge.nn.reparametrised import Reparametrisation, exact_dtype, zeros
 
 Score = Callable[[Tensor, Tensor, int], Tensor]  # of the weight, its gradient and the number of entries

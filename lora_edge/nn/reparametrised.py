@@ -18,20 +18,24 @@ from torch.nn.utils import parametrize
 from lora_edge.nn.layers import set_values
 
 
-class Reparametrisation(nn.Module):
+class Added(nn.Module):
+    """What a method adds to a convolution. ``enabled`` is False inside :func:`lora_edge.disabled`: the base layer."""
+
+    enabled = True
+
+
+class Reparametrisation(Added):
     """The adapted weight ``W' = base(W) + delta()`` of one convolution, in float32 (or the weight's float64), cast once.
 
     A subclass creates its parameters in ``__init__`` and defines ``delta``, or ``adapted`` if ``W'`` is not a sum. What it
     computes in evaluation mode (``self.training`` is False) is what is merged; the form for training may differ.
 
     Attributes:
-        enabled: False inside :func:`lora_edge.disabled`: the base weight and bias.
         ranks: the ranks it can be evaluated at, if there are several; see :func:`lora_edge.tools.at_rank`.
         active: the one of them that ``delta`` uses in evaluation mode; None for the largest.
         on_gradient: called in each backward with the dense gradient ``(O, I/g, *K)`` of the computed weight; None for nothing.
     """
 
-    enabled = True
     ranks: tuple[int, ...] = ()
     active: int | None = None
     on_gradient: Callable[[Tensor], None] | None = None
@@ -195,7 +199,7 @@ def bake(model: nn.Module) -> None:
 
 
 def added_tensors(model: nn.Module) -> Iterator[tuple[str, Tensor]]:
-    """Yield name and tensor of everything that :func:`reparametrise` added, under each name of a module that has several."""
+    """Yield name and tensor of everything that a method added to convolutions, under each name of a module that has several."""
     for prefix, module in model.named_modules(remove_duplicate=False):
-        if isinstance(module, Reparametrisation):
+        if isinstance(module, Added):
             yield from ((f"{prefix}.{name}", value) for name, value in module.state_dict(keep_vars=True).items())

@@ -8,6 +8,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn.modules.conv import _ConvNd
 
+from lora_edge.nn.branch import branches
 from lora_edge.nn.layers import LoRAEdgeConv
 from lora_edge.nn.reparametrised import evaluated, exact_dtype, reparametrised_layers
 from lora_edge.tt import check_rank, is_kernel, update_of
@@ -27,8 +28,9 @@ def deltas(model: nn.Module, base: nn.Module | Mapping[str, Tensor] | None = Non
 
     Raises:
         RuntimeError: nothing in the model is adapted, and ``base`` is not given.
-        ValueError: a weight of ``base`` has another shape than the model's.
+        ValueError: a weight of ``base`` has another shape than the model's, or a layer has a branch, which is no weight.
     """
+    _refuse_branches(model, "deltas")
     with torch.no_grad(), evaluated(model):
         if base is not None:
             return _beside(model, base.state_dict() if isinstance(base, nn.Module) else base)
@@ -78,6 +80,7 @@ def low_rank(model: nn.Module, rank: int | None = None) -> dict[str, tuple[Tenso
     """
     if rank is not None:
         return {name: (*_truncated(update, check_rank(rank)), 1.0) for name, update in deltas(model).items()}
+    _refuse_branches(model, "low_rank")
     found: dict[str, tuple[Tensor, Tensor, float]] = {}
     with torch.no_grad(), evaluated(model) as layers:
         for name, module in model.named_modules():
@@ -92,6 +95,13 @@ def low_rank(model: nn.Module, rank: int | None = None) -> dict[str, tuple[Tenso
     if not found:
         raise RuntimeError("low_rank: nothing in the model is adapted; prepare it by a method first")
     return found
+
+
+def _refuse_branches(model: nn.Module, what: str) -> None:
+    names = {module: name for name, module in model.named_modules()}
+    for conv in branches(model):
+        layer = names[conv] or "the layer"
+        raise ValueError(f"{what}: {layer} has a branch, which is no weight; call lora_edge.nn.branch.fold_branches first")
 
 
 def _factors(core: Tensor, suffix: Tensor) -> tuple[Tensor, Tensor]:

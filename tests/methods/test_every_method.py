@@ -32,9 +32,9 @@ from lora_edge.har.main_job import adapt_by
 from lora_edge.har.models import TResNet
 from lora_edge.har.settings import Settings
 from lora_edge.methods import files
-from lora_edge.methods.backbone import move_statistics
 from lora_edge.methods.base import NotApplicableError
 from lora_edge.methods.files import load_trained, save_trained, trained_state
+from lora_edge.methods.parts.backbone import move_statistics
 from lora_edge.methods.training import training_step
 from lora_edge.nn.bn_statistics import STATISTICS, base_statistics
 from lora_edge.nn.frozen_bn import FrozenNorm

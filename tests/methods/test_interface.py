@@ -13,8 +13,8 @@ from helpers.methods import CONVS, LABELS, WEIGHTS, begun, small_base
 from helpers.networks import BUILD, network, output, train
 from lora_edge.methods import Method, Training
 from lora_edge.methods.base import jointly, reparametrised
-from lora_edge.methods.facts import dense_gradients, patches, second_moments
 from lora_edge.methods.files import load_trained, save_trained, trained_state
+from lora_edge.methods.parts.facts import dense_gradients, patches, second_moments
 from lora_edge.nn.reparametrised import Reparametrisation, reparametrise, reparametrised_layers, share, zeros
 from lora_edge.tools import at_rank, aurac, deltas, low_rank
 

@@ -8,8 +8,8 @@ from torch import nn
 
 from helpers.methods import METHODS, RANK, WEIGHTS, perturbed, small_base
 from lora_edge.methods.conv_lora import ConvLoRA
-from lora_edge.methods.facts import dense_gradients
 from lora_edge.methods.lora_ga import LoRAGA
+from lora_edge.methods.parts.facts import dense_gradients
 from lora_edge.nn.reparametrised import reparametrise, reparametrised_layers
 from lora_edge.tools import deltas
 

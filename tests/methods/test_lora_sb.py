@@ -6,8 +6,8 @@ import pytest
 import torch
 
 from helpers.methods import METHODS, RANK, WEIGHTS, perturbed, small_base
-from lora_edge.methods.facts import dense_gradients
 from lora_edge.methods.lora_sb import FIRST_STEP, LoRASB
+from lora_edge.methods.parts.facts import dense_gradients
 from lora_edge.tools import deltas
 
 

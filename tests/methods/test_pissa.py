@@ -7,8 +7,8 @@ import torch
 from torch import nn
 
 from helpers.methods import RANK, WEIGHTS, peft_layer, perturbed
+from lora_edge.methods.parts.quantisation import dequantise, quantise
 from lora_edge.methods.pissa import PiSSA, QPiSSA
-from lora_edge.methods.quantisation import dequantise, quantise
 
 
 def decaying(name):

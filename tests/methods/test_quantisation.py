@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 import torch
 
-from lora_edge.methods.quantisation import dequantise, quantise
+from lora_edge.methods.parts.quantisation import dequantise, quantise
 
 
 def rounded_by_loops(weight, bits, group):

@@ -12,9 +12,9 @@ from torch import nn
 import lora_edge
 from helpers.methods import LABELS, METHODS, RANK, WEIGHTS, perturbed, prepared, small_base
 from helpers.networks import output
-from lora_edge.methods.facts import second_moments
-from lora_edge.methods.hadamard import hadamard_order, transform
-from lora_edge.methods.quantisation import dequantise, quantise
+from lora_edge.methods.parts.facts import second_moments
+from lora_edge.methods.parts.hadamard import hadamard_order, transform
+from lora_edge.methods.parts.quantisation import dequantise, quantise
 from lora_edge.methods.qwha import GROUP, QWHA, repair, shares
 from lora_edge.nn.reparametrised import added_tensors, reparametrised_layers
 from lora_edge.tools import deltas

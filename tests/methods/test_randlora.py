@@ -12,6 +12,7 @@ from lora_edge.methods.randlora import Bases, RandLoRA
 from lora_edge.nn.reparametrised import reparametrised_layers, share
 from lora_edge.tools import deltas
 
+SHAPES = {**WEIGHTS, "square": lambda: nn.Conv1d(4, 12, 3)}
 RANKS = [1, 2, 4, 7]  # of which some do not divide the shorter side, and 7 is above it
 
 
@@ -57,9 +58,9 @@ def papers_sum(made):
 
 
 @pytest.mark.parametrize("rank", RANKS)
-@pytest.mark.parametrize("name", list(WEIGHTS))
+@pytest.mark.parametrize("name", list(SHAPES))
 def test_update_and_gradients_are_pefts(name, rank):
-    conv = WEIGHTS[name]()
+    conv = SHAPES[name]()
     made = made_alone(conv, rank, alpha=3.0)
     torch.testing.assert_close(made.gamma, torch.full_like(made.gamma, 1 / max(made.gamma.shape)))
     layer = perturbed(conv, made)
@@ -72,10 +73,10 @@ def test_update_and_gradients_are_pefts(name, rank):
     torch.testing.assert_close(made.gamma.grad, gamma.grad, rtol=1e-4, atol=1e-5)
 
 
-@pytest.mark.parametrize("name", list(WEIGHTS))
+@pytest.mark.parametrize("name", list(SHAPES))
 def test_update_is_not_the_papers_sum(name):
     """The two differ as soon as there are several bases of several vectors."""
-    conv = WEIGHTS[name]()
+    conv = SHAPES[name]()
     made = made_alone(conv, 2)
     perturbed(conv, made, size=1.0)
     update, paper = made.delta(), papers_sum(made)
@@ -85,18 +86,18 @@ def test_update_is_not_the_papers_sum(name):
     torch.testing.assert_close(alone.delta(), papers_sum(alone), rtol=1e-4, atol=1e-4)
 
 
-@pytest.mark.parametrize("name", list(WEIGHTS))
+@pytest.mark.parametrize("name", list(SHAPES))
 @pytest.mark.parametrize("rank", RANKS)
 def test_update_has_full_rank(name, rank):
-    conv = WEIGHTS[name]().double()
+    conv = SHAPES[name]().double()
     made = made_alone(conv, rank)
     perturbed(conv, made, size=1.0)
     assert torch.linalg.matrix_rank(made.delta()) == min(made.outs, made.terms)
 
 
-@pytest.mark.parametrize("name", list(WEIGHTS))
+@pytest.mark.parametrize("name", list(SHAPES))
 def test_a_layer_uses_the_part_of_larger_bases_that_pefts_uses(name):
-    conv = WEIGHTS[name]()
+    conv = SHAPES[name]()
     made = made_alone(conv, 2, others=[nn.Conv1d(20, 30, 4)])
     assert made.shared.a.shape == (2, 30)
     assert made.shared.b.shape == (80, 15, 2)

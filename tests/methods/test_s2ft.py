@@ -16,7 +16,7 @@ from helpers.methods import LABELS, METHODS, WEIGHTS, begun, perturbed, small_ba
 from helpers.networks import Residual, output
 from lora_edge.har.models import MobileNetV2, ResNet18, TResNet
 from lora_edge.methods.base import NotApplicableError
-from lora_edge.methods.channel_pairs import channel_pairs
+from lora_edge.methods.parts.channel_pairs import channel_pairs
 from lora_edge.methods.s2ft import S2FT
 from lora_edge.nn.reparametrised import reparametrised_layers
 from lora_edge.tools import deltas

@@ -12,7 +12,7 @@ import lora_edge
 from helpers.methods import METHODS, RANK, WEIGHTS, perturbed, prepared, small_base
 from helpers.networks import network, output, train
 from lora_edge.methods import shira
-from lora_edge.methods.facts import dense_gradients
+from lora_edge.methods.parts.facts import dense_gradients
 from lora_edge.methods.shira import SHiRA, largest
 from lora_edge.nn.reparametrised import reparametrised_layers
 from lora_edge.tools import add_sparse, deltas, sparse_deltas, switch, switch_back

@@ -10,7 +10,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.nn.modules.conv import _ConvNd
 
-from lora_edge.methods.backbone import spread
+from lora_edge.methods.parts.backbone import spread
 from lora_edge.nn.training_flags import in_evaluation
 from lora_edge.ops.padding import pad
 from lora_edge.subspaces.gradient import twin
