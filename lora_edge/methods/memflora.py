@@ -165,7 +165,7 @@ def _layers(model: nn.Module) -> list[LoRAEdgeConv]:
 
 
 METHODS = [
-    Method("memflora", "MemFLoRA", lr=1e-3, prepare=trained_kernel(gaussian), source="arXiv 2610.08669"),
+    Method("memflora", "MemFLoRA", lr=3e-3, prepare=trained_kernel(gaussian), source="arXiv 2610.08669"),
     Method(
         "memflora_sg", "MemFLoRA, projections trained", lr=1e-3, prepare=trains_projection(trained_kernel(gaussian)),
         source="arXiv 2610.08669",
@@ -175,7 +175,7 @@ METHODS = [
         starts_at_base=False, source="arXiv 2610.08669",
     ),
     Method(
-        "kernel_core", "trained kernel on the weight's inputs", lr=2e-2,
+        "kernel_core", "trained kernel on the weight's inputs", lr=6e-2,
         prepare=trained_kernel(kernel_suffix, subspace="weight", moves=True), turns=True, starts_at_base=False,
         source="arXiv 2610.08669",
     ),

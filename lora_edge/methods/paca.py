@@ -24,4 +24,4 @@ def channels(weight: Tensor, rank: int) -> Tensor:
     return torch.eye(width)[torch.randperm(width)[:rank]]
 
 
-METHOD = Method("paca", "PaCA", lr=1e-3, prepare=trained_kernel(channels), source="arXiv 2503.01905")
+METHOD = Method("paca", "PaCA", lr=1e-2, prepare=trained_kernel(channels), source="arXiv 2503.01905")

@@ -57,6 +57,8 @@ def block(
     why = why or plan.trained(weight, factors)
     if why is None and kernel and traced:
         why = "a trained kernel (O, r, *K) under torch.compile; the operators have cores (O, r1)"
+    if why is None and kernel and route == "dense":
+        why = "the dense route of a trained kernel's gradient, by choice; beside the kernels there is the factor route"
     if why is None and traced:
         why = custom_ops.block_refusal(name, plan.sizes_of(tensors), args, epilogue, saves, route)
         if why is None:
@@ -69,17 +71,18 @@ def block(
             sizes = plan.sizes_of(tensors)
         planned = plan.block_plan(engine, engine.plan_type(), sizes, args, epilogue, saves, route, plan.precision(x.dtype))
         if not isinstance(planned, str):
-            if kernel:
-                y = _Kernel.apply(x, core, bias, residual, planned, tensors, args, epilogue)
-            elif torch.is_grad_enabled() and (
+            if torch.is_grad_enabled() and (
                 x.requires_grad
                 or (core is not None and core.requires_grad)
                 or (bias is not None and bias.requires_grad)
                 or (residual is not None and residual.requires_grad)
             ):
-                y = _Block.apply(x, core, bias, residual, planned, tensors)
+                if kernel:
+                    y = _Kernel.apply(x, core, bias, residual, planned, tensors, args, epilogue)
+                else:
+                    y = _Block.apply(x, core, bias, residual, planned, tensors)
             else:
-                y = engine.block_forward(planned, tensors)[0]
+                y = engine.block_forward(planned, _fused(tensors, epilogue.scale) if kernel else tensors)[0]
             if keep_layout or not hasattr(engine, "in_layout_of"):
                 return y
             return engine.in_layout_of(y, x, weight)
@@ -239,12 +242,11 @@ class _Kernel(torch.autograd.Function):
         args: ConvArgs,
         epilogue: Epilogue,
     ) -> Tensor:
-        suffix = tensors.factors[0] if len(tensors.factors) == 1 else contracted(tensors.factors)
+        suffix = _suffix(tensors.factors)
         q = None
         if ctx.needs_input_grad[1]:  # before x is overwritten
             q = narrowed(projected(x, suffix, args.groups), epilogue.saved_dtype or x.dtype)
-        fused = reference.tt_fuse(tensors.weight, core, suffix, epilogue.scale)
-        y, saved = planned.engine.block_forward(planned, tensors._replace(weight=fused, core=None, factors=[]))
+        y, saved = planned.engine.block_forward(planned, _fused(tensors, epilogue.scale))
         if y is x:
             ctx.mark_dirty(x)
         ctx.save_for_backward(saved, q, tensors.weight, core, suffix, tensors.a, tensors.residual_a)
@@ -302,6 +304,17 @@ class _Dora(torch.autograd.Function):
     @once_differentiable
     def backward(ctx: Any, dout: Tensor) -> tuple[Tensor | None, ...]:  # type: ignore[override]
         return None, *ctx.plan.engine.dora_backward(ctx.plan, dout, *ctx.saved_tensors, ctx.needs_input_grad[1:4]), None
+
+
+def _fused(tensors: BlockTensors, scale: float) -> BlockTensors:
+    """The call with the fused weight as a frozen one, for a pass of a trained kernel."""
+    assert tensors.core is not None
+    fused = reference.tt_fuse(tensors.weight, tensors.core, _suffix(tensors.factors), scale)
+    return tensors._replace(weight=fused, core=None, factors=[])
+
+
+def _suffix(factors: Sequence[Tensor]) -> Tensor:
+    return factors[0] if len(factors) == 1 else contracted(factors)
 
 
 def _is_traced() -> bool:

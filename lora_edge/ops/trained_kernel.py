@@ -19,7 +19,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from lora_edge.ops.conv_args import ConvArgs, conv, conv_input_grad, conv_weight_grad
+from lora_edge.ops.conv_args import ConvArgs, conv_input_grad, conv_weight_grad
 
 
 @dataclass
@@ -63,9 +63,10 @@ def record(suffix: Tensor) -> Call | None:
 
 
 def projected(x: Tensor, suffix: Tensor, groups: int) -> Tensor:
-    """``q (N, g * r, *L)`` of ``x (N, I, *L)``."""
-    rows = suffix.to(x.dtype).repeat(groups, *[1] * (suffix.dim() - 1))
-    return conv(x, rows, None, _pointwise(suffix, groups))
+    """``q (N, g * r, *L)`` of ``x (N, I, *L)``, by a matrix product: oneDNN would first copy a channels-last ``x``."""
+    grouped = x.unflatten(1, (groups, -1)).flatten(3)
+    q = torch.einsum("ngil,qi->ngql", grouped, suffix.to(x.dtype).flatten(1))
+    return q.reshape(x.shape[0], groups * suffix.shape[0], *x.shape[2:])
 
 
 def kernel_grad(dy: Tensor, q: Tensor, core: Tensor, args: ConvArgs, scale: float) -> Tensor:

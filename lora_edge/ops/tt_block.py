@@ -55,7 +55,8 @@ def tt_block(
     Args:
         x: ``(N, I, *L)``, 1 to 3 spatial dimensions, any memory format, the dtype of ``weight``.
         weight: ``(O, I/g, *K)``; float32, float16, bfloat16 or float64.
-        core: ``(O, r1)``, trained; None for a convolution that is not adapted (then ``suffix`` is None too).
+        core: ``(O, r1)``, trained, or a trained kernel ``(O, r, *K)`` as in ``tt_conv``; None for a convolution that is not
+            adapted (then ``suffix`` is None too).
         suffix: ``(r1, I/g, *K)`` or the frozen cores ``[G2, ..., Gd]``.
         bias: ``(O,)`` or None.
         stride, padding, dilation, groups: as in ``torch.nn.functional.conv2d``; padding may be "same" or "valid".

@@ -43,7 +43,8 @@ def tt_conv(
         x: ``(N, I, *L)`` or one sample ``(I, *L)``, 1 to 3 spatial dimensions, any memory format; the dtype of ``weight``.
             Under autocast ``x``, the fused weight and ``bias`` are cast as the stock convolution casts them.
         weight: ``(O, I/g, *K)``, frozen; float32, float16, bfloat16 or float64.
-        core: ``(O, r1)``, trained.
+        core: ``(O, r1)``, trained; or a trained kernel ``(O, r, *K)`` with the suffix ``(r, I/g, 1, ...)``, whose update is
+            ``scale * sum_q core[o,q,k] suffix[q,i]`` (:mod:`lora_edge.ops.trained_kernel`).
         suffix: ``(r1, I/g, *K)`` or the frozen cores ``[G2, ..., Gd]``.
         bias: ``(O,)`` or None.
         stride, padding, dilation, groups: as in ``torch.nn.functional.conv2d``; padding may be "same" or "valid".

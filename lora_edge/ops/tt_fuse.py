@@ -17,7 +17,7 @@ def tt_fuse(
 
     Args:
         weight: ``(O, I/g, *K)``, 1 to 3 kernel dimensions; float32, float16, bfloat16 or float64.
-        core: ``(O, r1)``, the trained output-side core.
+        core: ``(O, r1)``, the trained output-side core; or a trained kernel ``(O, r, *K)`` as in ``tt_conv``.
         suffix: ``(r1, I/g, *K)``, or the frozen cores ``[G2, ..., Gd]`` that contract to it.
         scale: factor of the update.
         backend: "auto", "torch", "cpu", "cuda" or "triton"; see :mod:`lora_edge.ops.backends`.

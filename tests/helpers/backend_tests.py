@@ -78,6 +78,15 @@ def test_matrix(case, epilogue, adapted, kernels):
     compare(positional, options, 1e-5, kernels)
 
 
+@pytest.mark.parametrize("epilogue", ["nothing", "residual", "affine, residual with affine, relu6", "hardtanh"])
+@pytest.mark.parametrize("case", FEW, ids=lambda c: c.name)
+def test_trained_kernel(case, epilogue, kernels):
+    """The kernels run the fused weight as a frozen one and hand back the masked ``dy``."""
+    (x, weight, _, _, *rest), options = arguments(case, EPILOGUES[epilogue], torch.float32)
+    core = torch.randn(weight.shape[0], 2, *weight.shape[2:]).requires_grad_()
+    compare((x, weight, core, torch.randn(2, weight.shape[1], *[1] * case.dims), *rest), options, 1e-5, kernels)
+
+
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16], ids=str)
 @pytest.mark.parametrize("case", FEW, ids=lambda c: c.name)
 def test_half_precision(case, dtype, kernels):

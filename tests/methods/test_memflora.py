@@ -15,6 +15,7 @@ from lora_edge.har.models import TResNet
 from lora_edge.memory import SavedBytes, saved_bytes
 from lora_edge.methods.memflora import balanced, gaussian
 from lora_edge.methods.paca import channels
+from lora_edge.methods.training import training_step
 from lora_edge.subspaces.weight import common_norm, kernel_suffix
 from lora_edge.tools import deltas, low_rank
 
@@ -232,3 +233,19 @@ def test_sg_saves_what_memflora_saves_in_both_forwards():
         training.loss(two, x, y)
     outputs = 8 * 3 * 4 + 8 * 8 + 4  # of the cross-entropy: log-probabilities, classes, a total weight
     assert saved.total <= want + outputs
+
+
+@pytest.mark.parametrize("name", [*FORMS, "memflora_sg"])
+def test_layers_that_share_a_weight_share_kernel_and_projection(name):
+    model = nn.Sequential(nn.Conv1d(4, 4, 3, padding=1), nn.ReLU(), nn.Conv1d(4, 4, 3, padding=1), nn.Flatten())
+    model[2].weight = model[0].weight
+    x, y = torch.randn(8, 4, 9), LABELS
+    training = METHODS[name].begin(model, RANK, x, y)
+    assert model[0].core is model[2].core
+    assert model[0].suffix is model[2].suffix
+    assert training.count == 4 * RANK * 3 + (RANK * 4 if name == "memflora_sg" else 0)
+    training_step(model.train(), training, training.optimizer(training.parameters, 1e-2), x, y)
+    updates = deltas(model)
+    assert torch.equal(updates["0"], updates["2"])
+    METHODS[name].finish(model)
+    assert model[0].weight is model[2].weight

@@ -198,7 +198,20 @@ def test_a_named_backend_without_it_refuses_by_name():
     weight, core, suffix = torch.randn(8, 4, 3), torch.randn(8, 2, 3), torch.randn(2, 4, 1)
     with pytest.raises(RuntimeError, match=r"tt_fuse: backend 'cpu' does not support this call"):
         tt_fuse(weight, core, suffix, backend="cpu")
+    with pytest.raises(RuntimeError, match=r"tt_conv: backend 'cpu' does not support this call: the dense route"):
+        tt_conv(torch.randn(2, 4, 9), weight, core.requires_grad_(), suffix, route="dense", backend="cpu")
     assert tt_conv(torch.randn(2, 4, 9), weight, core, suffix, backend="cpu").shape == (2, 8, 7)
+
+
+def test_without_gradients_nothing_is_saved_and_the_value_is_the_same():
+    positional, options = call(ConvCase("plain"), EPILOGUES["affine, residual, relu"], torch.float32)
+    want = tt_block(*positional, **options)
+    with torch.no_grad():
+        assert torch.equal(tt_block(*positional, **options), want)
+    frozen = tuple(t.detach() if isinstance(t, torch.Tensor) else t for t in positional)
+    y = tt_block(*frozen, **{**options, "residual": options["residual"].detach()})
+    assert not y.requires_grad
+    assert torch.equal(y, want)
 
 
 def test_torch_compile_runs_it_in_torch():
