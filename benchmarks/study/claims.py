@@ -66,6 +66,7 @@ CLAIMS = (
     Claim("pissa_4bit", "a residual of 4 bits loses at most 1 point", "pissa", -1.0),
     Claim("unilora", "one vector for the whole model comes within 1 point of conv LoRA", "conv_lora", -1.0),
     Claim("wara", _AS_LORA, "conv_lora"),
+    Claim("vera", "two vectors per layer on a shared random pair come within 1 point of conv LoRA", "conv_lora", -1.0),
     Claim("s2_lora", "with one pair of factors for all layers within 1 point of LoRA", "conv_lora", -1.0),
     Claim("dora", "better than LoRA", "conv_lora"),
 )

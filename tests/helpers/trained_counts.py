@@ -93,6 +93,7 @@ PER_LAYER: dict[str, Callable[[Layer], int]] = {
     "pissa": _lora,
     "rslora": _lora,
     "tera": lambda c: sum(min(size, RANK) for size in (c.out, c.into, *c.kernel)),
+    "vera": lambda c: RANK + c.out,
     "salt": _salt,
     "salt_linear": _salt,
     "randlora": lambda c: math.ceil(c.m / RANK) * (RANK + c.m),
