@@ -4,8 +4,8 @@ A person's rate is the one with the best mean F1 of two *other* people (1 and 2;
 on that person's test windows.
 
 In the stages of EQUAL each method has the rank at which it trains about as many elements as LoRA-Edge, and all have their axes
-turned. ``equal_search`` tries five rates on people 1 and 2. The best of them for new users (protocol A) is the method's own rate
-in ``lora_edge.methods``: it is found once and then kept, so a method that has these rows is not searched again.
+turned. ``equal_search`` tries five rates on people 1 and 2. The best of them for new users (protocol A) is the method's own
+rate in ``lora_edge.methods``: it is found once and then kept, so a method that has these rows is not searched again.
 """
 
 from __future__ import annotations

@@ -14,6 +14,7 @@ from torch import nn
 
 import lora_edge
 from helpers.networks import train
+from lora_edge.methods import memflora, one_bit
 from lora_edge.nn import frozen_bn, lean
 from lora_edge.ops import activation, dispatch, dora_fuse, padding, strides, tt_block, tt_conv, tt_fuse
 from lora_edge.ops.engines.torch.dora_fuse import DoRAFuse
@@ -141,6 +142,13 @@ def _op(op, backend, **options):
     return run
 
 
+def _kernel():
+    weight, _, _, x = _block(torch.randn(2, 3, 9).mT.contiguous().mT)
+    core = torch.randn(*weight.shape[:1], 2, *weight.shape[2:], requires_grad=True)
+    suffix = torch.randn(2, weight.shape[1], *[1] * (weight.dim() - 2))
+    return tt_block(x, weight, core, suffix, activation="relu", backend="auto")
+
+
 def _frozen(x):
     bn = nn.BatchNorm1d(4)
     frozen_bn.freeze_bn(bn.requires_grad_(False), lean=True)
@@ -161,6 +169,7 @@ CALLS = {
     TTConv: _op(tt_conv, "torch"),
     TTBlock: _op(tt_block, "torch", activation="relu"),
     dispatch._Block: _op(tt_block, "auto", activation="relu"),
+    dispatch._Kernel: _kernel,
     TTFuse: lambda: tt_fuse(*_block(None)[:3], backend="torch"),
     DoRAFuse: lambda: dora_fuse(*_block(None)[:3], torch.rand(4), backend="torch"),
     frozen_bn._FrozenBatchNorm: lambda: _frozen(_map(2, 9, 4).mT),
@@ -171,6 +180,8 @@ CALLS = {
     padding._Pad: lambda: padding.pad(_map(2, 3, 9), (1, 1), "reflect"),
     _NotTwice: lambda: _NotTwice.apply(_map(2, 3)),
     activation._Activate: lambda: activation.activate(_map(2, 3, 9), activation.Activation("relu")),
+    memflora._Given: lambda: memflora._Given.apply(_map(3).sum(), [torch.ones(3)], _map(3)),
+    one_bit._Nearest: lambda: one_bit._Nearest.apply(_map(4), torch.tensor([0, 1, 1, 0]), one_bit.codebook(1).float()),
 }
 ELSEWHERE = {dispatch._Fuse, dispatch._Dora}  # need a device: tests/engines/test_cuda_backend.py
 

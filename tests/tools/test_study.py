@@ -12,7 +12,7 @@ import pandas as pd
 import pytest
 import torch
 
-from benchmarks.study import comparisons, digits, equal, page, report, stages, studies, tables, text
+from benchmarks.study import comparisons, digits, equal, methods_page, page, report, stages, studies, tables, text
 from benchmarks.study.claims import CLAIMS
 from benchmarks.study.command import run_study
 from benchmarks.study.problems import Activities, few_shot
@@ -318,6 +318,12 @@ def test_the_readmes_results_are_those_of_the_committed_rows():
     readme = (ROOT / "README.md").read_text()
     part = page.readme_part(read_studies(committed(ROOT / "benchmarks/results/cpu")))
     assert text.replace_between_marks(readme, part) == readme, "run make results"
+
+
+def test_the_methods_page_is_that_of_the_files_and_the_rows():
+    page_text = (ROOT / "docs/methods.md").read_text()
+    found = equal.equal_rows(read_studies(committed(ROOT / "benchmarks/results/cpu")))
+    assert text.replace_between_marks(page_text, methods_page.methods_part(found)) == page_text, "run make results"
 
 
 def test_comparisons_are_of_methods_that_were_run():
