@@ -13,11 +13,12 @@ from lora_edge.adapt import adapt, trainable_parameters
 from lora_edge.merge import merge
 from lora_edge.methods.parts.backbone import SOURCE_SAMPLES, freeze_backbone, move_statistics
 from lora_edge.methods.training import Training
+from lora_edge.nn.bn_statistics import restored_on_error
 from lora_edge.nn.branch import Branch, add_branch
 from lora_edge.nn.layers import check_adaptable
 from lora_edge.nn.reparametrised import Reparametrisation, reparametrise
 from lora_edge.subspaces.choose import FROM_BATCHES, naming_layer
-from lora_edge.surgery.adapted import AdaptState
+from lora_edge.surgery.adapted import AdaptState, refuse_adapted
 from lora_edge.surgery.base_state import fingerprint
 from lora_edge.surgery.selection import select
 from lora_edge.tt import check_rank
@@ -63,7 +64,12 @@ class Method:
     source: str = ""
 
     def begin(self, model: nn.Module, rank: int, inputs: Tensor, labels: Tensor) -> Training:
-        """Call ``prepare``, without labels for a method that needs none, and return what it trains as a :class:`Training`."""
+        """Call ``prepare``, without labels for a method that needs none, and return what it trains as a :class:`Training`.
+
+        Raises:
+            RuntimeError: the model is already adapted. Baselines would freeze or train the other method's parameters.
+        """
+        refuse_adapted(model)
         prepared = self.prepare(model, rank, inputs, labels if self.needs_labels else None)  # type: ignore[arg-type]
         return prepared if isinstance(prepared, Training) else Training(list(prepared))
 
@@ -85,9 +91,11 @@ def adapted(*, source_samples: float | None = SOURCE_SAMPLES, **options: Any) ->
 
     def prepare(model: nn.Module, rank: int, inputs: Tensor, labels: Tensor) -> list[nn.Parameter]:
         batches = [(inputs, labels)]
-        if source_samples is not None:
-            move_statistics(model, inputs, source_samples)
-        return list(trainable_parameters(adapt(model, rank, batches=batches if needs_batches else None, **options)))
+        refuse_adapted(model)
+        with restored_on_error(model):
+            if source_samples is not None:
+                move_statistics(model, inputs, source_samples)
+            return list(trainable_parameters(adapt(model, rank, batches=batches if needs_batches else None, **options)))
 
     return prepare
 
@@ -131,7 +139,7 @@ def jointly(make: Make) -> PrepareList:
                 check_adaptable(conv)
             convs[name] = conv
         made = make(model, convs, rank, inputs, labels)
-        requires_grad = {name: p.requires_grad for name, p in model.named_parameters()}
+        requires_grad = {name: p.requires_grad for name, p in model.named_parameters(remove_duplicate=False)}
         state = AdaptState("frozen", "none", fingerprint(model), requires_grad)
         freeze_backbone(model)
         for name, added in made.items():

@@ -43,6 +43,23 @@ def forget_statistics(bn: nn.Module) -> None:
 
 
 @contextmanager
+def restored_on_error(model: nn.Module) -> Iterator[None]:
+    """If what runs inside raises, give every BatchNorm the statistics, and those remembered of the base, that it had before."""
+    before = [
+        (bn, {name: getattr(bn, name).clone() for name in STATISTICS}, base_statistics(bn)) for _, bn in batch_norms(model)
+    ]
+    try:
+        yield
+    except BaseException:
+        for bn, statistics, remembered in before:
+            for name, value in statistics.items():
+                getattr(bn, name).copy_(value)
+            if not remembered:
+                forget_statistics(bn)
+        raise
+
+
+@contextmanager
 def on_base_statistics(model: nn.Module) -> Iterator[None]:
     """Run every BatchNorm on the base model's statistics inside; the current ones are restored afterwards."""
     current: list[tuple[_BatchNorm, dict[str, Tensor]]] = []

@@ -237,7 +237,13 @@ def frozen_class(kind: type[nn.Module]) -> type[FrozenNorm]:
 
 
 def freeze_bn(bn: nn.Module, lean: bool = False) -> None:
-    """Re-class a BatchNorm to its frozen class, in place; :func:`why_not_frozen` must return None for it."""
+    """Re-class a BatchNorm to its frozen class, in place; :func:`why_not_frozen` must return None for it.
+
+    One that is frozen already keeps its class and the training mode that it will be given back.
+    """
+    if isinstance(bn, FrozenNorm):
+        bn.lean = lean
+        return
     bn.__class__ = frozen_class(type(bn))  # type: ignore[assignment]
     bn.lean, bn.requested_mode = lean, bn.training  # type: ignore[assignment]
     bn.training = False

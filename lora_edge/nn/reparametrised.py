@@ -193,11 +193,26 @@ def computed_tensors(model: nn.Module) -> dict[str, dict[_ConvNd, Tensor]]:
 
 
 def bake(model: nn.Module) -> None:
-    """Write every computed weight and bias into its convolution and make it the stock one again."""
+    """Write every computed weight and bias into its convolution and make it the stock one again.
+
+    A weight that other modules use too is not written to, because the update is not theirs; the convolution gets its own.
+    """
     computed = computed_tensors(model)
     with torch.no_grad():
         for conv in computed["weight"]:
             restore_weight(conv)
+        for name, values in computed.items():
+            own = {id(conv) for conv in values}
+            others = {
+                p.data_ptr()
+                for m in model.modules()
+                for key, p in m._parameters.items()
+                if p is not None and not (id(m) in own and key == name)
+            }
+            for conv in values:
+                old: nn.Parameter = conv._parameters[name]  # type: ignore[assignment]
+                if old.data_ptr() in others:
+                    conv._parameters[name] = nn.Parameter(old.clone(), old.requires_grad)
         for name, values in computed.items():
             set_values(name, values)
 

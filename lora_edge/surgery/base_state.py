@@ -311,7 +311,7 @@ def _absent_buffers(model: nn.Module, state: AdaptState) -> list[tuple[nn.Module
 
 def _check_known(model: nn.Module, state: AdaptState) -> None:
     """Raise RuntimeError if something moved whose base value is not kept; cheap if there are no large buffers."""
-    cores = {id(m.core) for m in model.modules() if isinstance(m, LoRAEdgeConv)}
+    cores = {id(t) for m in model.modules() if isinstance(m, LoRAEdgeConv) for t in (m.core, m.suffix)}
     added = {id(value) for _, value in added_tensors(model)}
     for name, p in model.named_parameters(remove_duplicate=False):
         is_ours = id(p) in cores or id(p) in added or name in state.base_values or not state.digests

@@ -51,23 +51,25 @@ def add_sparse(*updates: Mapping[str, Entries]) -> dict[str, Entries]:
 def switch(model: nn.Module, update: Mapping[str, Entries]) -> dict[str, Entries]:
     """Add a sparse update to a plain model's convolutions, in place, touching no other entry.
 
-    The sum is made in float32 (float64 for such a weight) and rounded once, as :func:`lora_edge.merge` does.
+    A weight that layers share, and whose update they share, as LoRA-Edge's, is updated once. The sum is
+    made in float32 (float64 for such a weight) and rounded once, as :func:`lora_edge.merge` does.
 
     Returns:
         The entries that were overwritten, in the weight's dtype; :func:`switch_back` writes them back.
 
     Raises:
-        ValueError: a layer is not in the model, is no plain convolution, or has fewer entries. The model is unchanged.
+        ValueError: a layer is not in the model, is no plain convolution, or has fewer entries; or a weight is shared by
+            layers with different updates, or without one. The model is unchanged.
     """
-    weights = {name: _weight(model, name, index) for name, (index, _) in update.items()}
-    overwritten = {}
+    weights = _weights(model, update)
+    overwritten: dict[str, Entries] = {}
     with torch.no_grad():
-        for name, weight in weights.items():
-            index, values = update[name]
+        for weight, names in weights.items():
+            index, values = update[names[0]]
             before = weight.take(index)
             exact = exact_dtype(weight)
             weight.put_(index, (before.to(exact) + values.to(exact)).to(weight.dtype))
-            overwritten[name] = Entries(index, before)
+            overwritten.update(dict.fromkeys(names, Entries(index, before)))
     return overwritten
 
 
@@ -77,10 +79,29 @@ def switch_back(model: nn.Module, overwritten: Mapping[str, Entries]) -> None:
     Raises:
         ValueError: as for :func:`switch`.
     """
-    weights = {name: _weight(model, name, index) for name, (index, _) in overwritten.items()}
+    weights = _weights(model, overwritten)
     with torch.no_grad():
-        for name, weight in weights.items():
-            weight.put_(*overwritten[name])
+        for weight, names in weights.items():
+            weight.put_(*overwritten[names[0]])
+
+
+def _weights(model: nn.Module, update: Mapping[str, Entries]) -> dict[Tensor, list[str]]:
+    """Return each weight that is updated, with the names of its layers: several, if these share it."""
+    layers: dict[int, tuple[Tensor, list[str]]] = {}
+    for name, (index, values) in update.items():
+        weight = _weight(model, name, index)
+        names = layers.setdefault(weight.data_ptr(), (weight, []))[1]
+        names.append(name)
+        first = update[names[0]]
+        if not (torch.equal(index, first.indices) and torch.equal(values, first.values)):
+            raise ValueError(f"switch: {names[0]} and {name} share one weight but have different updates; untie them first")
+    ours = {id(model.get_submodule(name)) for name in update}
+    for prefix, module in model.named_modules():
+        for key, parameter in module._parameters.items():
+            if parameter is not None and parameter.data_ptr() in layers and not (id(module) in ours and key == "weight"):
+                name, other = layers[parameter.data_ptr()][1][0], f"{prefix}.{key}" if prefix else key
+                raise ValueError(f"switch: {other} is the weight of {name}, but has no update; untie them first")
+    return dict(layers.values())
 
 
 def _weight(model: nn.Module, name: str, index: Tensor) -> Tensor:
