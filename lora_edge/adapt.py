@@ -135,7 +135,7 @@ def adapt(
         raise ValueError('batches is given, but subspace="weight" uses it only with params; leave it out, or give params')
     if not isinstance(train_head, (bool, str)):
         raise TypeError(f"train_head is {train_head!r}, a {type(train_head).__name__}; give a bool or a module's dotted name")
-    outer, model = model, _inner(model)
+    outer, model = model, inner_model(model)
     names = select(model, targets, exclude, bn)
     budget = None if params is None else parse_budget(params, model)
     for name in names:
@@ -254,7 +254,7 @@ def trainable_parameters(model: nn.Module) -> Iterator[nn.Parameter]:
     return (parameter for parameter in unwrap(model).parameters() if parameter.requires_grad)
 
 
-def _inner(model: nn.Module) -> nn.Module:
+def inner_model(model: nn.Module) -> nn.Module:
     """Return the model to adapt, without the wrappers that only forward calls to it."""
     inner = model
     while isinstance(inner, nn.Module) and (deeper := unwrap(inner)) is not inner:

@@ -6,10 +6,11 @@ from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import Any
 
+import torch
 from torch import Tensor, nn
 from torch.nn.modules.conv import _ConvNd
 
-from lora_edge.adapt import adapt, trainable_parameters
+from lora_edge.adapt import adapt, inner_model, trainable_parameters
 from lora_edge.merge import merge
 from lora_edge.methods.parts.backbone import SOURCE_SAMPLES, freeze_backbone, move_statistics
 from lora_edge.methods.training import Training
@@ -19,7 +20,7 @@ from lora_edge.nn.layers import check_adaptable
 from lora_edge.nn.reparametrised import Reparametrisation, reparametrise
 from lora_edge.subspaces.choose import FROM_BATCHES, naming_layer
 from lora_edge.surgery.adapted import AdaptState, refuse_adapted
-from lora_edge.surgery.base_state import fingerprint
+from lora_edge.surgery.base_state import COPY_BYTES, fingerprint, other_buffers
 from lora_edge.surgery.selection import select
 from lora_edge.tt import check_rank
 
@@ -67,9 +68,15 @@ class Method:
         """Call ``prepare``, without labels for a method that needs none, and return what it trains as a :class:`Training`.
 
         Raises:
-            RuntimeError: the model is already adapted. Baselines would freeze or train the other method's parameters.
+            TypeError: ``inputs`` is not a tensor.
+            RuntimeError: the model is already adapted: baselines would freeze or train the other method's parameters; or it is
+                called inside ``torch.inference_mode``.
         """
         refuse_adapted(model)
+        if not isinstance(inputs, Tensor):
+            raise TypeError(f"inputs is a {type(inputs).__name__}; give the target's windows as a tensor (N, ...)")
+        if torch.is_inference_mode_enabled():
+            raise RuntimeError(f"{self.name}: tensors made in torch.inference_mode cannot be trained; call it outside")
         prepared = self.prepare(model, rank, inputs, labels if self.needs_labels else None)  # type: ignore[arg-type]
         return prepared if isinstance(prepared, Training) else Training(list(prepared))
 
@@ -127,11 +134,12 @@ def jointly(make: Make) -> PrepareList:
             need a forward or a backward are in :mod:`lora_edge.methods.parts.facts`; tensors that layers share go through
             :func:`lora_edge.nn.reparametrised.share`.
 
-    The model's BatchNorm is frozen on its statistics. A layer that ``adapt`` refuses raises ValueError with its name.
+    The model's BatchNorm is frozen on its statistics. In a wrapper, such as ``DataParallel``, the inner model is prepared. A
+    layer that ``adapt`` refuses raises ValueError with its name.
     """
 
     def prepare(model: nn.Module, rank: int, inputs: Tensor, labels: Tensor) -> list[nn.Parameter]:
-        rank = check_rank(rank)
+        rank, model = check_rank(rank), inner_model(model)
         convs: dict[str, _ConvNd] = {}
         for name in select(model, None, None):
             conv: _ConvNd = model.get_submodule(name)  # type: ignore[assignment]
@@ -141,8 +149,12 @@ def jointly(make: Make) -> PrepareList:
         made = make(model, convs, rank, inputs, labels)
         requires_grad = {name: p.requires_grad for name, p in model.named_parameters(remove_duplicate=False)}
         state = AdaptState("frozen", "none", fingerprint(model), requires_grad)
+        state.base_values = {
+            name: buffer.detach().cpu().clone() for name, buffer in other_buffers(model).items() if buffer.nbytes <= COPY_BYTES
+        }
         freeze_backbone(model)
         for name, added in made.items():
+            added.belongs_to_adapted = True
             if isinstance(added, Branch):
                 add_branch(convs[name], added)
             else:

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Set
+
 from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _BatchNorm
 
@@ -10,7 +12,8 @@ from lora_edge.finite import check_finite, check_variances
 from lora_edge.nn import bn_statistics, frozen_bn
 from lora_edge.nn.layers import LoRAEdgeConv
 from lora_edge.nn.reparametrised import added_tensors
-from lora_edge.surgery.base_state import fingerprint_state, join
+from lora_edge.surgery.adapted import unwrap
+from lora_edge.surgery.base_state import fingerprint_state, join, other_buffers
 
 FORMAT = "lora_edge trained 1"
 
@@ -19,8 +22,10 @@ def trained_state(model: nn.Module) -> dict[str, Tensor]:
     """Return copies of the tensors that a method added to the base model or trains in it, by their names in ``state_dict``.
 
     They are the trainable parameters, all factors and suffixes, frozen ones too, and the statistics of each BatchNorm that
-    is not frozen or was calibrated. A shared tensor appears once, under the first of its names.
+    is not frozen or was calibrated, and other buffers, which a forward may move: counters, a spectral norm's vectors. A shared
+    tensor appears once, under the first of its names. Names are those of the model in a wrapper, such as ``DataParallel``.
     """
+    model = unwrap(model)
     found: dict[int, str] = {}
     for name, value in _own_tensors(model).items():
         found.setdefault(id(value), name)
@@ -30,7 +35,8 @@ def trained_state(model: nn.Module) -> dict[str, Tensor]:
 
 def _own_tensors(model: nn.Module) -> dict[str, Tensor]:
     """The tensors themselves, under each of their names."""
-    own = {name for name, p in model.named_parameters(remove_duplicate=False) if p.requires_grad}
+    own = set(other_buffers(model))
+    own.update(name for name, p in model.named_parameters(remove_duplicate=False) if p.requires_grad)
     own.update(name for name, _ in added_tensors(model))
     for prefix, module in model.named_modules(remove_duplicate=False):
         if isinstance(module, LoRAEdgeConv):
@@ -50,7 +56,11 @@ def save_trained(model: nn.Module, path: PathLike) -> None:
     """
     trained = {name: value.cpu().contiguous() for name, value in trained_state(model).items()}
     _check(trained, str(path), "train again with a smaller learning rate, or check the windows")
-    metadata = {"format": FORMAT, "base": _base(model, trained), "checksum": fingerprint_state(trained)}
+    metadata = {
+        "format": FORMAT,
+        "base": _base(unwrap(model), _own_tensors(unwrap(model)).keys()),
+        "checksum": fingerprint_state(trained),
+    }
     write_safetensors(trained, path, metadata)
 
 
@@ -65,7 +75,10 @@ def load_trained(model: nn.Module, path: PathLike) -> nn.Module:
     trained, metadata = read_safetensors(path, "save_trained")
     if metadata.get("format") != FORMAT or metadata.get("checksum") != fingerprint_state(trained):
         raise ValueError(f"{path}: damaged, or not written by save_trained; save it again")
-    own, names = trained_state(model), _own_tensors(model)
+    outer, model = model, unwrap(model)
+    older = other_buffers(model).keys() - trained.keys()  # in a file from before 30 November 2026, to which they are the base's
+    own = {name: value for name, value in trained_state(model).items() if name not in older}
+    names = _own_tensors(model).keys() - older
     trained = {
         name: value for name, value in trained.items() if name in own or name not in names
     }  # once, as older files do not
@@ -75,11 +88,11 @@ def load_trained(model: nn.Module, path: PathLike) -> nn.Module:
             raise ValueError(
                 f"{path}: {name} is {there} in the file and {here} in the model; prepare by the same method and rank"
             )
-    if metadata.get("base") != _base(model, trained):
+    if metadata.get("base") != _base(model, names | trained.keys()):
         raise ValueError(f"{path}: belongs to another base model; prepare the one it was trained from")
     _check(trained, str(path), "train it again")
     model.load_state_dict(trained, strict=False)
-    return model
+    return outer
 
 
 def _check(trained: dict[str, Tensor], what: str, remedy: str) -> None:
@@ -87,6 +100,5 @@ def _check(trained: dict[str, Tensor], what: str, remedy: str) -> None:
     check_variances(trained, what, remedy)
 
 
-def _base(model: nn.Module, trained: dict[str, Tensor]) -> str:
-    names = _own_tensors(model).keys() | trained.keys()
-    return fingerprint_state({name: value for name, value in model.state_dict().items() if name not in names})
+def _base(model: nn.Module, without: Set[str]) -> str:
+    return fingerprint_state({name: value for name, value in model.state_dict().items() if name not in without})

@@ -34,7 +34,10 @@ class Sequential(Reparametrisation):
         """Return ``alpha/r · B_s A_s`` applied to rows ``(O, ...)`` of output channels."""
         grouped = rows.reshape(self.groups, -1, rows[0].numel())
         a = self.sequential_A.unflatten(0, (self.groups, -1))
-        return self.scaling * (self.sequential_B @ (a @ grouped)).view(rows.shape)
+        mixed = self.sequential_B.to(rows) @ (
+            a.to(rows) @ grouped
+        )  # they are half, if the model was cast after it was prepared
+        return self.scaling * mixed.view(rows.shape)
 
     def adapted(self, weight: Tensor) -> Tensor:
         return weight + self.mixed(weight)

@@ -20,8 +20,8 @@ from lora_edge.methods.base import jointly
 from lora_edge.methods.files import trained_state
 from lora_edge.methods.one_bit import CodedLoRA, QuantisedLoRA
 from lora_edge.nn.reparametrised import Reparametrisation, added_tensors, exact_dtype, reparametrised_layers
-from lora_edge.surgery.adapted import adapt_state, refuse_adapted
-from lora_edge.surgery.base_state import fingerprint, fingerprint_state
+from lora_edge.surgery.adapted import adapt_state, refuse_adapted, unwrap
+from lora_edge.surgery.base_state import fingerprint, fingerprint_state, other_buffers
 
 FORMAT = "lora_edge packed 1"
 
@@ -55,6 +55,7 @@ def save_packed(model: nn.Module, path: PathLike) -> None:
         ValueError: a layer is adapted by another method, something else is trained too, or a trained value is NaN or
             infinite; nothing is written.
     """
+    model = unwrap(model)
     state, layers = adapt_state(model), reparametrised_layers(model)
     if state is None or not layers:
         raise RuntimeError("save_packed: no method computes the model's weights; prepare it by one_bit")
@@ -66,7 +67,9 @@ def save_packed(model: nn.Module, path: PathLike) -> None:
                 method = type(kind).__name__
                 raise ValueError(f"{path}: {name or 'the layer'} is adapted by {method}, which has no codes; use save_trained")
             found[name] = kind.coded()
-    for name in trained_state(model).keys() - {name for name, _ in added_tensors(model)}:
+    known = state.base_values
+    same = {n for n, t in other_buffers(model).items() if n not in known or torch.equal(t.cpu(), known[n].to(t.dtype))}
+    for name in trained_state(model).keys() - same - {name for name, _ in added_tensors(model)}:
         raise ValueError(f"{path}: {name} is trained too, which a packed file does not hold; use save_trained")
     statistics = {f"the statistics of {name or 'the layer'}": one.statistics for name, one in found.items()}
     check_finite(statistics, str(path), "train again with a smaller learning rate, or check the windows")
@@ -92,6 +95,7 @@ def load_packed(model: nn.Module, path: PathLike) -> nn.Module:
     tensors, metadata = read_safetensors(path, "save_packed")
     if metadata.get("format") != FORMAT or metadata.pop("checksum", None) != _checksum(tensors, metadata):
         raise ValueError(f"{path}: damaged, or not written by save_packed; save it again")
+    outer, model = model, unwrap(model)
     refuse_adapted(model)
     if metadata["base"] != fingerprint(model):
         raise ValueError(f"{path}: belongs to another base model; give the one it was trained from")
@@ -112,7 +116,7 @@ def load_packed(model: nn.Module, path: PathLike) -> nn.Module:
         return made
 
     jointly(make)(model, 1, torch.empty(0), torch.empty(0))
-    return model
+    return outer
 
 
 def _first(packed: Tensor, bits: int, shape: torch.Size) -> tuple[Tensor, Tensor]:

@@ -13,7 +13,7 @@ from torch import Tensor
 from torch.nn.modules.conv import _ConvNd
 
 from lora_edge.methods.base import Method, reparametrised
-from lora_edge.nn.reparametrised import Reparametrisation, random
+from lora_edge.nn.reparametrised import Reparametrisation, exact_dtype, random
 
 SIGNS = (0.1, -0.1)  # of the two distances
 
@@ -39,7 +39,8 @@ class SNELL(Reparametrisation):
 
     def kernel(self) -> Tensor:
         """``K (O, J)``."""
-        distances = torch.cdist(self.q, self.p, compute_mode="donot_use_mm_for_euclid_dist")
+        exact = exact_dtype(self.q)  # the distances have no half precision
+        distances = torch.cdist(self.q.to(exact), self.p.to(exact), compute_mode="donot_use_mm_for_euclid_dist")
         return SIGNS[0] * distances[0] + SIGNS[1] * distances[1]
 
     def delta(self) -> Tensor:

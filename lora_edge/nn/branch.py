@@ -126,6 +126,7 @@ def fold_branches(model: nn.Module, inputs: Tensor) -> nn.Module:
             )
         folded[conv] = static
     for conv, static in folded.items():
+        static.belongs_to_adapted = layers[conv].belongs_to_adapted
         remove_branch(conv)
         reparametrise(conv, static)
     return model

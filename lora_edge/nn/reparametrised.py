@@ -22,6 +22,7 @@ class Added(nn.Module):
     """What a method adds to a convolution. ``enabled`` is False inside :func:`lora_edge.disabled`: the base layer."""
 
     enabled = True
+    belongs_to_adapted = False  # prepared with a whole model, which holds the state
 
 
 class Reparametrisation(Added):

@@ -117,9 +117,11 @@ def require_adapted(model: nn.Module) -> list[Adapted]:
 def require_whole_model(one: Adapted, what: str) -> None:
     """Raise RuntimeError if ``one`` is only a part of a model that was adapted; ``what`` names the function that was called."""
     if one.state is None:
-        for name, layer in one.layers.items():
-            if layer.belongs_to_adapted:
-                raise RuntimeError(f"{what}: {name or 'the layer'} belongs to a larger model that was adapted; give that model")
+        parts = [name for name, layer in one.layers.items() if layer.belongs_to_adapted]
+        names = {module: name for name, module in one.model.named_modules()}
+        parts += [names[conv] for conv, kind in reparametrised_layers(one.model).items() if kind.belongs_to_adapted]
+        for name in parts:
+            raise RuntimeError(f"{what}: {name or 'the layer'} belongs to a larger model that was adapted; give that model")
 
 
 def places(found: list[Adapted]) -> str:

@@ -20,7 +20,14 @@ import torch
 from torch import Tensor, nn
 
 from lora_edge.environment.torch_private import non_persistent_buffers
-from lora_edge.nn.bn_statistics import STATISTICS, base_statistics, batch_norms, forget_statistics, remember_statistics
+from lora_edge.nn.bn_statistics import (
+    STATISTICS,
+    base_statistics,
+    batch_norms,
+    forget_statistics,
+    is_batch_norm,
+    remember_statistics,
+)
 from lora_edge.nn.frozen_bn import FrozenNorm
 from lora_edge.nn.layers import LoRAEdgeConv
 from lora_edge.nn.reparametrised import added_tensors
@@ -118,6 +125,17 @@ def renew_base(model: nn.Module, state: AdaptState) -> None:
     remember(model, state, parameter_names(model, state.head))
     for layer in layers:
         layer.base_replaced = False
+
+
+def other_buffers(model: nn.Module) -> dict[str, Tensor]:
+    """Return the persistent buffers that are neither a BatchNorm's nor added by a method, under each of their names."""
+    own = _own_state(model)
+    norms = {prefix for prefix, module in model.named_modules(remove_duplicate=False) if is_batch_norm(module)}
+    return {
+        name: buffer
+        for name, buffer in model.named_buffers(remove_duplicate=False)
+        if name in own and name.rpartition(".")[0] not in norms
+    }
 
 
 def parameter_names(model: nn.Module, module: str | None) -> list[str]:

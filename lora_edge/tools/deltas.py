@@ -8,6 +8,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn.modules.conv import _ConvNd
 
+from lora_edge.finite import check_finite
 from lora_edge.nn.branch import branches
 from lora_edge.nn.layers import LoRAEdgeConv
 from lora_edge.nn.reparametrised import evaluated, exact_dtype, reparametrised_layers
@@ -76,10 +77,13 @@ def low_rank(model: nn.Module, rank: int | None = None) -> dict[str, tuple[Tenso
     Raises:
         RuntimeError: nothing in the model is adapted.
         ValueError: without ``rank``, for a layer whose update has no such form, which the message names.
+            Or with one, for an update that holds NaN or Inf.
         TypeError: ``rank`` is no integer.
     """
     if rank is not None:
-        return {name: (*_truncated(update, check_rank(rank)), 1.0) for name, update in deltas(model).items()}
+        rank, updates = check_rank(rank), deltas(model)
+        check_finite(updates, "low_rank", "train at a lower rate")
+        return {name: (*_truncated(update, rank), 1.0) for name, update in updates.items()}
     _refuse_branches(model, "low_rank")
     found: dict[str, tuple[Tensor, Tensor, float]] = {}
     with torch.no_grad(), evaluated(model) as layers:

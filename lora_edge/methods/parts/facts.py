@@ -10,6 +10,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.nn.modules.conv import _ConvNd
 
+from lora_edge.error_text import in_words
 from lora_edge.methods.parts.backbone import spread
 from lora_edge.nn.training_flags import in_evaluation
 from lora_edge.ops.padding import pad
@@ -29,17 +30,27 @@ def dense_gradients(model: nn.Module, names: Iterable[str], inputs: Tensor, labe
         labels: their classes ``(N,)``.
 
     Raises:
-        ValueError: a gradient holds NaN or Inf, or none arrives; the message names the layer.
+        ValueError: a gradient holds NaN or Inf (the message names the layer), there are no windows, the model does not accept
+            them, or the labels are not one class per window.
         RuntimeError: the model cannot be copied.
     """
-    copied, chosen = twin(model), spread(len(inputs))
+    read = _windows(inputs)
+    if not isinstance(labels, Tensor) or labels.shape[:1] != inputs.shape[:1]:
+        there = tuple(labels.shape) if isinstance(labels, Tensor) else f"a {type(labels).__name__}"
+        raise ValueError(f"labels: {there} for windows of {tuple(inputs.shape)}; give one class per window")
+    copied = twin(model)
     copied.eval().requires_grad_(False)
     weights: dict[str, Tensor] = {
         name: copied.get_submodule(name).weight.requires_grad_(True)  # type: ignore[union-attr, operator, misc]
         for name in names
     }
     with torch.enable_grad():
-        loss = F.cross_entropy(copied(inputs[chosen]), labels[chosen])
+        logits, classes = _forward(copied, read), labels[spread(len(labels))]
+        try:
+            loss = F.cross_entropy(logits, classes)
+        except (RuntimeError, ValueError, TypeError, IndexError) as error:
+            what = f"no cross-entropy of output {tuple(logits.shape)} and {classes.dtype} {tuple(classes.shape)}"
+            raise ValueError(f"labels: {what} ({in_words(error)}); give one class per window") from None
         found = torch.autograd.grad(loss, list(weights.values()), allow_unused=True)
     gradients = {}
     for (name, weight), gradient in zip(weights.items(), found, strict=True):
@@ -100,10 +111,25 @@ def _show_inputs(model: nn.Module, names: Iterable[str], inputs: Tensor, see: Ca
     hooks = [model.get_submodule(name).register_forward_pre_hook(hook_of(name)) for name in names]
     try:
         with torch.no_grad(), in_evaluation(model):
-            model(inputs[spread(len(inputs))])
+            _forward(model, _windows(inputs))
     finally:
         for hook in hooks:
             hook.remove()
+
+
+def _windows(inputs: Tensor) -> Tensor:
+    """The windows that are read: at most 64, evenly spread."""
+    if inputs.dim() == 0 or len(inputs) == 0:
+        raise ValueError(f"inputs: there are no windows in {tuple(inputs.shape)}; give at least one of the target's")
+    return inputs[spread(len(inputs))]
+
+
+def _forward(model: nn.Module, windows: Tensor) -> Tensor:
+    try:
+        return model(windows)  # type: ignore[no-any-return]
+    except (RuntimeError, ValueError, TypeError, IndexError) as error:
+        shape = f"{windows.dtype} {tuple(windows.shape)}"
+        raise ValueError(f"inputs: the model does not accept windows of {shape} ({in_words(error)})") from None
 
 
 def patches(conv: _ConvNd, x: Tensor) -> Tensor:
