@@ -14,7 +14,7 @@ from lora_edge.nn.layers import LoRAEdgeConv, remove_core, require_whole, set_we
 from lora_edge.nn.reparametrised import bake, computed_tensors
 from lora_edge.ops import tt_fuse
 from lora_edge.surgery.adapted import Adapted, require_adapted, require_whole_model
-from lora_edge.surgery.base_state import join
+from lora_edge.surgery.base_state import join, other_buffers
 from lora_edge.surgery.idle_cores import end_watch, warn_of_idle_cores
 from lora_edge.surgery.protect import unprotect
 
@@ -51,7 +51,11 @@ def merge(model: nn.Module) -> nn.Module:
             }
         names = {layer: name for name, layer in one.layers.items()}
         written = {join(one.name, f"{names[layer]}.weight"): weight for layer, weight in updated.items()}
-        check_finite({**written, **_computed(one), **_trained(one)}, "merge", "train at a lower rate, or load finite values")
+        remedy = "train at a lower rate, or load finite values"
+        buffers = {join(one.name, name): value for name, value in other_buffers(one.model).items()}
+        trained = {name: value for name, value in _trained(one).items() if name not in buffers}
+        check_finite({**written, **_computed(one), **trained}, "merge", remedy)
+        check_finite(buffers, "merge", remedy, allow_infinity=True)  # an attention mask may hold them
         check_variances(one.model, "merge")
         fused.append(updated)
     for one, updated in zip(found, fused, strict=True):

@@ -12,7 +12,7 @@ from torch.nn.modules.conv import _ConvNd
 
 from lora_edge.adapt import adapt, inner_model, trainable_parameters
 from lora_edge.merge import merge
-from lora_edge.methods.parts.backbone import SOURCE_SAMPLES, freeze_backbone, move_statistics
+from lora_edge.methods.parts.backbone import SOURCE_SAMPLES, check_norms, freeze_backbone, move_statistics
 from lora_edge.methods.training import Training
 from lora_edge.nn.bn_statistics import restored_on_error
 from lora_edge.nn.branch import Branch, add_branch
@@ -135,7 +135,7 @@ def jointly(make: Make) -> PrepareList:
             :func:`lora_edge.nn.reparametrised.share`.
 
     The model's BatchNorm is frozen on its statistics. In a wrapper, such as ``DataParallel``, the inner model is prepared. A
-    layer that ``adapt`` refuses raises ValueError with its name.
+    layer that ``adapt`` refuses, and a BatchNorm that cannot be frozen, raise ValueError with the name.
     """
 
     def prepare(model: nn.Module, rank: int, inputs: Tensor, labels: Tensor) -> list[nn.Parameter]:
@@ -146,6 +146,7 @@ def jointly(make: Make) -> PrepareList:
             with naming_layer(name):
                 check_adaptable(conv)
             convs[name] = conv
+        check_norms(model)
         made = make(model, convs, rank, inputs, labels)
         requires_grad = {name: p.requires_grad for name, p in model.named_parameters(remove_duplicate=False)}
         state = AdaptState("frozen", "none", fingerprint(model), requires_grad)

@@ -55,7 +55,7 @@ def save_trained(model: nn.Module, path: PathLike) -> None:
         ValueError: a trained value is NaN or infinite, or a BatchNorm's variance is negative; nothing is written.
     """
     trained = {name: value.cpu().contiguous() for name, value in trained_state(model).items()}
-    _check(trained, str(path), "train again with a smaller learning rate, or check the windows")
+    _check(model, trained, str(path), "train again with a smaller learning rate, or check the windows")
     metadata = {
         "format": FORMAT,
         "base": _base(unwrap(model), _own_tensors(unwrap(model)).keys()),
@@ -90,13 +90,15 @@ def load_trained(model: nn.Module, path: PathLike) -> nn.Module:
             )
     if metadata.get("base") != _base(model, names | trained.keys()):
         raise ValueError(f"{path}: belongs to another base model; prepare the one it was trained from")
-    _check(trained, str(path), "train it again")
+    _check(model, trained, str(path), "train it again")
     model.load_state_dict(trained, strict=False)
     return outer
 
 
-def _check(trained: dict[str, Tensor], what: str, remedy: str) -> None:
-    check_finite(trained, what, remedy)
+def _check(model: nn.Module, trained: dict[str, Tensor], what: str, remedy: str) -> None:
+    buffers = {name: trained[name] for name in other_buffers(unwrap(model)) if name in trained}
+    check_finite({name: value for name, value in trained.items() if name not in buffers}, what, remedy)
+    check_finite(buffers, what, remedy, allow_infinity=True)  # an attention mask may hold them
     check_variances(trained, what, remedy)
 
 

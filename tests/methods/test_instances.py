@@ -293,3 +293,53 @@ def test_target_only_refuses_what_it_would_keep_of_the_source(normalise, kept):
         METHODS["target_only"].begin(base, 2, x, LABELS[: len(x)])
     assert fingerprint_state(base.state_dict()) == before
     assert [p.requires_grad for p in base.parameters()] == trained
+
+
+class Masked(nn.Module):
+    """A buffer that holds an infinity, as an attention mask does."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.conv = nn.Conv1d(4, 4, 3)
+        self.fc = nn.Linear(4, 3)
+        self.register_buffer("mask", torch.tensor([0.0, -torch.inf, 0.0, 0.0]))
+
+    def forward(self, x):
+        return self.fc(torch.where(self.mask == 0, self.conv(x).relu().mean(-1), 0))
+
+
+@pytest.mark.parametrize("name", ["conv_lora", "lora_edge_source_bn", "hydra", "memflora", "head_only"])
+def test_a_mask_of_infinities_is_no_divergence(name, tmp_path):
+    base, x = Masked(), torch.randn(4, 4, 9)
+    model, training = begun(base, name, x)
+    train(model, x, training.parameters, steps=1)
+    want = output(model.eval(), x)
+    save_trained(model, tmp_path / "trained")
+    fresh = load_trained(begun(base, name, x)[0], tmp_path / "trained")
+    assert torch.equal(output(fresh.eval(), x), want)
+    torch.testing.assert_close(output(METHODS[name].finish(model), x), want)
+    model, _ = begun(base, name, x)
+    model.mask[0] = float("nan")
+    with pytest.raises(ValueError, match="mask holds NaN"):
+        save_trained(model, tmp_path / "trained")
+
+
+class Restless(nn.BatchNorm1d):
+    """A BatchNorm that moves its statistics in evaluation mode too."""
+
+    def forward(self, x):
+        return nn.functional.batch_norm(x, self.running_mean, self.running_var, self.weight, self.bias, True, self.momentum)
+
+
+@pytest.mark.parametrize("name", [*REPARAMETRISED, "bias_only", "head_only", "full_frozen_bn", "lora_edge"])
+def test_a_norm_that_cannot_be_frozen_is_refused(name):
+    base, x = network("1-D")
+    norm = Restless(16)
+    norm.load_state_dict(base[1].state_dict())
+    base[1] = norm.eval()
+    before, kinds = fingerprint_state(base.state_dict()), [type(m) for m in base.modules()]
+    with pytest.raises(ValueError, match=r"1: the forward of Restless changes .* in evaluation mode too; .*") as caught:
+        METHODS[name].begin(base, 2, x, LABELS[: len(x)])
+    assert "\n" not in str(caught.value)
+    assert fingerprint_state(base.state_dict()) == before
+    assert [type(m) for m in base.modules()] == kinds

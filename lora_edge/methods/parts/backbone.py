@@ -20,11 +20,18 @@ class StepSkipped(UserWarning):
 
 
 def freeze_backbone(model: nn.Module) -> None:
-    """Freeze every parameter and keep BatchNorm on its running statistics."""
+    """Freeze every parameter and keep BatchNorm on its running statistics; :func:`check_norms` says what it refuses."""
+    check_norms(model)
     model.requires_grad_(False)
     for _, norm in bn_statistics.batch_norms(model):
         if frozen_bn.why_not_frozen(norm) is None:
             frozen_bn.freeze_bn(norm)
+
+
+def check_norms(model: nn.Module) -> None:
+    """Raise ValueError for a BatchNorm subclass that would move its statistics although frozen; the message names it."""
+    for name, why in frozen_bn.unfreezable(model).items():
+        raise ValueError(f"{name or 'the model'}: {why}; use a method that leaves BatchNorm in batch mode, such as full")
 
 
 def unfreeze_backbone(model: nn.Module) -> nn.Module:
