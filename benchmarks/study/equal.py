@@ -62,7 +62,8 @@ class Equal:
 
 def equal_rows(studies: Mapping[str, StudyRows]) -> Equal:
     """The rows of both protocols; empty where there are none."""
-    parts = [studies[name].rows if name in studies else pd.DataFrame({"stage": []}) for name in NEEDED]
+    none = pd.DataFrame({name: [] for name in ("stage", "method", "person", "f1")})
+    parts = [studies[name].rows if name in studies else none for name in NEEDED]
     return Equal(*(rows[rows["stage"] == "equal"] for rows in parts))
 
 

@@ -22,9 +22,9 @@ import torch
 from torch import Tensor, nn
 from torch.nn.modules.conv import _ConvNd
 
-from lora_edge.adapt import LayerUpdate, install, trainable_parameters
+from lora_edge.adapt import LayerUpdate, inner_model, install, trainable_parameters
 from lora_edge.methods.base import Method, PrepareList
-from lora_edge.methods.parts.backbone import move_statistics
+from lora_edge.methods.parts.backbone import check_norms, move_statistics
 from lora_edge.methods.training import Training, cross_entropy
 from lora_edge.nn.layers import LoRAEdgeConv, check_adaptable
 from lora_edge.ops.padding import pad
@@ -64,7 +64,9 @@ def trained_kernel(project: Project, *, subspace: str = "random", moves: bool = 
 
     def prepare(model: nn.Module, rank: int, inputs: Tensor, labels: Tensor) -> list[nn.Parameter]:
         rank = check_rank(rank)
+        model = inner_model(model)
         names = select(model, None, None)
+        check_norms(model)
         weights: dict[str, Tensor] = {}
         for name in names:
             conv: _ConvNd = model.get_submodule(name)  # type: ignore[assignment]

@@ -24,10 +24,10 @@ SETS = {  # ATEN_CPU_CAPABILITY, ONEDNN_MAX_CPU_ISA, LORA_EDGE_CPU
 THREADS = (1, 2)
 NUMERICS = [
     *(f"tests/core/test_{name}.py" for name in (
-        "adapt", "adapter_file", "blocks", "budget", "inference", "integration", "lean", "methods", "peft", "subspace", "tt",
+        "adapt", "adapter_file", "blocks", "budget", "inference", "integration", "lean", "peft", "subspace", "tt",
     )),
     *(f"tests/ops/test_{name}.py" for name in ("doors", "tt_block", "tt_conv")),
-    "tests/engines/test_cpu_engine.py", "tests/har/test_frame.py", "tests/har/test_har.py",
+    "tests/methods/test_every_method.py", "tests/engines/test_cpu_engine.py", "tests/har/test_frame.py", "tests/har/test_har.py",
 ]  # fmt: skip
 ASK = """
 import torch

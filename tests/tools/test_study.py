@@ -235,7 +235,7 @@ def test_digits_of_search_and_study_are_apart(monkeypatch):
 
 
 def test_bad_input(small):
-    with pytest.raises(ValueError, match="there is no method 'nothing'; give all, or some of bias_only, bn_only"):
+    with pytest.raises(ValueError, match="there is no method 'nothing'; give all, or some of bias_only, block_lora"):
         replace(small, methods=("nothing",)).chosen()
     pd.DataFrame(columns=FIELDS).to_csv(small.rows, index=False)
     with pytest.raises(ValueError, match=r"no rows of the stage study; run benchmarks\.study first"):
