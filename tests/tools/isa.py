@@ -27,7 +27,8 @@ NUMERICS = [
         "adapt", "adapter_file", "blocks", "budget", "inference", "integration", "lean", "peft", "subspace", "tt",
     )),
     *(f"tests/ops/test_{name}.py" for name in ("doors", "tt_block", "tt_conv")),
-    "tests/methods/test_every_method.py", "tests/engines/test_cpu_engine.py", "tests/har/test_frame.py", "tests/har/test_har.py",
+    "tests/methods/test_every_method.py", "tests/engines/test_cpu_engine.py",
+    "tests/har/test_frame.py", "tests/har/test_har.py",
 ]  # fmt: skip
 ASK = """
 import torch
