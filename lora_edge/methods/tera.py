@@ -78,4 +78,4 @@ def _with_shared_bases(
     return made
 
 
-METHOD = Method("tera", "TeRA", lr=2e-2, prepare=jointly(_with_shared_bases), source="arXiv 2509.03234")
+METHOD = Method("tera", "TeRA", lr=2e-1, prepare=jointly(_with_shared_bases), source="arXiv 2509.03234")

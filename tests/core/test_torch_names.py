@@ -35,6 +35,7 @@ SINCE = {
     # of nn.Module
     "torch.nn.Module._call_impl": "2.0",
     "._apply": "2.0",
+    "._reset_parameters": "2.0",
     "._backward_hooks": "2.0",
     "._backward_pre_hooks": "2.0",
     "._buffers": "2.0",
@@ -82,7 +83,9 @@ def test_listed_name_exists_in_this_torch(name):
     elif name == "._orig_mod":
         assert hasattr(torch.compile(nn.Identity(), backend="eager"), "_orig_mod")
     else:
-        one = (nn.Conv1d(1, 1, 1), nn.BatchNorm1d(1), torch.ones(1), torch.ones(1).untyped_storage())
+        one = (
+            nn.Conv1d(1, 1, 1), nn.BatchNorm1d(1), nn.MultiheadAttention(2, 1), torch.ones(1), torch.ones(1).untyped_storage(),
+        )  # fmt: skip
         assert any(hasattr(thing, name[1:]) for thing in one)
 
 
