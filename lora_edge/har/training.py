@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from lora_edge.environment.extras import require
 from lora_edge.finite import NotFiniteError, check_weights
 from lora_edge.har.data import Windows
-from lora_edge.methods.training import Training, training_step
+from lora_edge.methods.training import Training, as_training, training_step
 from lora_edge.nn.training_flags import in_evaluation
 
 BATCH = 64
@@ -142,7 +142,7 @@ def train_target(
         NotFiniteError: the loss or a final weight is NaN or infinite, or a test window's logit is NaN.
     """
     check_rate(lr)
-    training = training if isinstance(training, Training) else Training(list(training))
+    training = as_training(training)
     x, y = tensors(windows) if training.data is None else training.data
     optimizer = training.optimizer(training.parameters, lr)
     stream = batches(len(y), BATCH, torch.Generator().manual_seed(seed))

@@ -13,11 +13,11 @@ from torch.nn.modules.conv import _ConvNd
 from lora_edge.adapt import adapt, inner_model, trainable_parameters
 from lora_edge.merge import merge
 from lora_edge.methods.parts.backbone import SOURCE_SAMPLES, check_norms, freeze_backbone, move_statistics
-from lora_edge.methods.training import Training
+from lora_edge.methods.training import Training, as_training
 from lora_edge.nn.bn_statistics import restored_on_error
 from lora_edge.nn.branch import Branch, add_branch
 from lora_edge.nn.layers import check_adaptable
-from lora_edge.nn.reparametrised import Reparametrisation, reparametrise
+from lora_edge.nn.reparametrised import Reparametrisation, reparametrise, share
 from lora_edge.subspaces.choose import FROM_BATCHES, naming_layer
 from lora_edge.surgery.adapted import AdaptState, refuse_adapted
 from lora_edge.surgery.base_state import COPY_BYTES, fingerprint, other_buffers
@@ -77,8 +77,7 @@ class Method:
             raise TypeError(f"inputs is a {type(inputs).__name__}; give the target's windows as a tensor (N, ...)")
         if torch.is_inference_mode_enabled():
             raise RuntimeError(f"{self.name}: tensors made in torch.inference_mode cannot be trained; call it outside")
-        prepared = self.prepare(model, rank, inputs, labels if self.needs_labels else None)  # type: ignore[arg-type]
-        return prepared if isinstance(prepared, Training) else Training(list(prepared))
+        return as_training(self.prepare(model, rank, inputs, labels if self.needs_labels else None))  # type: ignore[arg-type]
 
 
 def unchanged(model: nn.Module) -> nn.Module:
@@ -107,10 +106,16 @@ def adapted(*, source_samples: float | None = SOURCE_SAMPLES, **options: Any) ->
     return prepare
 
 
-def reparametrised(kind: Callable[[_ConvNd, int], Reparametrisation]) -> PrepareList:
+def reparametrised(
+    kind: Callable[[_ConvNd, int], Reparametrisation], shared: Callable[[list[_ConvNd], int], nn.Module] | None = None
+) -> PrepareList:
     """Return ``prepare`` for a method that trains ``kind(conv, rank)`` in every convolution of a frozen backbone.
 
-    A layer that ``kind`` refuses by ValueError is named in the message; nothing is changed then.
+    Args:
+        kind: makes a layer's reparametrisation. A layer that it refuses by ValueError is named in the message; nothing is
+            changed then.
+        shared: ``shared(convs, rank)`` makes the module of tensors that all layers share, which each finds as ``self.shared``;
+            None if they share nothing.
     """
 
     def make(
@@ -120,9 +125,27 @@ def reparametrised(kind: Callable[[_ConvNd, int], Reparametrisation]) -> Prepare
         for name, conv in convs.items():
             with naming_layer(name):
                 made[name] = kind(conv, rank)
+        if shared is not None:
+            share(made.values(), shared(list(convs.values()), rank))
         return made
 
     return jointly(make)
+
+
+def adaptable(model: nn.Module) -> dict[str, _ConvNd]:
+    """Return the convolutions that a method may adapt, by dotted name, in a model whose BatchNorm can be frozen.
+
+    Raises:
+        ValueError: there are none, or a convolution or BatchNorm is not supported; the message names it.
+    """
+    convs: dict[str, _ConvNd] = {}
+    for name in select(model, None, None):
+        conv: _ConvNd = model.get_submodule(name)  # type: ignore[assignment]
+        with naming_layer(name):
+            check_adaptable(conv)
+        convs[name] = conv
+    check_norms(model)
+    return convs
 
 
 def jointly(make: Make) -> PrepareList:
@@ -140,13 +163,7 @@ def jointly(make: Make) -> PrepareList:
 
     def prepare(model: nn.Module, rank: int, inputs: Tensor, labels: Tensor) -> list[nn.Parameter]:
         rank, model = check_rank(rank), inner_model(model)
-        convs: dict[str, _ConvNd] = {}
-        for name in select(model, None, None):
-            conv: _ConvNd = model.get_submodule(name)  # type: ignore[assignment]
-            with naming_layer(name):
-                check_adaptable(conv)
-            convs[name] = conv
-        check_norms(model)
+        convs = adaptable(model)
         made = make(model, convs, rank, inputs, labels)
         requires_grad = {name: p.requires_grad for name, p in model.named_parameters(remove_duplicate=False)}
         state = AdaptState("frozen", "none", fingerprint(model), requires_grad)

@@ -33,9 +33,6 @@ class BlockLoRA(Reparametrisation):
         self.lora_A = random(conv, rank // blocks, *conv.weight.shape[1:])
         self.lora_B = zeros(conv, blocks, conv.out_channels, rank // blocks)
 
-    def delta(self) -> Tensor:
-        return self.lora_B.sum(0) @ self.lora_A.flatten(1)
-
     def low_rank(self) -> tuple[Tensor, Tensor, float] | None:
         return self.lora_B.sum(0), self.lora_A, 1.0
 

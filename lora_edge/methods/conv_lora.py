@@ -25,9 +25,6 @@ class ConvLoRA(Reparametrisation):
         self.lora_B = zeros(conv, conv.out_channels, rank)
         self.scaling = 1.0 if alpha is None else alpha / rank
 
-    def delta(self) -> Tensor:
-        return self.scaling * (self.lora_B @ self.lora_A.flatten(1))
-
     def low_rank(self) -> tuple[Tensor, Tensor, float] | None:
         return self.lora_B, self.lora_A, self.scaling
 

@@ -12,7 +12,7 @@ from torch import Tensor
 from torch.nn.modules.conv import _ConvNd
 
 from lora_edge.methods.base import Method, reparametrised
-from lora_edge.nn.reparametrised import Reparametrisation, random, zeros
+from lora_edge.nn.reparametrised import Reparametrisation, product, random, zeros
 
 
 class Sequential(Reparametrisation):
@@ -55,7 +55,7 @@ class Hydra(Sequential):
         self.lora_B = zeros(conv, conv.out_channels, rank)
 
     def delta(self) -> Tensor:
-        return self.scaling * (self.lora_B @ self.lora_A.flatten(1))
+        return product(self.lora_B, self.lora_A, self.scaling)
 
     def adapted(self, weight: Tensor) -> Tensor:
         return super().adapted(weight) + self.delta().view(weight.shape)

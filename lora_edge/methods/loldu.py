@@ -43,9 +43,6 @@ class LoLDU(Reparametrisation):
         self.register_buffer("right", parameter(conv, rows.unflatten(1, conv.weight.shape[1:])).detach())
         self.scaling = 1.0 if alpha is None else alpha / max(len(used), 1)
 
-    def delta(self) -> Tensor:
-        return self.scaling * ((self.left * (self.z - self.z0)) @ self.right.flatten(1))
-
     def low_rank(self) -> tuple[Tensor, Tensor, float] | None:
         return self.left * (self.z - self.z0), self.right, self.scaling
 

@@ -40,9 +40,6 @@ class Latent(Reparametrisation):
         self.latent = parameter(conv, start)
         self.scaling = scaling
 
-    def delta(self) -> Tensor:
-        return self.scaling * (self.left @ self.latent @ self.right.flatten(1))
-
     def low_rank(self) -> tuple[Tensor, Tensor, float] | None:
         return self.left @ self.latent, self.right, self.scaling
 

@@ -34,10 +34,6 @@ class Matryoshka(ConvLoRA):
         diagonal = self.lora_A.new_tensor([sum(_scale(t) for t in self.ranks if t > i) for i in range(rank)])
         self.register_buffer("diagonal", diagonal, persistent=False)
 
-    def delta(self) -> Tensor:
-        b, a, scale = self.low_rank()
-        return scale * (b @ a.flatten(1))
-
     def low_rank(self) -> tuple[Tensor, Tensor, float]:
         if self.training:
             return self.lora_B * self.diagonal, self.lora_A, 1.0

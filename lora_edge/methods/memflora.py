@@ -20,18 +20,15 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.nn.modules.conv import _ConvNd
 
 from lora_edge.adapt import LayerUpdate, inner_model, install, trainable_parameters
-from lora_edge.methods.base import Method, PrepareList
-from lora_edge.methods.parts.backbone import check_norms, move_statistics
+from lora_edge.methods.base import Method, PrepareList, adaptable
+from lora_edge.methods.parts.backbone import move_statistics
 from lora_edge.methods.training import Training, cross_entropy
-from lora_edge.nn.layers import LoRAEdgeConv, check_adaptable
+from lora_edge.nn.layers import LoRAEdgeConv
 from lora_edge.ops.padding import pad
 from lora_edge.ops.trained_kernel import projection_grad, recorded
-from lora_edge.subspaces.choose import naming_layer
 from lora_edge.subspaces.weight import kernel_suffix, scaled_rows
-from lora_edge.surgery.selection import select
 from lora_edge.surgery.ties import tied_groups
 from lora_edge.tt import check_rank
 
@@ -65,18 +62,12 @@ def trained_kernel(project: Project, *, subspace: str = "random", moves: bool = 
     def prepare(model: nn.Module, rank: int, inputs: Tensor, labels: Tensor) -> list[nn.Parameter]:
         rank = check_rank(rank)
         model = inner_model(model)
-        names = select(model, None, None)
-        check_norms(model)
-        weights: dict[str, Tensor] = {}
-        for name in names:
-            conv: _ConvNd = model.get_submodule(name)  # type: ignore[assignment]
-            with naming_layer(name):
-                check_adaptable(conv)
-            weights[name] = conv.weight.detach()
+        convs = adaptable(model)
         updates: dict[str, LayerUpdate] = {}
-        for group in tied_groups(model, names):
-            rows = project(weights[group[0]], rank)
-            rows = rows.reshape(*rows.shape, *[1] * (weights[group[0]].dim() - 2))
+        for group in tied_groups(model, list(convs)):
+            weight = convs[group[0]].weight.detach()
+            rows = project(weight, rank)
+            rows = rows.reshape(*rows.shape, *[1] * (weight.dim() - 2))
             updates.update({name: LayerUpdate(rows, bond_cap=rank, form="kernel") for name in group})
         if moves:
             move_statistics(model, inputs)

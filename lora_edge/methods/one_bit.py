@@ -98,10 +98,6 @@ class QuantisedLoRA(ConvLoRA):
     def low_rank(self) -> tuple[Tensor, Tensor, float]:
         return self._quantised(self.lora_B), self._quantised(self.lora_A), self.scaling
 
-    def delta(self) -> Tensor:
-        b, a, scaling = self.low_rank()
-        return scaling * (b @ a.flatten(1))
-
 
 class CodedLoRA(Reparametrisation):
     """The update of :class:`QuantisedLoRA`, bit by bit, from its codes.
@@ -134,10 +130,6 @@ class CodedLoRA(Reparametrisation):
         a_mean, a_std, b_mean, b_std = self.statistics
         b = self.levels[self.codes_b.long()] * b_std + b_mean
         return b, self.levels[self.codes_a.long()] * a_std + a_mean, self.scaling
-
-    def delta(self) -> Tensor:
-        b, a, scaling = self.low_rank()
-        return scaling * (b @ a.flatten(1))
 
 
 def _of_bits(bits: int) -> Method:

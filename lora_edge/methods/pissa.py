@@ -16,7 +16,7 @@ from lora_edge.methods.base import Method, reparametrised
 from lora_edge.methods.conv_lora import ConvLoRA
 from lora_edge.methods.parts.factors import FromFactors, set_factors, truncated_svd
 from lora_edge.methods.parts.quantisation import dequantise, quantise
-from lora_edge.nn.reparametrised import exact_dtype
+from lora_edge.nn.reparametrised import exact_dtype, product
 
 
 class PiSSA(FromFactors):
@@ -52,6 +52,9 @@ class QPiSSA(ConvLoRA):
 
     def base(self, weight: Tensor) -> Tensor:
         return dequantise(self.codes, self.scale, self.zero, self.group).view(weight.shape)
+
+    def delta(self) -> Tensor:
+        return product(self.lora_B, self.lora_A, self.scaling)
 
     def low_rank(self) -> tuple[Tensor, Tensor, float] | None:
         return None  # the rounding of the residual is a part of the update, too

@@ -15,8 +15,8 @@ import torch
 from torch import Tensor, nn
 from torch.nn.modules.conv import _ConvNd
 
-from lora_edge.methods.base import Method, jointly
-from lora_edge.nn.reparametrised import Reparametrisation, exact_dtype, parameter, share, zeros
+from lora_edge.methods.base import Method, reparametrised
+from lora_edge.nn.reparametrised import Reparametrisation, exact_dtype, parameter, zeros
 
 
 class Bases(nn.Module):
@@ -64,13 +64,4 @@ class RandLoRA(Reparametrisation):
         return self.scaling * (b @ a if self.terms <= self.outs else a.T @ b.T)
 
 
-def make(
-    model: nn.Module, convs: dict[str, _ConvNd], rank: int, inputs: Tensor, labels: Tensor
-) -> dict[str, Reparametrisation]:
-    """Return RandLoRA for every convolution, on bases that they share."""
-    made: dict[str, Reparametrisation] = {name: RandLoRA(conv, rank) for name, conv in convs.items()}
-    share(made.values(), Bases(list(convs.values()), rank))
-    return made
-
-
-METHOD = Method("randlora", "RandLoRA", lr=1e-3, prepare=jointly(make), source="arXiv 2502.00987")
+METHOD = Method("randlora", "RandLoRA", lr=1e-3, prepare=reparametrised(RandLoRA, Bases), source="arXiv 2502.00987")

@@ -60,10 +60,6 @@ class S2LoRA(Reparametrisation):
     def pair(self) -> Pair:
         return self.shared  # type: ignore[return-value]
 
-    def delta(self) -> Tensor:
-        b, a, _ = self.low_rank()
-        return b @ a.flatten(1)
-
     def low_rank(self) -> tuple[Tensor, Tensor, float]:
         out, *into = map(slice, self.sizes)
         crop = (slice(None), *into)

@@ -13,8 +13,8 @@ import torch
 from torch import Tensor, nn
 from torch.nn.modules.conv import _ConvNd
 
-from lora_edge.methods.base import Method, jointly
-from lora_edge.nn.reparametrised import Reparametrisation, exact_dtype, parameter, share
+from lora_edge.methods.base import Method, reparametrised
+from lora_edge.nn.reparametrised import Reparametrisation, exact_dtype, parameter
 
 
 class Bases(nn.Module):
@@ -70,12 +70,4 @@ def _core_name(ranks: tuple[int, ...]) -> str:
     return "core_" + "x".join(map(str, ranks))
 
 
-def _with_shared_bases(
-    model: nn.Module, convs: dict[str, _ConvNd], rank: int, inputs: Tensor, labels: Tensor
-) -> dict[str, Reparametrisation]:
-    made: dict[str, Reparametrisation] = {name: TeRA(conv, rank) for name, conv in convs.items()}
-    share(made.values(), Bases(list(convs.values()), rank))
-    return made
-
-
-METHOD = Method("tera", "TeRA", lr=2e-1, prepare=jointly(_with_shared_bases), source="arXiv 2509.03234")
+METHOD = Method("tera", "TeRA", lr=2e-1, prepare=reparametrised(TeRA, Bases), source="arXiv 2509.03234")

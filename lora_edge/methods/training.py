@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 
 import torch
@@ -47,6 +47,11 @@ class Training:
     def count(self) -> int:
         """The number of trained elements; a parameter that layers share counts once."""
         return sum(p.numel() for p in self.parameters)
+
+
+def as_training(trained: Training | Iterable[nn.Parameter]) -> Training:
+    """Return a :class:`Training` as it is, and parameters as one with Adam and the cross-entropy."""
+    return trained if isinstance(trained, Training) else Training(list(trained))
 
 
 def training_step(

@@ -11,8 +11,8 @@ import torch
 from torch import Tensor, nn
 from torch.nn.modules.conv import _ConvNd
 
-from lora_edge.methods.base import Method, jointly
-from lora_edge.nn.reparametrised import Reparametrisation, exact_dtype, parameter, share, zeros
+from lora_edge.methods.base import Method, reparametrised
+from lora_edge.nn.reparametrised import Reparametrisation, exact_dtype, parameter, zeros
 
 
 class Factors(nn.Module):
@@ -41,10 +41,6 @@ class VeRA(Reparametrisation):
         self.d = parameter(conv, torch.full((rank,), 0.1))
         self.b = zeros(conv, conv.out_channels)
 
-    def delta(self) -> Tensor:
-        b, a, _ = self.low_rank()
-        return b @ a.flatten(1)
-
     def low_rank(self) -> tuple[Tensor, Tensor, float]:
         shared: Factors = self.shared  # type: ignore[assignment]
         a = shared.a[:, : self.sizes.numel()].to(self.d)
@@ -52,12 +48,4 @@ class VeRA(Reparametrisation):
         return self.b[:, None] * b * self.d, a.unflatten(1, self.sizes), 1.0
 
 
-def _with_shared_factors(
-    model: nn.Module, convs: dict[str, _ConvNd], rank: int, inputs: Tensor, labels: Tensor
-) -> dict[str, Reparametrisation]:
-    made: dict[str, Reparametrisation] = {name: VeRA(conv, rank) for name, conv in convs.items()}
-    share(made.values(), Factors(list(convs.values()), rank))
-    return made
-
-
-METHOD = Method("vera", "VeRA", lr=2e-2, prepare=jointly(_with_shared_factors), source="arXiv 2310.11454")
+METHOD = Method("vera", "VeRA", lr=2e-2, prepare=reparametrised(VeRA, Factors), source="arXiv 2310.11454")

@@ -49,10 +49,6 @@ class WaRA(Reparametrisation):
         into = self.shape[1] if self.shape[1] > 1 else self.shape[1:].numel()
         return b[: self.shape[0]], a[:, :into].reshape(-1, *self.shape[1:]), 0.5
 
-    def delta(self) -> Tensor:
-        b, a, scale = self.low_rank()  # type: ignore[misc]
-        return scale * (b @ a.flatten(1))
-
 
 METHODS = [
     Method("wara", "WaRA", lr=1e-2, prepare=reparametrised(WaRA), source="arXiv 2506.24092"),

@@ -65,9 +65,6 @@ class Product(Reparametrisation):
         self.register_buffer("b", b.detach().clone())
         self.register_buffer("a", a.detach().clone())
 
-    def delta(self) -> Tensor:
-        return self.b @ self.a.flatten(1)
-
     def low_rank(self) -> tuple[Tensor, Tensor, float] | None:
         return self.b, self.a, 1.0
 

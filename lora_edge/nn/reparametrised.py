@@ -28,8 +28,9 @@ class Added(nn.Module):
 class Reparametrisation(Added):
     """The adapted weight ``W' = base(W) + delta()`` of one convolution, in float32 (or the weight's float64), cast once.
 
-    A subclass creates its parameters in ``__init__`` and defines ``delta``, or ``adapted`` if ``W'`` is not a sum. What it
-    computes in evaluation mode (``self.training`` is False) is what is merged; the form for training may differ.
+    A subclass creates its parameters in ``__init__`` and defines ``low_rank``, or ``delta`` if its update is no product of two
+    factors, or ``adapted`` if ``W'`` is not a sum. What it computes in evaluation mode (``self.training`` is False) is what is
+    merged; the form for training may differ.
 
     Attributes:
         ranks: the ranks it can be evaluated at, if there are several; see :func:`lora_edge.tools.at_rank`.
@@ -44,8 +45,11 @@ class Reparametrisation(Added):
     lent: nn.Module
 
     def delta(self) -> Tensor:
-        """Return ``ΔW`` in any shape that can be viewed as the weight's ``(O, I/g, *K)``."""
-        raise NotImplementedError
+        """Return ``ΔW`` in any shape that can be viewed as the weight's ``(O, I/g, *K)``: by default ``low_rank``'s product."""
+        factors = self.low_rank()
+        if factors is None:
+            raise NotImplementedError(f"{type(self).__name__} defines neither delta nor low_rank")
+        return product(*factors)
 
     def base(self, weight: Tensor) -> Tensor:
         """Return what the update is added to, for the base weight ``(O, I/g, *K)``: a quantised weight, for example."""
@@ -80,6 +84,11 @@ class Reparametrisation(Added):
         if self.on_gradient is not None and computed.requires_grad:
             computed.register_hook(self.on_gradient)
         return computed
+
+
+def product(b: Tensor, a: Tensor, scale: float) -> Tensor:
+    """Return ``scale · B A``, ``(O, (I/g)·ΠK)``, of ``B (O, r)`` and ``A (r, I/g, *K)``."""
+    return scale * (b @ a.flatten(1))
 
 
 class _Bias(nn.Module):

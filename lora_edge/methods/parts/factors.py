@@ -7,6 +7,7 @@ from torch import Tensor
 from torch.nn.modules.conv import _ConvNd
 
 from lora_edge.methods.conv_lora import ConvLoRA
+from lora_edge.nn.reparametrised import product
 
 
 class FromFactors(ConvLoRA):
@@ -32,7 +33,8 @@ class FromFactors(ConvLoRA):
         self.register_buffer("b0", self.lora_B.detach().clone())
 
     def delta(self) -> Tensor:
-        return super().delta() - self.scaling * (self.b0 @ self.a0.flatten(1))
+        started_at = product(self.b0, self.a0, self.scaling)
+        return product(self.lora_B, self.lora_A, self.scaling) - started_at  # exactly zero there, unlike low_rank's product
 
     def low_rank(self) -> tuple[Tensor, Tensor, float] | None:
         """Plain LoRA of rank ``2r`` on the base's own weight: ``[B, -B0]`` and ``[A; A0]``."""
