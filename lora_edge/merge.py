@@ -10,7 +10,7 @@ from lora_edge.finite import check_finite, check_variances
 from lora_edge.nn import blocks, frozen_bn, lean
 from lora_edge.nn.bn_statistics import batch_norms, forget_statistics
 from lora_edge.nn.branch import branches
-from lora_edge.nn.layers import LoRAEdgeConv, remove_core, require_whole, set_weights
+from lora_edge.nn.layers import LoRAEdgeConv, remove_core, require_whole, set_values
 from lora_edge.nn.reparametrised import bake, computed_tensors
 from lora_edge.ops import tt_fuse
 from lora_edge.surgery.adapted import Adapted, require_adapted, require_whole_model
@@ -70,7 +70,7 @@ def _merge(one: Adapted, updated: dict[LoRAEdgeConv, Tensor]) -> None:
     end_watch(model)
     bake(model)
     with torch.no_grad():
-        set_weights(updated)  # type: ignore[arg-type]
+        set_values("weight", updated)  # type: ignore[arg-type]
     for layer in updated:
         remove_core(layer)
         if state is None:  # built as a LoRAEdge layer, not adapted: a stock layer's parameters are trainable
@@ -91,10 +91,9 @@ def _merge(one: Adapted, updated: dict[LoRAEdgeConv, Tensor]) -> None:
 
 def _require_weights(one: Adapted) -> None:
     """Raise RuntimeError if a layer's update is a branch, which is no weight."""
-    names = {module: name for name, module in one.model.named_modules()}
-    for conv in branches(one.model):
+    for name in branches(one.model):
         raise RuntimeError(
-            f"merge: {join(one.name, names[conv]) or 'the layer'} has a branch that depends on the input, which is no weight; "
+            f"merge: {join(one.name, name) or 'the layer'} has a branch that depends on the input, which is no weight; "
             "keep the model as it is, or call lora_edge.nn.branch.fold_branches first"
         )
 

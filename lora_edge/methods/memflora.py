@@ -26,7 +26,7 @@ from lora_edge.methods.base import Method, PrepareList, adaptable
 from lora_edge.methods.parts.backbone import move_statistics
 from lora_edge.methods.training import Training, cross_entropy
 from lora_edge.nn.layers import LoRAEdgeConv
-from lora_edge.ops.padding import pad
+from lora_edge.ops.padding import pad_by_mode
 from lora_edge.ops.trained_kernel import projection_grad, recorded
 from lora_edge.subspaces.weight import kernel_suffix, scaled_rows
 from lora_edge.surgery.ties import tied_groups
@@ -119,9 +119,8 @@ def second_forward(model: nn.Module, x: Tensor, y: Tensor) -> Tensor:
         dq = waiting[layer.suffix.data_ptr()].pop(0)
         if dq is not None:
             seen = given[0] if given[0].dim() == layer.weight.dim() else given[0].unsqueeze(0)
-            if layer.padding_mode != "zeros":
-                seen = pad(seen, layer._reversed_padding_repeated_twice, layer.padding_mode)
-            gradients[layer.suffix] += projection_grad(dq, seen.to(dq.dtype), layer.suffix, layer.groups)
+            seen = pad_by_mode(layer, seen).to(dq.dtype)
+            gradients[layer.suffix] += projection_grad(dq, seen, layer.suffix, layer.groups)
 
     buffers = [buffer.clone() for buffer in model.buffers()]
     hooks = [layer.register_forward_pre_hook(meet) for layer in layers]

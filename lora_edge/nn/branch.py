@@ -9,9 +9,10 @@ from torch import Tensor, nn
 from torch.nn.modules.conv import _ConvNd
 
 from lora_edge.nn.fused_block import layer_args
+from lora_edge.nn.inputs_shown import inputs_shown
 from lora_edge.nn.reparametrised import Added, Reparametrisation, random, reparametrise, zeros
 from lora_edge.ops.conv_args import conv as convolve
-from lora_edge.ops.padding import pad
+from lora_edge.ops.padding import pad_by_mode
 
 NAME = "branch"  # of the submodule that a convolution gets
 
@@ -42,8 +43,7 @@ class Branch(Added):
 
     def added(self, conv: _ConvNd, x: Tensor) -> Tensor:
         """Return what is added to the convolution's output ``(N, O, *L')``, in its dtype."""
-        if conv.padding_mode != "zeros":
-            x = pad(x, conv._reversed_padding_repeated_twice, conv.padding_mode)
+        x = pad_by_mode(conv, x)
         groups, single = conv.groups, x.dim() == conv.weight.dim() - 1
         x = x[None] if single else x
         a = self.lora_A.to(conv.weight.dtype).repeat(groups, *[1] * (conv.weight.dim() - 1))
@@ -75,13 +75,13 @@ def add_branch(conv: _ConvNd, branch: Branch) -> None:
     conv.register_forward_hook(_add)
 
 
-def branches(model: nn.Module) -> dict[_ConvNd, Branch]:
-    """Every convolution that has a branch, once, and its branch."""
+def branches(model: nn.Module) -> dict[str, tuple[_ConvNd, Branch]]:
+    """Every convolution that has a branch, once, with its branch, by dotted name."""
     found = {}
-    for module in model.modules():
+    for name, module in model.named_modules():
         branch = module._modules.get(NAME)
         if isinstance(module, _ConvNd) and isinstance(branch, Branch):
-            found[module] = branch
+            found[name] = module, branch
     return found
 
 
@@ -104,28 +104,20 @@ def fold_branches(model: nn.Module, inputs: Tensor) -> nn.Module:
             changed.
     """
     layers = branches(model)
-    seen: dict[nn.Module, list[Tensor]] = {conv: [] for conv in layers}
-    hooks = [conv.register_forward_pre_hook(lambda layer, given: seen[layer].append(given[0])) for conv in layers]
-    try:
-        with torch.no_grad():
-            model(inputs)
-    finally:
-        for hook in hooks:
-            hook.remove()
-    names = {module: name for name, module in model.named_modules()}
-    folded = {}
-    for conv, branch in layers.items():
-        static = branch.static(torch.cat(seen[conv])) if seen[conv] else None
+    seen: dict[str, list[Tensor]] = {name: [] for name in layers}
+    with inputs_shown(model, {conv: seen[name].append for name, (conv, _) in layers.items()}):
+        model(inputs)
+    folded: dict[str, Reparametrisation] = {}
+    for name, (_, branch) in layers.items():
+        static = branch.static(torch.cat(seen[name])) if seen[name] else None
         if static is None:
             kind = type(branch).__name__
-            raise ValueError(
-                f"fold_branches: {names[conv] or 'the layer'} has a {kind} that no weight comes near; keep the branch"
-            )
-        folded[conv] = static
-    for conv, static in folded.items():
-        static.belongs_to_adapted = layers[conv].belongs_to_adapted
+            raise ValueError(f"fold_branches: {name or 'the layer'} has a {kind} that no weight comes near; keep the branch")
+        folded[name] = static
+    for name, (conv, branch) in layers.items():
+        folded[name].belongs_to_adapted = branch.belongs_to_adapted
         remove_branch(conv)
-        reparametrise(conv, static)
+        reparametrise(conv, folded[name])
     return model
 
 

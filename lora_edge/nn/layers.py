@@ -375,11 +375,6 @@ def require_whole(layers: Mapping[str, LoRAEdgeConv]) -> None:
                 layer._parameters[key] = nn.Parameter(buffer.detach(), requires_grad=False)
 
 
-def set_weights(weights: Mapping[nn.modules.conv._ConvNd, Tensor]) -> None:
-    """Write each convolution's new weight in place, as :func:`set_values` does."""
-    set_values("weight", weights)
-
-
 def set_values(name: str, values: Mapping[nn.modules.conv._ConvNd, Tensor]) -> None:
     """Write each convolution's new weight or bias, by ``name``, in place; call it inside ``torch.no_grad()``.
 

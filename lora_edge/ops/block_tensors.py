@@ -2,9 +2,17 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import NamedTuple
 
 from torch import Tensor
+
+from lora_edge.tt import contracted
+
+
+def suffix_of(factors: Sequence[Tensor]) -> Tensor:
+    """Return the contracted suffix of :attr:`BlockTensors.factors`, which are not empty."""
+    return factors[0] if len(factors) == 1 else contracted(factors)
 
 
 class BlockTensors(NamedTuple):

@@ -19,8 +19,9 @@ from lora_edge.ops.block_tensors import BackwardTensors, BlockTensors
 from lora_edge.ops.checks import check_weight_sizes
 from lora_edge.ops.conv_args import ConvArgs
 from lora_edge.ops.engines import registry as engines
+from lora_edge.ops.engines.outputs import new_dora_outputs
 from lora_edge.ops.engines.protocol import DoraEngine, Engine, FusingEngine
-from lora_edge.ops.plan import BlockPlan, DoraPlan, Epilogue, FusePlan, Saves, Sizes
+from lora_edge.ops.plan import BlockPlan, DoraPlan, Epilogue, FusePlan, Saves, Sizes, WeightSizes
 
 # the engine's name and what is fixed for a layer, as arguments of an operator; padding is (low, high) of each dimension, flat
 _LAYER = (
@@ -239,35 +240,19 @@ def fuse(engine: str, weight: Tensor, core: Tensor, factors: list[Tensor], scale
     return tt_fuse(weight, core, factors, engine, scale)
 
 
-def fuse_refusal(
-    engine: str,
-    weight: Sequence[int],
-    weight_dtype: torch.dtype,
-    core_dtype: torch.dtype,
-    factors: tuple[Sequence[int], ...],
-    factor_dtypes: tuple[torch.dtype, ...],
-) -> str | None:
+def fuse_refusal(engine: str, sizes: WeightSizes) -> str | None:
     """What the engine does not support of a call that is traced, None where it supports it."""
-    why = plan.fuse_rule(weight, weight_dtype, core_dtype, factors, factor_dtypes)
-    return why or _weight_refusal(engine, weight, weight_dtype, core_dtype, factors, factor_dtypes, "tt_fuse")
+    return plan.fuse_rule(sizes) or _weight_refusal(engine, sizes, "tt_fuse")
 
 
-def _weight_refusal(
-    engine: str,
-    weight: Sequence[int],
-    weight_dtype: torch.dtype,
-    core_dtype: torch.dtype,
-    factors: tuple[Sequence[int], ...],
-    factor_dtypes: tuple[torch.dtype, ...],
-    op: str,
-) -> str | None:
-    ones = (1,) * (len(weight) - 2)
+def _weight_refusal(engine: str, sizes: WeightSizes, op: str) -> str | None:
+    ones = (1,) * (len(sizes.weight) - 2)
     return plan.refused_when_traced(
         engine,
-        tuple(weight),
-        (weight_dtype, weight_dtype, core_dtype),
-        tuple([tuple(shape) for shape in factors]),
-        factor_dtypes,
+        tuple(sizes.weight),
+        (sizes.weight_dtype, sizes.weight_dtype, sizes.core_dtype),
+        tuple([tuple(shape) for shape in sizes.factors]),
+        sizes.factor_dtypes,
         (ones, tuple([(0, 0) for _ in ones]), ones, 1),
         op,
     )
@@ -327,24 +312,16 @@ def _fuse_plan(weight: Tensor, core: Tensor, factors: Sequence[Tensor], engine: 
     if not factors:
         raise ValueError("lora_edge::tt_fuse: factors is empty; give the suffix or the frozen cores")
     found = cast(FusingEngine, _engine(engine, weight.device, "tt_fuse"))
-    planned = plan.fuse_plan(found, found.plan_type(), weight.shape, weight.dtype, core.dtype, shapes, dtypes, scale)
+    sizes = WeightSizes(weight.shape, weight.dtype, core.dtype, shapes, dtypes)
+    planned = plan.fuse_plan(found, found.plan_type(), sizes, scale)
     if isinstance(planned, str):
         raise RuntimeError(f"lora_edge::tt_fuse: the engine {engine!r} does not support this call: {planned}")
     return planned
 
 
-def dora_refusal(
-    engine: str,
-    weight: Sequence[int],
-    suffix: Sequence[int],
-    weight_dtype: torch.dtype,
-    core_dtype: torch.dtype,
-    suffix_dtype: torch.dtype,
-    magnitude_dtype: torch.dtype,
-) -> str | None:
+def dora_refusal(engine: str, sizes: WeightSizes, magnitude_dtype: torch.dtype) -> str | None:
     """What the engine does not support of a call that is traced, None where it supports it."""
-    why = plan.dora_rule(weight, suffix, weight_dtype, core_dtype, suffix_dtype, magnitude_dtype)
-    return why or _weight_refusal(engine, weight, weight_dtype, core_dtype, (suffix,), (suffix_dtype,), "dora_fuse")
+    return plan.dora_rule(sizes, magnitude_dtype) or _weight_refusal(engine, sizes, "dora_fuse")
 
 
 @custom_op(
@@ -362,7 +339,7 @@ def dora_fuse(
 
 @dora_fuse.register_fake
 def _(weight: Tensor, core: Tensor, suffix: Tensor, magnitude: Tensor, engine: str, scale: float) -> tuple[Tensor, Tensor]:
-    return weight.new_empty(weight.shape), weight.new_empty(weight.shape[0], dtype=torch.float32)
+    return new_dora_outputs(weight)
 
 
 @custom_op(
@@ -419,8 +396,8 @@ def _dora_plan(operands: tuple[Tensor, Tensor, Tensor, Tensor], engine: str, sca
             raise TypeError(f"lora_edge::dora_fuse: {name} is None; give a tensor")
     weight, core, suffix, magnitude = operands
     found = cast(DoraEngine, _engine(engine, weight.device, "dora_fuse"))
-    dtypes = (weight.dtype, core.dtype, suffix.dtype, magnitude.dtype)
-    planned = plan.dora_plan(found, found.plan_type(), weight.shape, suffix.shape, *dtypes, scale)
+    sizes = WeightSizes(weight.shape, weight.dtype, core.dtype, (suffix.shape,), (suffix.dtype,))
+    planned = plan.dora_plan(found, found.plan_type(), sizes, magnitude.dtype, scale)
     if isinstance(planned, str):
         raise RuntimeError(f"lora_edge::dora_fuse: the engine {engine!r} does not support this call: {planned}")
     return planned

@@ -16,17 +16,17 @@ from torch import Tensor
 
 from lora_edge.ops import custom_ops, plan, reference
 from lora_edge.ops.backends import choose_backend, requested
-from lora_edge.ops.block_tensors import BackwardTensors, BlockTensors
+from lora_edge.ops.block_tensors import BackwardTensors, BlockTensors, suffix_of
 from lora_edge.ops.conv_args import ConvArgs
 from lora_edge.ops.engines import registry as engines
 from lora_edge.ops.engines.protocol import DoraEngine, FusingEngine
 from lora_edge.ops.engines.torch import launch as torch_engine
 from lora_edge.ops.half_precision import narrowed
 from lora_edge.ops.once import once_differentiable
-from lora_edge.ops.plan import BlockPlan, DoraPlan, Epilogue, FusePlan, Saves
+from lora_edge.ops.plan import BlockPlan, DoraPlan, Epilogue, FusePlan, Saves, WeightSizes
 from lora_edge.ops.strides import use_copy
 from lora_edge.ops.trained_kernel import kernel_grad, projected, projected_grad, record
-from lora_edge.tt import contracted, is_kernel
+from lora_edge.tt import is_kernel
 
 REFUSED = "does not support this call"  # what the error of a backend says that was named and leaves the call to torch
 
@@ -104,14 +104,15 @@ def fuse(backend: str, weight: Tensor, core: Tensor, factors: list[Tensor], scal
     if why is None and torch.is_grad_enabled() and any(t.requires_grad for t in factors):
         why = "suffix requires a gradient; the kernels compute it for weight and core"
     if why is None:
-        sizes = (weight.shape, weight.dtype, core.dtype, tuple([t.shape for t in factors]), tuple([t.dtype for t in factors]))
+        shapes, dtypes = tuple([t.shape for t in factors]), tuple([t.dtype for t in factors])
+        sizes = WeightSizes(weight.shape, weight.dtype, core.dtype, shapes, dtypes)
         if traced:
-            why = custom_ops.fuse_refusal(name, *sizes)
+            why = custom_ops.fuse_refusal(name, sizes)
             if why is None:
                 return custom_ops.fuse(name, weight, core, factors, scale)
         else:
             engine = cast(FusingEngine, engines.engine(name))
-            planned = plan.fuse_plan(engine, engine.plan_type(), *sizes, scale)
+            planned = plan.fuse_plan(engine, engine.plan_type(), sizes, scale)
             if not isinstance(planned, str):
                 return _Fuse.apply(weight, core, factors, planned)
             why = planned
@@ -132,14 +133,14 @@ def dora(
     if why is None and torch.is_grad_enabled() and weight.requires_grad:
         why = "weight requires a gradient; the kernels compute it for core, suffix and magnitude"
     if why is None:
-        sizes = (weight.shape, suffix.shape, weight.dtype, core.dtype, suffix.dtype, magnitude.dtype)
+        sizes = WeightSizes(weight.shape, weight.dtype, core.dtype, (suffix.shape,), (suffix.dtype,))
         if traced:
-            why = custom_ops.dora_refusal(name, *sizes)
+            why = custom_ops.dora_refusal(name, sizes, magnitude.dtype)
             if why is None:
                 return custom_ops.dora_fuse(weight, core, suffix, magnitude, name, scale)[0]
         else:
             engine = cast(DoraEngine, engines.engine(name))
-            planned = plan.dora_plan(engine, engine.plan_type(), *sizes, scale)
+            planned = plan.dora_plan(engine, engine.plan_type(), sizes, magnitude.dtype, scale)
             if not isinstance(planned, str):
                 return _Dora.apply(weight, core, suffix, magnitude, planned)
             why = planned
@@ -242,7 +243,7 @@ class _Kernel(torch.autograd.Function):
         args: ConvArgs,
         epilogue: Epilogue,
     ) -> Tensor:
-        suffix = _suffix(tensors.factors)
+        suffix = suffix_of(tensors.factors)
         q = None
         if ctx.needs_input_grad[1]:  # before x is overwritten
             q = narrowed(projected(x, suffix, args.groups), epilogue.saved_dtype or x.dtype)
@@ -309,12 +310,8 @@ class _Dora(torch.autograd.Function):
 def _fused(tensors: BlockTensors, scale: float) -> BlockTensors:
     """The call with the fused weight as a frozen one, for a pass of a trained kernel."""
     assert tensors.core is not None
-    fused = reference.tt_fuse(tensors.weight, tensors.core, _suffix(tensors.factors), scale)
+    fused = reference.tt_fuse(tensors.weight, tensors.core, suffix_of(tensors.factors), scale)
     return tensors._replace(weight=fused, core=None, factors=[])
-
-
-def _suffix(factors: Sequence[Tensor]) -> Tensor:
-    return factors[0] if len(factors) == 1 else contracted(factors)
 
 
 def _is_traced() -> bool:

@@ -8,6 +8,7 @@ from torch import Tensor
 from lora_edge.ops import dispatch
 from lora_edge.ops.checks import check_factors, check_rows, check_weight
 from lora_edge.ops.engines.torch import dora_fuse as of_torch
+from lora_edge.ops.engines.torch.tt_fuse import exact_of
 
 
 def dora_fuse(
@@ -70,7 +71,7 @@ def row_squares(weight: Tensor) -> Tensor:
     """
     check_weight(weight, "row_squares")
     with torch.no_grad():
-        return of_torch.row_squares(weight, of_torch.exact_of(weight))
+        return of_torch.row_squares(weight, exact_of(weight))
 
 
 def _check(weight: Tensor, core: Tensor, suffix: Tensor, squares: Tensor | None, op: str) -> None:

@@ -10,7 +10,7 @@ from typing import Any
 
 import torch
 import torch.nn.functional as F
-from torch import Tensor
+from torch import Tensor, nn
 
 from lora_edge.ops.once import linear_once_differentiable
 
@@ -24,6 +24,11 @@ def pad(x: Tensor, amounts: Sequence[int], mode: str) -> Tensor:
         mode: the padding mode.
     """
     return _Pad.apply(x, tuple(amounts), mode)
+
+
+def pad_by_mode(conv: nn.modules.conv._ConvNd, x: Tensor) -> Tensor:
+    """Return ``x`` with the padding of a convolution whose padding mode is not zeros; with one of zeros, ``x`` itself."""
+    return x if conv.padding_mode == "zeros" else pad(x, conv._reversed_padding_repeated_twice, conv.padding_mode)
 
 
 class _Pad(torch.autograd.Function):

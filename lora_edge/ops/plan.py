@@ -46,6 +46,16 @@ class Sizes(NamedTuple):
     affine_dtypes: tuple[torch.dtype, ...]
 
 
+class WeightSizes(NamedTuple):
+    """Sizes and dtypes of a call on the weight alone, ``tt_fuse`` or ``dora_fuse``; ``factors`` as in :class:`Sizes`."""
+
+    weight: Sequence[int]
+    weight_dtype: torch.dtype
+    core_dtype: torch.dtype | None
+    factors: tuple[Sequence[int], ...]
+    factor_dtypes: tuple[torch.dtype, ...]
+
+
 class Epilogue(NamedTuple):
     """What is fixed for a layer besides its convolution's arguments.
 
@@ -257,77 +267,46 @@ def block_plan(
 
 
 @functools.lru_cache(maxsize=PLANS)
-def fuse_plan(
-    engine: FusingEngine,
-    plan_type: Any,
-    weight: Sequence[int],
-    weight_dtype: torch.dtype,
-    core_dtype: torch.dtype,
-    factors: tuple[Sequence[int], ...],
-    factor_dtypes: tuple[torch.dtype, ...],
-    scale: float,
-) -> FusePlan | str:
+def fuse_plan(engine: FusingEngine, plan_type: Any, sizes: WeightSizes, scale: float) -> FusePlan | str:
     """The plan of ``tt_fuse``, or what the engine does not support of the call; raises as :func:`block_plan`."""
-    check_weight_sizes(weight, "tt_fuse")
-    check_factor_sizes(weight, factors, "tt_fuse")
-    why = fuse_rule(weight, weight_dtype, core_dtype, factors, factor_dtypes)
+    check_weight_sizes(sizes.weight, "tt_fuse")
+    check_factor_sizes(sizes.weight, sizes.factors, "tt_fuse")
+    why = fuse_rule(sizes)
     if why is not None:
         return why
-    native = plan_type(**_fuse_fields(weight, weight_dtype, core_dtype, factors, factor_dtypes, scale))
+    native = plan_type(**_fuse_fields(sizes, scale))
     why = native.refusal("tt_fuse")
     if why is not None:
         return why
-    return FusePlan(engine, native, native.scratch()["fuse_partial"], tuple(weight), tuple([tuple(shape) for shape in factors]))
+    shapes = tuple([tuple(shape) for shape in sizes.factors])
+    return FusePlan(engine, native, native.scratch()["fuse_partial"], tuple(sizes.weight), shapes)
 
 
-def fuse_rule(
-    weight: Sequence[int],
-    weight_dtype: torch.dtype,
-    core_dtype: torch.dtype,
-    factors: tuple[Sequence[int], ...],
-    factor_dtypes: tuple[torch.dtype, ...],
-) -> str | None:
+def fuse_rule(sizes: WeightSizes) -> str | None:
     """The :func:`rule` of ``tt_fuse``."""
-    sizes, args = _one_position(weight, weight_dtype, core_dtype, factors, factor_dtypes)
-    return rule(sizes, args, Epilogue(1.0), Saves(False, False), "factor")
+    return rule(*_one_position(sizes), Epilogue(1.0), Saves(False, False), "factor")
 
 
 @functools.lru_cache(maxsize=PLANS)
 def dora_plan(
-    engine: DoraEngine,
-    plan_type: Any,
-    weight: Sequence[int],
-    suffix: Sequence[int],
-    weight_dtype: torch.dtype,
-    core_dtype: torch.dtype,
-    suffix_dtype: torch.dtype,
-    magnitude_dtype: torch.dtype,
-    scale: float,
+    engine: DoraEngine, plan_type: Any, sizes: WeightSizes, magnitude_dtype: torch.dtype, scale: float
 ) -> DoraPlan | str:
-    """The plan of ``dora_fuse``, or what the engine does not support of the call; raises as :func:`block_plan`."""
-    check_weight_sizes(weight, "dora_fuse")
-    check_factor_sizes(weight, (suffix,), "dora_fuse")
-    why = dora_rule(weight, suffix, weight_dtype, core_dtype, suffix_dtype, magnitude_dtype)
+    """The plan of ``dora_fuse``, whose one factor is the suffix; otherwise as :func:`fuse_plan`."""
+    check_weight_sizes(sizes.weight, "dora_fuse")
+    check_factor_sizes(sizes.weight, sizes.factors, "dora_fuse")
+    why = dora_rule(sizes, magnitude_dtype)
     if why is not None:
         return why
-    fields = _fuse_fields(weight, weight_dtype, core_dtype, (suffix,), (suffix_dtype,), scale)
-    native = plan_type(**fields | {"affine_type": TYPES[magnitude_dtype]})
+    native = plan_type(**_fuse_fields(sizes, scale) | {"affine_type": TYPES[magnitude_dtype]})
     why = native.refusal("dora_fuse")
-    return DoraPlan(engine, native, tuple(weight), tuple(suffix)) if why is None else why
+    return DoraPlan(engine, native, tuple(sizes.weight), tuple(sizes.factors[0])) if why is None else why
 
 
-def dora_rule(
-    weight: Sequence[int],
-    suffix: Sequence[int],
-    weight_dtype: torch.dtype,
-    core_dtype: torch.dtype,
-    suffix_dtype: torch.dtype,
-    magnitude_dtype: torch.dtype,
-) -> str | None:
+def dora_rule(sizes: WeightSizes, magnitude_dtype: torch.dtype) -> str | None:
     """The :func:`rule` of ``dora_fuse``."""
     if magnitude_dtype not in TYPES:
         return f"magnitude is {magnitude_dtype}; the kernels support float32, float16 and bfloat16"
-    return fuse_rule(weight, weight_dtype, core_dtype, (suffix,), (suffix_dtype,))
+    return fuse_rule(sizes)
 
 
 @constant_when_traced
@@ -345,7 +324,7 @@ def refused_when_traced(
     The engine is asked about one position: its limits are on the layer, and :func:`rule` has those on sizes.
     """
     weight_dtype, x_dtype, core_dtype = dtypes
-    sizes, _ = _one_position(weight, weight_dtype, core_dtype, factors, factor_dtypes)
+    sizes, _ = _one_position(WeightSizes(weight, weight_dtype, core_dtype, factors, factor_dtypes))
     stride, padding, dilation, groups = args
     extent = [d * (k - 1) + 1 for d, k in zip(dilation, weight[2:], strict=True)]
     sizes = sizes._replace(x=(1, weight[1] * groups, *extent), dtype=x_dtype)
@@ -392,30 +371,16 @@ def saved_layout(sizes: Sizes, args: ConvArgs, epilogue: Epilogue, saves: Saves)
     return SavedLayout(h, dtype, bits_at, bits_at + bits)
 
 
-def _one_position(
-    weight: Sequence[int],
-    weight_dtype: torch.dtype,
-    core_dtype: torch.dtype | None,
-    factors: tuple[Sequence[int], ...],
-    factor_dtypes: tuple[torch.dtype, ...],
-) -> tuple[Sizes, ConvArgs]:
+def _one_position(of: WeightSizes) -> tuple[Sizes, ConvArgs]:
     """Sizes of an ungrouped convolution with this weight at one position, for what depends on the weight alone."""
-    dims = len(weight) - 2
-    x = (1, *weight[1:])
-    sizes = Sizes(x, weight_dtype, False, weight, weight_dtype, core_dtype, factors, factor_dtypes, ())
+    dims = len(of.weight) - 2
+    x = (1, *of.weight[1:])
+    sizes = Sizes(x, of.weight_dtype, False, of.weight, of.weight_dtype, of.core_dtype, of.factors, of.factor_dtypes, ())
     return sizes, ConvArgs((1,) * dims, (0,) * dims, (1,) * dims, 1)
 
 
-def _fuse_fields(
-    weight: Sequence[int],
-    weight_dtype: torch.dtype,
-    core_dtype: torch.dtype,
-    factors: tuple[Sequence[int], ...],
-    factor_dtypes: tuple[torch.dtype, ...],
-    scale: float,
-) -> dict[str, int | float]:
-    sizes, args = _one_position(weight, weight_dtype, core_dtype, factors, factor_dtypes)
-    return _fields(sizes, args, Epilogue(scale), HALF if weight_dtype != torch.float32 else FP32)
+def _fuse_fields(sizes: WeightSizes, scale: float) -> dict[str, int | float]:
+    return _fields(*_one_position(sizes), Epilogue(scale), HALF if sizes.weight_dtype != torch.float32 else FP32)
 
 
 def _fields(sizes: Sizes, args: ConvArgs, epilogue: Epilogue, precision: int) -> dict[str, int | float]:

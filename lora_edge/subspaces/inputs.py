@@ -15,7 +15,6 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterable, Sequence
-from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -23,9 +22,9 @@ from torch.nn.modules.conv import _ConvNd
 
 from lora_edge.error_text import first_line
 from lora_edge.nn.fused_block import layer_args
-from lora_edge.nn.training_flags import in_evaluation
+from lora_edge.nn.inputs_shown import inputs_shown
 from lora_edge.ops.conv_args import conv, conv_weight_grad
-from lora_edge.ops.padding import pad
+from lora_edge.ops.padding import pad_by_mode
 
 ROWS = 16  # a sketch has a multiple of this: the floats in a vector of the widest instruction set
 OVERSAMPLING = 8  # at least so many rows beyond the requested rank
@@ -50,18 +49,13 @@ def leading_inputs(model: nn.Module, names: Sequence[str], rank: int, batches: I
     """
     generator = torch.Generator().manual_seed(0)  # a separate one: torch's own belongs to the user
     sketches = {name: _Sketch(model.get_submodule(name), rank, generator) for name in names}  # type: ignore[arg-type]
-    hooks = [model.get_submodule(name).register_forward_pre_hook(sketch) for name, sketch in sketches.items()]
-    try:
-        with torch.no_grad(), in_evaluation(model):
-            for x in batches:
-                try:
-                    model(x)
-                except (RuntimeError, ValueError) as error:
-                    why = first_line(error)
-                    raise ValueError(f"batches: the model does not accept an input of {tuple(x.shape)}: {why}") from None
-    finally:
-        for hook in hooks:
-            hook.remove()
+    with inputs_shown(model, {sketch.layer: sketch for sketch in sketches.values()}):
+        for x in batches:
+            try:
+                model(x)
+            except (RuntimeError, ValueError) as error:
+                why = first_line(error)
+                raise ValueError(f"batches: the model does not accept an input of {tuple(x.shape)}: {why}") from None
     found = {}
     for name, sketch in sketches.items():
         found[name] = sketch.eigenvectors()
@@ -92,13 +86,12 @@ class _Sketch:
         self.sums = torch.zeros(count + 1, *self.shape, dtype=torch.float64, device=weight.device)
         self.positions = 0
 
-    def __call__(self, layer: nn.Module, inputs: tuple[Any, ...]) -> None:
-        x = inputs[0].to(self.kernel.dtype)
+    def __call__(self, x: Tensor) -> None:
+        x = x.to(self.kernel.dtype)
         if x.dim() < self.kernel.dim():
             x = x[None]
         args = layer_args(self.layer)
-        if self.layer.padding_mode != "zeros":
-            x = pad(x, self.layer._reversed_padding_repeated_twice, self.layer.padding_mode)
+        x = pad_by_mode(self.layer, x)
         groups, rows = args.groups, len(self.rows) + 1
         positions = math.prod(args.output_size(x.shape[2:], self.shape[1:]))
         bytes_per_sample = groups * rows * positions * x.element_size()

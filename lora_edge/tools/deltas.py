@@ -11,7 +11,7 @@ from torch.nn.modules.conv import _ConvNd
 from lora_edge.finite import check_finite
 from lora_edge.nn.branch import branches
 from lora_edge.nn.layers import LoRAEdgeConv
-from lora_edge.nn.reparametrised import evaluated, exact_dtype, reparametrised_layers
+from lora_edge.nn.reparametrised import evaluated, exact_dtype
 from lora_edge.tt import check_rank, is_kernel, update_of
 
 
@@ -32,7 +32,7 @@ def deltas(model: nn.Module, base: nn.Module | Mapping[str, Tensor] | None = Non
         ValueError: a weight of ``base`` has another shape than the model's, or a layer has a branch, which is no weight.
     """
     _refuse_branches(model, "deltas")
-    with torch.no_grad(), evaluated(model):
+    with torch.no_grad(), evaluated(model) as layers:
         if base is not None:
             return _beside(model, base.state_dict() if isinstance(base, nn.Module) else base)
         found = {}
@@ -40,10 +40,10 @@ def deltas(model: nn.Module, base: nn.Module | Mapping[str, Tensor] | None = Non
             if isinstance(module, LoRAEdgeConv):
                 update = module.scale * update_of(module.core, module.suffix)
                 found[name] = update.view(module.weight.shape).to(exact_dtype(module.weight))
-            elif module in reparametrised_layers(module):
-                weight = module.parametrizations["weight"].original  # type: ignore[index, union-attr]
-                exact = weight.to(exact_dtype(weight))  # type: ignore[operator, arg-type]
-                found[name] = module.parametrizations["weight"][0].adapted(exact) - exact  # type: ignore[index, union-attr]
+            elif module in layers:
+                weight: Tensor = module.parametrizations["weight"].original  # type: ignore[index, union-attr, assignment]
+                exact = weight.to(exact_dtype(weight))
+                found[name] = layers[module].adapted(exact) - exact  # type: ignore[index]
         if not found:
             raise RuntimeError("deltas: nothing in the model is adapted, so it keeps no base weights; give base=")
         return {name: update.detach() for name, update in found.items()}
@@ -102,10 +102,10 @@ def low_rank(model: nn.Module, rank: int | None = None) -> dict[str, tuple[Tenso
 
 
 def _refuse_branches(model: nn.Module, what: str) -> None:
-    names = {module: name for name, module in model.named_modules()}
-    for conv in branches(model):
-        layer = names[conv] or "the layer"
-        raise ValueError(f"{what}: {layer} has a branch, which is no weight; call lora_edge.nn.branch.fold_branches first")
+    for name in branches(model):
+        raise ValueError(
+            f"{what}: {name or 'the layer'} has a branch, which is no weight; call lora_edge.nn.branch.fold_branches first"
+        )
 
 
 def _factors(core: Tensor, suffix: Tensor) -> tuple[Tensor, Tensor]:

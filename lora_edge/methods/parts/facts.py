@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable
+from functools import partial
 from typing import Any
 
 import torch
@@ -12,8 +13,9 @@ from torch.nn.modules.conv import _ConvNd
 
 from lora_edge.error_text import in_words
 from lora_edge.methods.parts.backbone import spread
-from lora_edge.nn.training_flags import in_evaluation
-from lora_edge.ops.padding import pad
+from lora_edge.nn.fused_block import layer_args
+from lora_edge.nn.inputs_shown import inputs_shown
+from lora_edge.ops.padding import pad_by_mode
 from lora_edge.subspaces.gradient import twin
 
 
@@ -104,17 +106,9 @@ def live_channels(model: nn.Module, names: Iterable[str], inputs: Tensor) -> dic
 
 def _show_inputs(model: nn.Module, names: Iterable[str], inputs: Tensor, see: Callable[[str, _ConvNd, Tensor], None]) -> None:
     """Call ``see(name, conv, x)`` each time that a named convolution reads ``x`` in a forward of the windows, in evaluation."""
-
-    def hook_of(name: str) -> Any:
-        return lambda layer, given: see(name, layer, given[0])
-
-    hooks = [model.get_submodule(name).register_forward_pre_hook(hook_of(name)) for name in names]
-    try:
-        with torch.no_grad(), in_evaluation(model):
-            _forward(model, _windows(inputs))
-    finally:
-        for hook in hooks:
-            hook.remove()
+    convs: dict[str, Any] = {name: model.get_submodule(name) for name in names}
+    with inputs_shown(model, {conv: partial(see, name, conv) for name, conv in convs.items()}):
+        _forward(model, _windows(inputs))
 
 
 def _windows(inputs: Tensor) -> Tensor:
@@ -139,12 +133,8 @@ def patches(conv: _ConvNd, x: Tensor) -> Tensor:
     """
     if x.dim() == conv.weight.dim() - 1:
         x = x[None]
-    if conv.padding_mode != "zeros":
-        x = pad(x, conv._reversed_padding_repeated_twice, conv.padding_mode)
-    elif isinstance(conv.padding, str):
-        x = F.pad(x, conv._reversed_padding_repeated_twice)
-    else:
-        x = F.pad(x, [side for size in reversed(conv.padding) for side in (size, size)])
+    sides = layer_args(conv).total_padding(conv.kernel_size)
+    x = F.pad(pad_by_mode(conv, x), [amount for pair in reversed(sides) for amount in pair])
     spatial = x.dim() - 2
     for axis in range(spatial):
         span = (conv.kernel_size[axis] - 1) * conv.dilation[axis] + 1

@@ -30,6 +30,11 @@ def new_gradients(
     return dx, dcore, dbias, dresidual
 
 
+def new_dora_outputs(weight: Tensor) -> tuple[Tensor, Tensor]:
+    """The weight of ``dora_fuse``, dense, and the norms ``(O,)`` of its rows in float32."""
+    return weight.new_empty(weight.shape), weight.new_empty(weight.shape[0], dtype=torch.float32)
+
+
 def new_dora_gradients(
     operands: tuple[Tensor, Tensor, Tensor], needs: Sequence[bool]
 ) -> tuple[Tensor | None, Tensor | None, Tensor | None]:

@@ -12,7 +12,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from lora_edge.ops.block_tensors import BackwardTensors, BlockTensors
+from lora_edge.ops.block_tensors import BackwardTensors, BlockTensors, suffix_of
 from lora_edge.ops.engines.cpu import available
 from lora_edge.ops.engines.launch_checks import check_backward, check_forward
 from lora_edge.ops.engines.memory_layout import NOWHERE, Place, channels_last, dense_places, near, place, place_of_view, strides
@@ -20,7 +20,6 @@ from lora_edge.ops.engines.outputs import new_gradients, new_outputs, saved_part
 from lora_edge.ops.engines.protocol import Gradients
 from lora_edge.ops.plan import BlockPlan, is_channels_last
 from lora_edge.ops.strides import in_stock_strides
-from lora_edge.tt import contracted
 
 DTYPES = (torch.float32,)
 GROUPS = False
@@ -39,7 +38,7 @@ def block_forward(plan: BlockPlan, tensors: BlockTensors) -> tuple[Tensor, Tenso
     y, saved = new_outputs(plan, x, plan.overwrites and x.stride() == plan.y_stride)
     if plan.y_shape[0] == 0:
         return y, saved
-    _held, at = dense_places([weight, core, _suffix(factors), bias, *vectors])
+    _held, at = dense_places([weight, core, suffix_of(factors) if factors else None, bias, *vectors])
     packed = x.new_empty(plan.packed_forward, dtype=torch.uint8)
     at_h, at_bits, kept = _saved(plan, saved)
     if kept is not None:
@@ -66,7 +65,7 @@ def block_backward(plan: BlockPlan, tensors: BackwardTensors, needs: Sequence[bo
     if plan.y_shape[0] == 0:
         return dx, dcore, dbias, dresidual
     dy = channels_last(near(dy, plan.y_stride))
-    _held, at = dense_places([weight, core, _suffix(factors), a, residual_a])
+    _held, at = dense_places([weight, core, suffix_of(factors) if factors else None, a, residual_a])
     packed = dy.new_empty(plan.packed_backward if dx is not None else 0, dtype=torch.uint8)
     at_h, at_bits, kept = _saved(plan, saved)
     if kept is not None:
@@ -126,7 +125,3 @@ def _saved(plan: BlockPlan, saved: Tensor | None) -> tuple[Place, Place, Tensor 
     if not plan.saves.h:
         return NOWHERE, at_bits, None
     return (at, layout.h_bytes), at_bits, None if layout.h_dtype == torch.float32 else saved_parts(plan, saved)[0]
-
-
-def _suffix(factors: Sequence[Tensor]) -> Tensor | None:
-    return contracted(factors[0] if len(factors) == 1 else list(factors)) if factors else None

@@ -16,7 +16,7 @@ from lora_edge.ops.block_tensors import BackwardTensors, BlockTensors
 from lora_edge.ops.engines.cuda import available
 from lora_edge.ops.engines.launch_checks import check_backward, check_dora, check_forward, check_fuse
 from lora_edge.ops.engines.memory_layout import NOWHERE, Place, dense_places, near, place, place_of_view, strides
-from lora_edge.ops.engines.outputs import new_dora_gradients, new_gradients, new_outputs
+from lora_edge.ops.engines.outputs import new_dora_gradients, new_dora_outputs, new_gradients, new_outputs
 from lora_edge.ops.engines.protocol import Gradients
 from lora_edge.ops.plan import BlockPlan, DoraPlan, FusePlan
 
@@ -109,7 +109,7 @@ def dora_forward(plan: DoraPlan, weight: Tensor, core: Tensor, suffix: Tensor, m
     """The weight, dense, and the norms ``(O,)`` of the rows ``W + scale * B A`` in float32."""
     check_dora(plan, weight, core, suffix, magnitude)
     _held, at = dense_places([weight, core, suffix, magnitude])
-    out, norms = weight.new_empty(weight.shape), weight.new_empty(weight.shape[0], dtype=torch.float32)
+    out, norms = new_dora_outputs(weight)
     found, index = available.runtime(), weight.device.index or 0
     plan.native.dora_fuse_forward((*at, *place(out), *place(norms)), index, found.stream(index))  # type: ignore[union-attr]
     return out, norms

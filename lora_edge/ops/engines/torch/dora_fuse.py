@@ -14,6 +14,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from lora_edge.ops.engines.torch.tt_fuse import exact_of
 from lora_edge.ops.once import once_differentiable
 from lora_edge.ops.reference import LEAST_NORM
 
@@ -52,12 +53,14 @@ class DoRAFuse(torch.autograd.Function):
                 inner[rows] = torch.einsum("on,on->o", d, weight[rows].to(exact).flatten(1))
             if dsuffix is not None:
                 dsuffix.addmm_(scaled[rows].T, d)
-        dmagnitude = (inner + ctx.scale * (b * products).sum(1)) / divisors
+        dmagnitude = None
+        if needs_magnitude:
+            dmagnitude = ((inner + ctx.scale * (b * products).sum(1)) / divisors).to(magnitude.dtype)
         return (
             (dw * gains.view(-1, *[1] * (dw.dim() - 1))).to(weight.dtype) if needs_weight else None,
             ((ctx.scale * gains).unsqueeze(1) * products).to(core.dtype) if needs_core else None,
             None if dsuffix is None else dsuffix.view(suffix.shape).to(suffix.dtype),
-            dmagnitude.to(magnitude.dtype) if needs_magnitude else None,
+            dmagnitude,
             None,
             None,
         )
@@ -100,11 +103,6 @@ def compose(weight: Tensor, core: Tensor, suffix: Tensor, gains: Tensor, scale: 
         else:
             flat[rows] = own.to(exact).mul_(gains[rows].unsqueeze(1)).addmm_(factors[rows], a)
     return out
-
-
-def exact_of(*operands: Tensor) -> torch.dtype:
-    """The dtype in which these are combined."""
-    return torch.float64 if any(t.dtype == torch.float64 for t in operands) else torch.float32
 
 
 def _chunks(weight: Tensor, exact: torch.dtype) -> Iterator[slice]:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from lora_edge.ops.block_tensors import BlockTensors
+from lora_edge.ops.block_tensors import BlockTensors, suffix_of
 from lora_edge.ops.conv_args import ConvArgs, conv
 from lora_edge.ops.engines.torch import tt_block
 from lora_edge.ops.engines.torch.dora_fuse import DoRAFuse
@@ -13,7 +13,7 @@ from lora_edge.ops.engines.torch.tt_conv import TTConv, fused
 from lora_edge.ops.engines.torch.tt_fuse import TTFuse
 from lora_edge.ops.plan import Epilogue
 from lora_edge.ops.route import choose_route
-from lora_edge.tt import contracted, is_kernel
+from lora_edge.tt import is_kernel
 
 DTYPES = (torch.float32, torch.float16, torch.bfloat16)  # and float64
 GROUPS = True
@@ -23,7 +23,7 @@ TF32 = False  # on a CUDA device by torch's own setting
 def block(op: str, tensors: BlockTensors, args: ConvArgs, epilogue: Epilogue, route: str) -> Tensor:
     """``y`` of ``tt_block`` or, bit-identical to the stock convolution, of ``tt_conv``."""
     x, weight, core, bias, residual, factors, a, b, residual_a, residual_b = tensors
-    suffix = _suffix(factors)
+    suffix = suffix_of(factors) if factors else None
     if not torch.is_grad_enabled() or not any(
         t is not None and t.requires_grad for t in (x, weight, core, suffix, bias, residual)
     ):
@@ -46,13 +46,9 @@ def block(op: str, tensors: BlockTensors, args: ConvArgs, epilogue: Epilogue, ro
 
 def fuse(weight: Tensor, core: Tensor, factors: list[Tensor], scale: float) -> Tensor:
     """The fused weight of ``tt_fuse``."""
-    return TTFuse.apply(weight, core, _suffix(factors), scale)
+    return TTFuse.apply(weight, core, suffix_of(factors), scale)
 
 
 def dora(weight: Tensor, core: Tensor, suffix: Tensor, magnitude: Tensor, scale: float, squares: Tensor | None) -> Tensor:
     """The weight of ``dora_fuse``; ``squares`` are those of the weight's rows, if they are known."""
     return DoRAFuse.apply(weight, core, suffix, magnitude, scale, squares)
-
-
-def _suffix(factors: list[Tensor]) -> Tensor | None:
-    return None if not factors else factors[0] if len(factors) == 1 else contracted(factors)

@@ -32,7 +32,7 @@ class TTFuse(torch.autograd.Function):
 
 def core_grad(dw: Tensor, core: Tensor, suffix: Tensor, scale: float) -> Tensor:
     """``dB = s * dW S^T`` from the dense weight's gradient, tap by tap for a trained kernel; groups make no difference."""
-    exact = _exact(dw, suffix)
+    exact = exact_of(dw, suffix)
     if is_kernel(core):
         taps = torch.einsum("oik,qi->oqk", dw.to(exact).flatten(2), suffix.to(exact).flatten(1))
         return (scale * taps).reshape(core.shape).to(core.dtype)
@@ -41,12 +41,13 @@ def core_grad(dw: Tensor, core: Tensor, suffix: Tensor, scale: float) -> Tensor:
 
 def suffix_grad(dw: Tensor, core: Tensor, suffix: Tensor, scale: float) -> Tensor:
     """``dS = s * B^T dW``, for a suffix that is trained."""
-    exact = _exact(dw, core)
+    exact = exact_of(dw, core)
     if is_kernel(core):
         rows = torch.einsum("oqk,oik->qi", core.to(exact).flatten(2), dw.to(exact).flatten(2))
         return (scale * rows).reshape(suffix.shape).to(suffix.dtype)
     return (scale * (core.to(exact).T @ dw.to(exact).flatten(1))).reshape(suffix.shape).to(suffix.dtype)
 
 
-def _exact(*operands: Tensor) -> torch.dtype:
+def exact_of(*operands: Tensor) -> torch.dtype:
+    """The dtype in which these are combined: float64 if one of them is, else float32."""
     return torch.float64 if any(t.dtype == torch.float64 for t in operands) else torch.float32

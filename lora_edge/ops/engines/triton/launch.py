@@ -20,7 +20,7 @@ from lora_edge.ops.engines.launch_checks import (
     check_fuse,
 )
 from lora_edge.ops.engines.memory_layout import dense, near
-from lora_edge.ops.engines.outputs import new_dora_gradients, new_gradients, new_outputs, saved_parts
+from lora_edge.ops.engines.outputs import new_dora_gradients, new_dora_outputs, new_gradients, new_outputs, saved_parts
 from lora_edge.ops.engines.protocol import Gradients
 from lora_edge.ops.engines.triton.kernels import dora_fuse, tt_block, tt_fuse
 from lora_edge.ops.engines.triton.kernels.calls import Backward, Forward
@@ -91,7 +91,7 @@ def fuse_backward(plan: FusePlan, dout: Tensor, core: Tensor, factors: Sequence[
 def dora_forward(plan: DoraPlan, weight: Tensor, core: Tensor, suffix: Tensor, magnitude: Tensor) -> tuple[Tensor, Tensor]:
     """The weight, dense, and the norms ``(O,)`` of the rows ``W + scale * B A`` in float32."""
     check_dora(plan, weight, core, suffix, magnitude)
-    out, norms = weight.new_empty(weight.shape), weight.new_empty(weight.shape[0], dtype=torch.float32)
+    out, norms = new_dora_outputs(weight)
     weight, core, suffix, magnitude = (t.contiguous() for t in (weight, core, suffix, magnitude))
     dora_fuse.forward(plan.native, weight, core, suffix, magnitude, out, norms)
     return out, norms
