@@ -24,6 +24,7 @@ from __future__ import annotations
 import argparse
 import sys
 from collections.abc import Callable
+from functools import cache
 from pathlib import Path
 from typing import Any
 
@@ -47,12 +48,16 @@ def run_study(study: Study, tell: Callable[[str], None] = print) -> int:
     loaded: tuple[tuple[int, int, bool], Split, nn.Module] | None = None
     timed: dict[str, dict[str, float]] = {}
     count = 0
-    first = Run("study", study.problem.people[0], 0, "zero_shot", 0, 0.0, 0)
+
+    @cache
+    def first_task() -> tuple[Split, nn.Module]:
+        return study.problem.task(Run("study", study.problem.people[0], 0, "zero_shot", 0, 0.0, 0), tell)
+
     if not {method.name for method in study.chosen()} <= set(rows["method"]):
-        study = without_refused(study, *study.problem.task(first, tell), tell)
+        study = without_refused(study, *first_task(), tell)
 
     def rank_of(method: Method) -> int:
-        return equal_rank(study, method, *study.problem.task(first, tell), tell)
+        return equal_rank(study, method, *first_task(), tell)
 
     for run in planned(study, lambda: read_rows(study.rows), rank_of):
         if key_of(run._asdict()) in done:

@@ -1,11 +1,10 @@
-"""Every method at equal trained count: the table of the stage ``equal``, its picture, and what it says of the claims."""
+"""Every method at equal trained count: the table of the stage ``equal``, and what it says of the claims."""
 
 from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass
 from functools import cached_property
-from pathlib import Path
 from typing import Any
 
 import pandas as pd
@@ -14,12 +13,11 @@ from lora_edge.methods import methods
 
 from ..markdown import table
 from .claims import CLAIMS
-from .studies import StudyRows
+from .studies import WATCH, StudyRows
 from .summary import by_person, interval, title_of
 from .tables import signed
 
 OWN, FULL = "lora_edge", "full"
-NEEDED = ("watch_A", "watch_B")
 TITLES = ("A: new user", "B: other wrist")
 
 
@@ -63,7 +61,7 @@ class Equal:
 def equal_rows(studies: Mapping[str, StudyRows]) -> Equal:
     """The rows of both protocols; empty where there are none."""
     none = pd.DataFrame({name: [] for name in ("stage", "method", "person", "f1")})
-    parts = [studies[name].rows if name in studies else none for name in NEEDED]
+    parts = [studies[name].rows if name in studies else none for name in WATCH]
     return Equal(*(rows[rows["stage"] == "equal"] for rows in parts))
 
 
@@ -111,32 +109,3 @@ def claims_table(equal: Equal) -> str:
         beside = f"`{claim.other}`, at least {claim.at_least:+g}" if claim.other else "-"
         lines.append([f"`{claim.method}`", claim.text, beside, *cells])
     return table(("method", "the paper's claim, restated", "beside", "measured: A / B, points", "confirmed"), lines)
-
-
-def draw_equal(equal: Equal, path: Path) -> None:
-    """Write the PNG: each method's points beside LoRA-Edge with their 95 % intervals, a panel per protocol."""
-    import matplotlib
-
-    matplotlib.use("Agg")
-    from matplotlib import pyplot as plt
-
-    names = equal.names
-    plt.rcParams.update({"font.size": 10, "axes.spines.top": False, "axes.spines.right": False})
-    size = (11, 1.2 + 0.24 * len(names))
-    figure, axes = plt.subplots(1, 2, figsize=size, sharey=True, layout="constrained")
-    colours = {OWN: "#d1495b", FULL: "#555555"}
-    for place, (axis, title) in enumerate(zip(axes, TITLES, strict=True)):
-        axis.axvline(0, color=colours[OWN], linewidth=1)
-        axis.grid(axis="x", alpha=0.25)
-        for line, name in enumerate(names):
-            middle, half = (0.0, 0.0) if name == OWN else equal.minus(name, OWN)[place]
-            colour = colours.get(name, "#2e6f95")
-            axis.errorbar(middle, line, xerr=half or None, fmt="o", color=colour, markersize=5, capsize=2, linewidth=1.5)
-        axis.set_title(title, fontweight="bold")
-        axis.set_xlabel("points of macro-F1 beside LoRA-Edge (95 %)")
-        axis.tick_params(axis="y", length=0)
-        axis.spines["left"].set_visible(False)
-    axes[0].set_yticks(range(len(names)), [f"{title_of(name)} ({int(equal.row(name)['trainable']):,})" for name in names])
-    axes[0].set_ylim(len(names) - 0.4, -0.6)
-    figure.savefig(path, dpi=110, metadata={"Software": None})
-    plt.close(figure)

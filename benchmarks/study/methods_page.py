@@ -2,12 +2,9 @@
 
 from __future__ import annotations
 
-import importlib
-import pkgutil
 import re
 
-import lora_edge.methods
-from lora_edge.methods import Method
+from lora_edge.methods import methods_by_file
 
 from ..markdown import table
 from .equal import Equal, claims_table
@@ -17,13 +14,10 @@ from .text import paragraph
 def sources_table() -> str:
     """A row per file of methods that names its source: the paragraph of its docstring from there on."""
     lines = []
-    for file in pkgutil.iter_modules(lora_edge.methods.__path__):
-        module = importlib.import_module(f"lora_edge.methods.{file.name}")
-        named = [*getattr(module, "METHODS", []), getattr(module, "METHOD", None)]
-        names = [f"`{method.name}`" for method in named if isinstance(method, Method)]
+    for module, of_file in methods_by_file():
         text = (module.__doc__ or "").partition("Source: ")[2].partition("\n\n")[0]
-        if names and text:
-            lines.append([", ".join(names), _markdown(text)])
+        if text:
+            lines.append([", ".join(f"`{method.name}`" for method in of_file), _markdown(text)])
     return table(("method", "source, what was read there and what is inferred"), lines)
 
 

@@ -14,7 +14,7 @@ from .comparisons import BATCH_MODE, DEFAULTS, aims_table, comparison_tables, st
 from .equal import Equal, equal_rows, equal_table
 from .problems import SEARCH_PEOPLE
 from .stages import RATE_FACTORS, STEPS
-from .studies import StudyRows
+from .studies import WATCH, StudyRows
 from .tables import methods_table, other_stages, people_table, rates_table, signed
 from .text import paragraph
 
@@ -22,8 +22,7 @@ PICTURE_TEXT = (
     "macro-F1 of six methods beside full fine-tuning on a new user and on the other wrist, and bytes stored for backward"
 )
 EQUAL_TEXT = "points of macro-F1 beside LoRA-Edge of every method at equal trained count, on a new user and on the other wrist"
-NEEDED = ("watch_A", "watch_B")  # the studies of the README's table, the picture and the aims
-# the README's lines: a title, and the method in each of NEEDED
+# the README's lines: a title, and the method in each of WATCH
 HEADLINE: tuple[tuple[str, tuple[str, str]], ...] = (
     ("full fine-tuning", ("full", "full")),
     ("**LoRA-Edge, defaults**", (DEFAULTS, DEFAULTS)),
@@ -51,9 +50,9 @@ def all_tables(studies: Mapping[str, StudyRows]) -> str:
 
 
 def results_page(studies: Mapping[str, StudyRows]) -> str:
-    """The text of docs/results.md, of the studies of NEEDED and any others."""
+    """The text of docs/results.md, of the studies of WATCH and any others."""
     _check_needed(studies)
-    a, b = (studies[name] for name in NEEDED)
+    a, b = (studies[name] for name in WATCH)
     return "\n\n".join(
         (
             "# Results",
@@ -89,7 +88,7 @@ def _equal_part(equal: Equal) -> list[str]:
         "## Every method at equal trained count",
         paragraph(
             f"""Each method has the rank at which its trained count, and so its adapter's bytes, is nearest to LoRA-Edge's
-            {own:,}, 50 steps, one seed, axes turned in both protocols. A method's rate is its own: the best of
+            {own:,}, {STEPS} steps, one seed, axes turned in both protocols. A method's rate is its own: the best of
             {len(RATE_FACTORS)} for two new users (A), which are among the ten, found once and then kept. BatchNorm is what each
             method leaves it at. Sorted by the mean F1 of both protocols."""
         ),
@@ -129,7 +128,7 @@ def _cost(a: StudyRows, b: StudyRows) -> str:
 def readme_part(studies: Mapping[str, StudyRows]) -> str:
     """The README's table of results, and its picture."""
     _check_needed(studies)
-    both = [studies[name] for name in NEEDED]
+    both = [studies[name] for name in WATCH]
     lines = []
     for title, names in HEADLINE:
         found = [study.found[name] for study, name in zip(both, names, strict=True)]
@@ -150,6 +149,6 @@ def readme_part(studies: Mapping[str, StudyRows]) -> str:
 
 
 def _check_needed(studies: Mapping[str, StudyRows]) -> None:
-    missing = [f"study_{name}.csv" for name in NEEDED if name not in studies]
+    missing = [f"study_{name}.csv" for name in WATCH if name not in studies]
     if missing:
         raise ValueError(f"the page needs the rows of {' and '.join(missing)}; give these files too")

@@ -25,10 +25,10 @@ def main() -> int:
     options = parser.parse_args()
     try:
         check_requirements()
-        from .equal import draw_equal, equal_rows
+        from .equal import equal_rows
         from .methods_page import methods_part
         from .page import all_tables, readme_part, results_page
-        from .picture import draw
+        from .picture import draw, draw_equal
         from .studies import committed, read_studies
         from .text import replace_between_marks
 

@@ -22,6 +22,7 @@ HEADINGS = {  # of a study's own tables, and of its column beside others
     "watch_mobilenet_v2_on_windows_B": ("The other wrist, MobileNetV2", "B, MobileNetV2"),
     "watch_resnet18_on_windows_B": ("The other wrist, ResNet-18", "B, ResNet-18"),
 }
+WATCH = ("watch_A", "watch_B")  # the studies of the README's table, the pictures, the aims and the comparison at equal count
 
 
 @dataclass(frozen=True)

@@ -10,19 +10,24 @@ from __future__ import annotations
 
 import importlib
 import pkgutil
+from collections.abc import Iterator
+from types import ModuleType
 
 from lora_edge.methods.base import Method
 from lora_edge.methods.training import Training
 
-__all__ = ["Method", "Training", "methods"]
+__all__ = ["Method", "Training", "methods", "methods_by_file"]
 
 
 def methods() -> dict[str, Method]:
     """Every method by name, sorted by name."""
-    found: dict[str, Method] = {}
+    return dict(sorted((method.name, method) for _, of_file in methods_by_file() for method in of_file))
+
+
+def methods_by_file() -> Iterator[tuple[ModuleType, list[Method]]]:
+    """Yield each file of methods and the methods that it defines."""
     for file in pkgutil.iter_modules(__path__):
         module = importlib.import_module(f"{__name__}.{file.name}")
-        for method in [*getattr(module, "METHODS", []), getattr(module, "METHOD", None)]:
-            if isinstance(method, Method):
-                found[method.name] = method
-    return dict(sorted(found.items()))
+        defined = [*getattr(module, "METHODS", []), getattr(module, "METHOD", None)]
+        if of_file := [method for method in defined if isinstance(method, Method)]:
+            yield module, of_file

@@ -16,6 +16,7 @@ from helpers.trained_counts import RANK, convolutions
 from lora_edge.har.models import TResNet
 from lora_edge.methods import Training, methods
 from lora_edge.nn.reparametrised import Reparametrisation, reparametrise, reparametrised_layers
+from lora_edge.tools import deltas, low_rank
 
 LABELS = torch.arange(8) % 2
 METHODS = methods()
@@ -91,6 +92,27 @@ def peft_layer(layer: nn.Module, **options: Any) -> tuple[nn.Module, Any]:
     return oracle, next(m for m in oracle.modules() if hasattr(m, "lora_A"))
 
 
+def peft_vera(sizes: Iterable[tuple[int, int]], rank: int) -> list[Any]:
+    """peft's VeRA in float64 on linear layers of these sizes ``(out, in)``."""
+    peft = pytest.importorskip("peft")
+    model = nn.Sequential(*(nn.Linear(into, out) for out, into in sizes))
+    names = [str(place) for place in range(len(model))]
+    wrapped = peft.get_peft_model(model, peft.VeraConfig(r=rank, target_modules=names)).double()
+    return [wrapped.base_model.model.get_submodule(name) for name in names]
+
+
+def assert_update_is_a_product(name: str) -> None:
+    """Assert that the factors of a method's trained layers have the update as their product."""
+    base, x = small_base()
+    model, training = begun(base, name, x)
+    with torch.no_grad():
+        for p in training.parameters:
+            p.add_(0.1 * torch.randn_like(p))
+    updates = deltas(model)
+    for layer, (b, a, scale) in low_rank(model).items():
+        torch.testing.assert_close(scale * torch.tensordot(b, a, 1), updates[layer])
+
+
 def assert_same(
     layer: Callable[[Tensor], Tensor], oracle: Callable[[Tensor], Tensor], x: Tensor, pairs: Iterable[tuple[Any, Any]]
 ) -> None:
@@ -114,6 +136,6 @@ def _reparametrises(name: str) -> bool:
 
 REPARAMETRISED += [name for name in NAMES if not name.endswith(ALSO_TURNED) and _reparametrises(name)]
 __all__ = [
-    "CONVS", "LABELS", "METHODS", "NAMES", "RANK", "REPARAMETRISED", "WEIGHTS", "assert_same", "begun", "convolutions", "ours",
-    "peft_layer", "perturbed", "prepared", "small_base",
+    "CONVS", "LABELS", "METHODS", "NAMES", "RANK", "REPARAMETRISED", "WEIGHTS", "assert_same", "assert_update_is_a_product",
+    "begun", "convolutions", "ours", "peft_layer", "peft_vera", "perturbed", "prepared", "small_base",
 ]  # fmt: skip

@@ -10,7 +10,7 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
-from helpers.methods import LABELS, WEIGHTS, begun, perturbed, small_base
+from helpers.methods import LABELS, WEIGHTS, begun, peft_vera, perturbed, small_base
 from helpers.networks import output
 from lora_edge.methods.s2_lora import METHOD, PENALTY, Pair, S2LoRA, Sparse
 from lora_edge.methods.training import training_step
@@ -28,13 +28,7 @@ def layers_of(convs: list[nn.Module], larger: nn.Module | None = None) -> list[t
 
 def vera(sizes: dict[str, tuple[int, int]], a: torch.Tensor, b: torch.Tensor) -> dict[str, nn.Module]:
     """peft's VeRA on linear layers ``(out, in)``, with ``a (r, in)`` and ``b (out, r)`` for its shared projections."""
-    peft = pytest.importorskip("peft")
-    model = nn.Sequential()
-    for name, (out, into) in sizes.items():
-        model.add_module(name, nn.Linear(into, out, dtype=torch.float64))
-    config = peft.VeraConfig(r=RANK, target_modules=list(sizes))
-    wrapped = peft.get_peft_model(model, config).double()
-    found = {name: wrapped.base_model.model.get_submodule(name) for name in sizes}
+    found = dict(zip(sizes, peft_vera(sizes.values(), RANK), strict=True))
     for layer in found.values():
         layer.vera_A["default"], layer.vera_B["default"] = a, b
         nn.init.ones_(layer.vera_lambda_b["default"])

@@ -8,7 +8,7 @@ import pytest
 import torch
 from torch import nn
 
-from helpers.methods import WEIGHTS, begun, perturbed, small_base
+from helpers.methods import WEIGHTS, begun, peft_vera, perturbed, small_base
 from lora_edge.methods.files import trained_state
 from lora_edge.methods.vera import Factors, VeRA
 from lora_edge.nn.reparametrised import reparametrised_layers, share
@@ -25,11 +25,7 @@ def layers_of(convs: list[nn.Module]) -> list[tuple[nn.Module, VeRA]]:
 
 def peft_layers(kinds: list[VeRA]) -> list[nn.Module]:
     """peft's VeRA on linear layers of the same sizes, with the same factors and scales."""
-    peft = pytest.importorskip("peft")
-    model = nn.Sequential(*(nn.Linear(k.sizes.numel(), len(k.b)) for k in kinds))
-    names = [str(place) for place in range(len(kinds))]
-    wrapped = peft.get_peft_model(model, peft.VeraConfig(r=RANK, target_modules=names)).double()
-    layers = [wrapped.base_model.model.get_submodule(name) for name in names]
+    layers = peft_vera([(len(k.b), k.sizes.numel()) for k in kinds], RANK)
     for layer, kind in zip(layers, kinds, strict=True):
         assert layer.vera_A["default"].shape == kind.shared.a.shape
         assert layer.vera_B["default"].shape == kind.shared.b.shape

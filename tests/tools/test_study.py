@@ -12,7 +12,7 @@ import pandas as pd
 import pytest
 import torch
 
-from benchmarks.study import comparisons, digits, equal, methods_page, page, report, stages, studies, tables, text
+from benchmarks.study import comparisons, digits, equal, methods_page, page, picture, report, stages, studies, tables, text
 from benchmarks.study.claims import CLAIMS
 from benchmarks.study.command import run_study
 from benchmarks.study.problems import Activities, few_shot
@@ -361,7 +361,7 @@ def test_methods_at_equal_count_are_sorted_by_f1_and_compared_by_person(tmp_path
     points, half = found.minus("conv_lora", "full")[0]
     assert (points, half) == (pytest.approx(-20), pytest.approx(0, abs=1e-9))
     assert "-20.0 ± 0.0" in lines[4]
-    equal.draw_equal(found, tmp_path / "methods.png")
+    picture.draw_equal(found, tmp_path / "methods.png")
     assert (tmp_path / "methods.png").stat().st_size > 1000
     assert equal.equal_rows({}).names == []
 
